@@ -1,0 +1,308 @@
+"""The configuration: frozen dataclasses filled from a YAML file and dotted overrides, checked when they are made.
+
+An unknown key is an error that names the nearest known one. Each field's `help` is what `--help` prints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong. The message names the key, its value and what was expected."""
+
+
+def _field(default: Any, help: str) -> Any:
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def _require(holds: bool, key: str, value: Any, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"{key} is {value!r}, expected {expected}")
+
+
+def _one_of(key: str, value: Any, known: tuple) -> None:
+    _require(value in known, key, value, "one of " + ", ".join(known))
+
+
+def _at_least(section: str, config: Any, **bounds: float) -> None:
+    for key, bound in bounds.items():
+        value = getattr(config, key)
+        _require(value is None or value >= bound, f"{section}.{key}", value, f"at least {bound}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSection:
+    path: str = _field("", "a Qwen2-VL folder: Hugging Face layout, or made by r1vl_jax.convert from-hf")
+    dtype: str = _field("bfloat16", "dtype of the computation; master weights are always float32")
+    remat: bool = _field(True, "recompute layers in the backward pass: less memory, a third more work")
+
+    def __post_init__(self):
+        _one_of("model.dtype", self.dtype, ("bfloat16", "float32"))
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSection:
+    data: int = _field(-1, "replicas; -1 takes the devices that are left")
+    fsdp: int = _field(1, "devices that one train state is split over")
+    tensor: int = _field(1, "devices that heads, MLP and vocabulary are split over")
+    rollout_weights: str = _field("replicated", "the rollout's copy of the weights: replicated or tensor")
+
+    def __post_init__(self):
+        _one_of("mesh.rollout_weights", self.rollout_weights, ("replicated", "tensor"))
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceSection:
+    path: str = _field("", "JSON array or JSONL, in the R1-VL-10K or the ShareGPT schema")
+    image_root: str | None = _field(None, "folder that image paths start from; default: the file's own folder")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSection:
+    sft: SourceSection = _field(SourceSection, "")
+    rl: SourceSection = _field(SourceSection, "")
+    heldout: SourceSection = _field(SourceSection, "")
+    max_prompt_tokens: int = _field(2048, "questions with more tokens, image tokens included, are dropped and named")
+    pad_multiple: int = _field(64, "token and patch counts are padded to multiples of this: fewer compilations")
+
+    def __post_init__(self):
+        _at_least("data", self, max_prompt_tokens=1, pad_multiple=4)
+        _require(self.pad_multiple % 4 == 0, "data.pad_multiple", self.pad_multiple, "a multiple of 4")
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapesSection:
+    dir: str | None = _field(None, "make the built-in task and a tiny random model in this folder before training")
+    seed: int = _field(0, "seed of pictures, questions and initial weights")
+    sft_rows: int = _field(4000, "warm-up rows")
+    rl_rows: int = _field(2000, "StepGRPO rows")
+    heldout_rows: int = _field(256, "held-out rows")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSection:
+    learning_rate: float = _field(1e-5, "peak learning rate")
+    schedule: str = _field("cosine", "after the warm-up: cosine or linear to 0, or constant")
+    warmup_ratio: float = _field(0.03, "share of the steps in which the rate rises from 0")
+    weight_decay: float = _field(0.0, "AdamW's, on matrices only")
+    b2: float = _field(0.999, "AdamW's second moment decay")
+    max_grad_norm: float = _field(1.0, "gradients are clipped to this global norm")
+    freeze_vision: bool = _field(False, "leave vision tower and merger as they are")
+
+    def __post_init__(self):
+        _one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant"))
+        _at_least("optimizer", self, learning_rate=0, weight_decay=0)
+        _require(0 <= self.warmup_ratio <= 1, "optimizer.warmup_ratio", self.warmup_ratio, "0 to 1")
+        _require(self.max_grad_norm > 0, "optimizer.max_grad_norm", self.max_grad_norm, "more than 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTSection:
+    epochs: float = _field(2.0, "passes over the data; not used where steps is set")
+    steps: int | None = _field(None, "number of updates")
+    batch_size: int = _field(128, "rows per update")
+    micro_batch_size: int = _field(8, "rows per gradient computation, over all devices")
+    min_pixels: int = _field(3136, "smaller images are enlarged to this")
+    max_pixels: int = _field(589_824, "larger images are shrunk to this")
+    max_answer_tokens: int = _field(2048, "rows with longer answers are dropped and named")
+    optimizer: OptimizerSection = _field(OptimizerSection, "")
+
+    def __post_init__(self):
+        _at_least("sft", self, steps=1, batch_size=1, micro_batch_size=1, min_pixels=1, max_pixels=784)
+        _require(self.epochs > 0, "sft.epochs", self.epochs, "more than 0")
+        _divides("sft.batch_size", self.batch_size, "sft.micro_batch_size", self.micro_batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class RLSection:
+    steps: int = _field(13_125, "number of updates")
+    questions_per_step: int = _field(16, "questions per update")
+    group_size: int = _field(4, "answers sampled per question (M)")
+    micro_batch_size: int = _field(4, "questions per gradient computation, over all devices")
+    temperature: float = _field(1.2, "of sampling and of the trained log-probability")
+    top_p: float = _field(1.0, "nucleus; 1 keeps everything. Never taken from the checkpoint")
+    top_k: int = _field(0, "0 keeps everything. Never taken from the checkpoint")
+    max_new_tokens: int = _field(1024, "longest answer, stop token included")
+    rules: str = _field("paper", "reward rules: released or paper")
+    alpha: float = _field(0.1, "weight of the key-step share in the accuracy reward")
+    beta: float = _field(0.04, "weight of the KL to the frozen reference")
+    min_pixels: int = _field(3136, "smaller images are enlarged to this")
+    max_pixels: int = _field(400_000, "larger images are shrunk to this")
+    optimizer: OptimizerSection = _field(OptimizerSection, "")
+
+    def __post_init__(self):
+        _one_of("rl.rules", self.rules, ("released", "paper"))
+        _at_least("rl", self, steps=1, questions_per_step=1, group_size=2, micro_batch_size=1, max_new_tokens=1)
+        _at_least("rl", self, alpha=0, beta=0, top_k=0, min_pixels=1, max_pixels=784)
+        _require(self.temperature > 0, "rl.temperature", self.temperature, "more than 0: a group needs variety")
+        _require(0 < self.top_p <= 1, "rl.top_p", self.top_p, "more than 0 and at most 1")
+        _divides("rl.questions_per_step", self.questions_per_step, "rl.micro_batch_size", self.micro_batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSection:
+    rows: int = _field(0, "held-out rows judged greedily before and after each stage; 0 judges none")
+    batch_size: int = _field(64, "questions per batch")
+    max_new_tokens: int = _field(2048, "longest answer")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSection:
+    every: int = _field(100, "steps between checkpoints; the last step always has one")
+    keep: int = _field(2, "checkpoints kept per stage")
+
+    def __post_init__(self):
+        _at_least("checkpoint", self, every=1, keep=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoringSection:
+    workers: int = _field(2, "processes that score answers")
+    timeout: float = _field(15.0, "seconds for one answer; over it the answer earns 0 and is counted")
+
+    def __post_init__(self):
+        _at_least("scoring", self, workers=1)
+        _require(self.timeout > 0, "scoring.timeout", self.timeout, "more than 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    output_dir: str = _field("runs/r1vl", "the run folder")
+    stages: tuple[str, ...] = _field(("sft", "step_grpo"), "the stages to run, in order: sft, step_grpo")
+    seed: int = _field(0, "fixes the order of rows and every sampled token")
+    model: ModelSection = _field(ModelSection, "")
+    mesh: MeshSection = _field(MeshSection, "")
+    data: DataSection = _field(DataSection, "")
+    shapes: ShapesSection = _field(ShapesSection, "")
+    sft: SFTSection = _field(SFTSection, "")
+    rl: RLSection = _field(RLSection, "")
+    eval: EvalSection = _field(EvalSection, "")
+    checkpoint: CheckpointSection = _field(CheckpointSection, "")
+    scoring: ScoringSection = _field(ScoringSection, "")
+
+    def __post_init__(self):
+        known = (("sft",), ("step_grpo",), ("sft", "step_grpo"))
+        _require(self.stages in known, "stages", list(self.stages), "[sft], [step_grpo] or [sft, step_grpo]")
+        _require(bool(self.model.path), "model.path", self.model.path, "the folder of a Qwen2-VL checkpoint")
+        needs = {"sft": ("data.sft.path", self.data.sft), "step_grpo": ("data.rl.path", self.data.rl)}
+        for stage in self.stages:
+            key, source = needs[stage]
+            _require(bool(source.path), key, source.path, f"a file, since stages has {stage}")
+        if self.eval.rows:
+            _require(bool(self.data.heldout.path), "data.heldout.path", "", "a file, since eval.rows is not 0")
+
+
+def _divides(key: str, value: int, by_key: str, by: int) -> None:
+    _require(value % by == 0, key, value, f"a multiple of {by_key} = {by}")
+
+
+def load(path: str | Path, overrides: list[str] = ()) -> Config:
+    """Reads a YAML file, applies overrides such as ["--rl.beta", "0.02"] or ["--rl.beta=0.02"].
+
+    Raises ConfigError naming key, value and expectation.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections at the top")
+    for key, value in _pairs(list(overrides)):
+        _put(tree, key, value)
+    return _build(Config, tree, "")
+
+
+def _pairs(arguments: list[str]) -> list[tuple[str, Any]]:
+    pairs = []
+    while arguments:
+        head = arguments.pop(0)
+        if not head.startswith("--"):
+            raise ConfigError(f"argument {head!r}: expected an override such as --rl.beta 0.02")
+        key, has_value, value = head[2:].partition("=")
+        if not has_value:
+            if not arguments:
+                raise ConfigError(f"--{key}: a value is missing")
+            value = arguments.pop(0)
+        pairs.append((key, yaml.safe_load(value)))
+    return pairs
+
+
+def _put(tree: dict, key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--{key}: {section} is a value, not a section")
+    tree[last] = value
+
+
+def _build(cls: type, tree: Any, prefix: str) -> Any:
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{prefix.rstrip('.') or 'the file'} is {tree!r}, expected a section with keys")
+    hints = typing.get_type_hints(cls)
+    for key in tree:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1) or _elsewhere(str(key))
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(hints)}"
+            raise ConfigError(f"{prefix}{key} is not a known key{hint}")
+    return cls(**{key: _convert(hints[key], value, prefix + key) for key, value in tree.items()})
+
+
+def _elsewhere(key: str) -> list[str]:
+    """The full name of a key that stands in another section."""
+    return [name for name, *_ in describe() if name.rsplit(".", 1)[-1] == key][:1]
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, key + ".")
+    if typing.get_origin(hint) is types.UnionType:
+        if value is None:
+            return None
+        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ConfigError(f"{key} is {value!r}, expected a list of names")
+        return tuple(value)
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-5, with no point, as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{key} is {value!r}, expected {hint.__name__}")
+    return value
+
+
+def describe(cls: type = Config, prefix: str = "") -> list[tuple[str, Any, str]]:
+    """(dotted key, default, help) of every field."""
+    rows = []
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            rows += describe(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            rows.append((prefix + field.name, field.default, field.metadata["help"]))
+    return rows
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML; `load` reads it back."""
+    tree = dataclasses.asdict(config)
+    tree["stages"] = list(tree["stages"])
+    return yaml.safe_dump(tree, sort_keys=False)

@@ -1,0 +1,130 @@
+"""Scenes of coloured shapes and their pictures: the first step of the built-in task (scene -> questions -> files).
+
+A scene is a few shapes in distinct cells of a grid. With the default sizes a cell is 28 pixels wide and so is one
+merged image token of Qwen2-VL (2x2 patches of 14 pixels): each token sees one whole cell, which lets a very small
+vision tower learn the task from nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+from PIL import Image, ImageDraw
+
+KINDS = ("circle", "square", "triangle")
+REPEAT = 1 / 3  # how often a shape copies kind and colour of an earlier one, so that counts above 1 are common
+COLOURS = (
+    ("red", (222, 32, 38)),
+    ("green", (28, 158, 62)),
+    ("blue", (34, 74, 222)),
+    ("yellow", (246, 204, 20)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapesConfig:
+    """What pictures look like. Lengths are in pixels.
+
+    Attributes:
+      picture_size: width and height of the picture.
+      grid: cells along each side; picture_size must be a multiple of it.
+      kinds: names of the shapes, a selection of KINDS.
+      colours: (name, (red, green, blue)) pairs.
+      min_shapes, max_shapes: number of shapes in a picture, both ends included.
+      min_size, max_size: width and height of a shape, both ends included; one pixel of the cell stays free around it.
+
+    Raises ValueError, naming the field, where the values cannot be drawn.
+    """
+
+    picture_size: int = 112
+    grid: int = 4
+    kinds: tuple[str, ...] = KINDS
+    colours: tuple[tuple[str, tuple[int, int, int]], ...] = COLOURS
+    min_shapes: int = 2
+    max_shapes: int = 6
+    min_size: int = 18
+    max_size: int = 24
+
+    def __post_init__(self) -> None:
+        if self.grid < 1 or self.picture_size < 1 or self.picture_size % self.grid:
+            raise ValueError(f"picture_size = {self.picture_size}: expected a positive multiple of grid = {self.grid}")
+        unknown = [kind for kind in self.kinds if kind not in KINDS]
+        if unknown or len(set(self.kinds)) < 2 or len(set(self.kinds)) != len(self.kinds):
+            raise ValueError(f"kinds = {self.kinds}: expected two or more different ones of {KINDS}")
+        if len(self.colours) < 2 or len(dict(self.colours)) != len(self.colours):
+            raise ValueError(f"colours = {self.colours}: expected two or more colours with different names")
+        if not 1 <= self.min_shapes <= self.max_shapes <= self.grid**2:
+            raise ValueError(
+                f"min_shapes = {self.min_shapes}, max_shapes = {self.max_shapes}: expected "
+                f"1 <= min_shapes <= max_shapes <= {self.grid**2} (the cells)"
+            )
+        if not 4 <= self.min_size <= self.max_size <= self.cell_size - 2:
+            raise ValueError(
+                f"min_size = {self.min_size}, max_size = {self.max_size}: expected "
+                f"4 <= min_size <= max_size <= {self.cell_size - 2} (a cell less its border)"
+            )
+
+    @property
+    def cell_size(self) -> int:
+        return self.picture_size // self.grid
+
+    @property
+    def colour_names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.colours)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One shape: what it is, its cell (row-major, from 0), its top left corner in the picture and its width."""
+
+    kind: str
+    colour: str
+    cell: int
+    left: int
+    top: int
+    size: int
+
+
+Scene = tuple[Shape, ...]
+
+
+def random_scene(rng: random.Random, cfg: ShapesConfig) -> Scene:
+    """Draws a scene: shapes in distinct cells, in random order."""
+    number = rng.randint(cfg.min_shapes, cfg.max_shapes)
+    shapes: list[Shape] = []
+    for cell in rng.sample(range(cfg.grid**2), number):
+        if shapes and rng.random() < REPEAT:
+            model = rng.choice(shapes)
+            kind, colour = model.kind, model.colour
+        else:
+            kind, colour = rng.choice(cfg.kinds), rng.choice(cfg.colour_names)
+        row, column = divmod(cell, cfg.grid)
+        size = rng.randint(cfg.min_size, cfg.max_size)
+        slack = cfg.cell_size - 1 - size
+        left = column * cfg.cell_size + rng.randint(1, slack)
+        top = row * cfg.cell_size + rng.randint(1, slack)
+        shapes.append(Shape(kind, colour, cell, left, top, size))
+    return tuple(shapes)
+
+
+def scene_key(scene: Scene) -> tuple[tuple[str, str, int], ...]:
+    """What a scene shows, without the jitter: two pictures are the same picture where this is equal."""
+    return tuple(sorted((shape.kind, shape.colour, shape.cell) for shape in scene))
+
+
+def draw_scene(scene: Scene, cfg: ShapesConfig) -> Image.Image:
+    """The scene's picture: RGB, picture_size x picture_size, on white."""
+    image = Image.new("RGB", (cfg.picture_size, cfg.picture_size), (255, 255, 255))
+    pen = ImageDraw.Draw(image)
+    rgb = dict(cfg.colours)
+    for shape in scene:
+        left, top = shape.left, shape.top
+        right, bottom = left + shape.size - 1, top + shape.size - 1
+        if shape.kind == "circle":
+            pen.ellipse((left, top, right, bottom), fill=rgb[shape.colour])
+        elif shape.kind == "square":
+            pen.rectangle((left, top, right, bottom), fill=rgb[shape.colour])
+        else:
+            pen.polygon(((left + right) / 2, top, left, bottom, right, bottom), fill=rgb[shape.colour])
+    return image

@@ -1,0 +1,205 @@
+"""Questions about a scene with step-by-step solutions and key steps: the second step of the built-in task.
+
+A solution has R1-VL's format (image description, rationale, numbered steps, final answer). Each key step is a group
+of alternatives, one of which stands word for word in a step of the solution, so that the reference
+solution earns the full step-wise accuracy reward. Every step has words beside its key step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+
+from r1vl_jax.data.shapes.draw import Scene, ShapesConfig
+
+KeyStep = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question about one scene.
+
+    Attributes:
+      problem: the question's text, without an image placeholder.
+      solution: the reference solution.
+      answer: the final answer alone, digits or yes/no.
+      key_steps: groups of alternatives.
+    """
+
+    problem: str
+    solution: str
+    answer: str
+    key_steps: tuple[KeyStep, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The shapes of a colour, of a kind, of both, or all of them (both None)."""
+
+    colour: str | None = None
+    kind: str | None = None
+
+    def name(self, number: int = 2) -> str:
+        """The group's name, as in "red circles", "red shapes", "circles" or "shapes"; singular where number is 1."""
+        noun = (self.kind or "shape") + ("" if number == 1 else "s")
+        return f"{self.colour} {noun}" if self.colour else noun
+
+    def count(self, scene: Scene) -> int:
+        return sum(self.colour in (None, shape.colour) and self.kind in (None, shape.kind) for shape in scene)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step's text and the key steps that it takes."""
+
+    body: str
+    key_steps: tuple[KeyStep, ...]
+
+
+def make_question(scene: Scene, rng: random.Random, cfg: ShapesConfig) -> Question:
+    """Asks one question about the scene; its kind, wording and objects come from rng."""
+    ask: Callable[..., Question] = rng.choice((_ask_count, _ask_rest, _ask_two))
+    return ask(scene, rng, cfg)
+
+
+def _ask_count(scene: Scene, rng: random.Random, cfg: ShapesConfig) -> Question:
+    wanted = _pick_group(scene, rng, cfg)
+    style = rng.randrange(2)
+    parts = [group for group in _full_groups(cfg) if _within(group, wanted) and group.count(scene)]
+    numbers = [group.count(scene) for group in parts]
+    if len(parts) > 1:
+        steps = [_count_step(scene, parts, style), _equation_step("+", numbers, style)]
+    else:
+        steps = [_count_step(scene, [wanted], style)]
+    problem = rng.choice(("How many {} are there?", "Count the {}.")).format(wanted.name())
+    return _question(scene, cfg, problem, f"Count the {wanted.name()}.", steps, str(wanted.count(scene)))
+
+
+def _ask_rest(scene: Scene, rng: random.Random, cfg: ShapesConfig) -> Question:
+    """Take some shapes away and count the rest: of all shapes, or of one kind or colour."""
+    removed = _pick_group(scene, rng, cfg, both=False)
+    base = Group()
+    if rng.random() < 0.5:
+        present = [g for g in _simple_groups(cfg, by_kind=removed.kind is None) if g.count(scene)]
+        base = rng.choice(present)
+    gone = Group(removed.colour or base.colour, removed.kind or base.kind)
+    style = rng.randrange(2)
+    numbers = [base.count(scene), gone.count(scene)]
+    steps = [
+        _count_step(scene, [base], style),
+        _count_step(scene, [gone], style),
+        _equation_step("-", numbers, style),
+    ]
+    problem = rng.choice(
+        ("Remove all {}. How many {} are left?", "If all {} are taken away, how many {} are left?")
+    ).format(removed.name(), base.name())
+    return _question(scene, cfg, problem, f"Subtract the {gone.name()}.", steps, str(numbers[0] - numbers[1]))
+
+
+def _ask_two(scene: Scene, rng: random.Random, cfg: ShapesConfig) -> Question:
+    """Compare two kinds or two colours, or add them."""
+    groups = _simple_groups(cfg, by_kind=rng.random() < 0.5)
+    pairs = [(a, b) for a in groups for b in groups if a != b]
+    style = rng.randrange(2)
+    if rng.random() < 0.5:
+        # "yes" and "no" come equally often, or a model learns the more frequent word instead of counting.
+        yes = rng.random() < 0.5
+        fitting = [(a, b) for a, b in pairs if (a.count(scene) > b.count(scene)) == yes]
+        first, second = rng.choice(fitting or pairs)
+        problem = rng.choice(("Are there more {} than {}?", "Is the number of {} greater than the number of {}?"))
+        rationale = "Compare the two numbers."
+        last = _compare_step(first.count(scene), second.count(scene), style)
+        answer = "yes" if first.count(scene) > second.count(scene) else "no"
+    else:
+        first, second = rng.choice(pairs)
+        problem = rng.choice(
+            ("How many {} and {} are there in total?", "What is the number of {} plus the number of {}?")
+        )
+        rationale = "Add the two numbers."
+        last = _equation_step("+", [first.count(scene), second.count(scene)], style)
+        answer = str(first.count(scene) + second.count(scene))
+    steps = [_count_step(scene, [first], style), _count_step(scene, [second], style), last]
+    return _question(scene, cfg, problem.format(first.name(), second.name()), rationale, steps, answer)
+
+
+def _simple_groups(cfg: ShapesConfig, by_kind: bool) -> list[Group]:
+    if by_kind:
+        return [Group(kind=kind) for kind in cfg.kinds]
+    return [Group(colour=colour) for colour in cfg.colour_names]
+
+
+def _full_groups(cfg: ShapesConfig) -> list[Group]:
+    """Every colour of every kind, in the canonical order: kinds first."""
+    return [Group(colour, kind) for kind in cfg.kinds for colour in cfg.colour_names]
+
+
+def _within(group: Group, wider: Group) -> bool:
+    return wider.colour in (None, group.colour) and wider.kind in (None, group.kind)
+
+
+def _pick_group(scene: Scene, rng: random.Random, cfg: ShapesConfig, both: bool = True) -> Group:
+    """A group to ask for: a colour, a kind or (where `both`) a colour of a kind; one in ten may be absent."""
+    choices = [_simple_groups(cfg, by_kind=True), _simple_groups(cfg, by_kind=False)]
+    groups = rng.choice(choices + [_full_groups(cfg)] if both else choices)
+    if rng.random() < 0.9:
+        groups = [group for group in groups if group.count(scene)]
+    return rng.choice(groups)
+
+
+def _count_forms(group: Group, number: int) -> KeyStep:
+    """Ways to state a count. The solution uses the first."""
+    if group.colour is None and group.kind is None:
+        return f"{number} {group.name(number)} in all", f"{number} {group.name(number)} in total"
+    if group.colour is None:
+        other = f"1 is a {group.kind}" if number == 1 else f"{number} are {group.name(number)}"
+    else:
+        noun = Group(kind=group.kind).name(number)
+        other = f"{number} {noun} {'is' if number == 1 else 'are'} {group.colour}"
+    forms = (f"{number} {group.name(number)}", other)
+    return (*forms, f"no {group.name(number)}") if number == 0 else forms
+
+
+def _count_step(scene: Scene, groups: Sequence[Group], style: int) -> Step:
+    key_steps = tuple(_count_forms(group, group.count(scene)) for group in groups)
+    verb = "is" if groups[0].count(scene) == 1 else "are"
+    opening = (f"There {verb}", "I count")[style]
+    return Step(f"{opening} {', '.join(forms[0] for forms in key_steps)}.", key_steps)
+
+
+def _equation_step(sign: str, numbers: Sequence[int], style: int) -> Step:
+    """Two or more numbers added, or the second subtracted from the first."""
+    word = {"+": "plus", "-": "minus"}[sign]
+    result = sum(numbers) if sign == "+" else numbers[0] - numbers[1]
+    texts = [str(number) for number in numbers]
+    forms = [f"{f' {sign} '.join(texts)} = {result}", f"{f' {word} '.join(texts)} is {result}"]
+    if sign == "+" and texts != texts[::-1]:
+        forms += [f"{' + '.join(texts[::-1])} = {result}", f"{' plus '.join(texts[::-1])} is {result}"]
+    return Step(f"So {forms[style]}.", (tuple(forms),))
+
+
+def _compare_step(first: int, second: int, style: int) -> Step:
+    if first > second:
+        forms = (f"{first} is more than {second}", f"{first} > {second}", f"{second} < {first}")
+    elif first < second:
+        forms = (f"{first} is less than {second}", f"{first} < {second}", f"{second} > {first}")
+    else:
+        forms = (f"{first} is equal to {second}", f"{first} = {second}")
+    return Step(f"So {forms[style]}.", (forms,))
+
+
+def _question(
+    scene: Scene, cfg: ShapesConfig, problem: str, rationale: str, steps: Sequence[Step], answer: str
+) -> Question:
+    """Puts the sections together in R1-VL's order."""
+    counts = [(group, group.count(scene)) for group in _full_groups(cfg)]
+    description = ", ".join(f"{number} {group.name(number)}" for group, number in counts if number)
+    lines = [
+        f"### Image Description: {description}.",
+        f"### Rationales: {rationale}",
+        "### Let's think step by step.",
+        *(f"### Step {number}: {step.body}" for number, step in enumerate(steps, start=1)),
+        f"### The final answer is: {answer}",
+    ]
+    key_steps = tuple(key_step for step in steps for key_step in step.key_steps)
+    return Question(problem, "\n".join(lines), answer, key_steps)

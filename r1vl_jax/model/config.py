@@ -1,0 +1,150 @@
+"""The shape of a Qwen2-VL, read from a Hugging Face config.json.
+
+Published checkpoints carry a flat file (transformers 4: text fields at the top level, `rope_scaling`), transformers 5
+writes a nested one (`text_config`, `rope_parameters`). Both are read here; nothing else looks at config.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder is not what it should be. The message names the file and the key or tensor."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """Vision tower: `layers` blocks of width `width`, patches of `patch_dim` values, 2x2 patches merged."""
+
+    layers: int
+    width: int
+    heads: int
+    mlp: int
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    channels: int = 3
+    merge_size: int = 2
+    rope_theta: float = 1e4
+    norm_eps: float = 1e-6
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def patch_dim(self) -> int:
+        return self.channels * self.temporal_patch_size * self.patch_size**2
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Text model, vision tower and the ids that the forward pass needs. Hashable: it is a static jit argument."""
+
+    vocab: int
+    width: int
+    mlp: int
+    layers: int
+    heads: int
+    kv_heads: int
+    norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    tied: bool
+    vision: VisionConfig
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def vision_ids(self) -> tuple[int, ...]:
+        """Ids that a policy may never emit: the next forward pass would look for features that do not exist."""
+        return (self.image_token_id, self.video_token_id, self.vision_start_token_id, self.vision_end_token_id)
+
+
+def load_config(folder: str | Path) -> ModelConfig:
+    """Reads `folder`/config.json. Raises CheckpointError where it is missing or is not a Qwen2-VL's."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; expected the folder of a Qwen2-VL checkpoint")
+    try:
+        raw = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from error
+    return parse_config(raw, path)
+
+
+def parse_config(raw: dict[str, Any], path: str | Path = "config.json") -> ModelConfig:
+    """Turns the dictionary of a config.json, flat or nested, into a ModelConfig."""
+    if raw.get("model_type") != "qwen2_vl":
+        raise CheckpointError(f"{path}: model_type is {raw.get('model_type')!r}, expected 'qwen2_vl'")
+    text = {**raw, **raw.get("text_config", {})}
+
+    def need(table: dict, key: str, where: str = "") -> Any:
+        if table.get(key) is None:
+            raise CheckpointError(f"{path}: {where}{key} is missing")
+        return table[key]
+
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    section = tuple(need(rope, "mrope_section", "rope_scaling / rope_parameters: "))
+    if text.get("use_sliding_window"):
+        raise CheckpointError(f"{path}: use_sliding_window is true; no published Qwen2-VL uses it and it is not supported")
+    for key, wanted in (("hidden_act", "silu"),):
+        if text.get(key, wanted) != wanted:
+            raise CheckpointError(f"{path}: {key} is {text[key]!r}, expected {wanted!r}")
+    cfg = ModelConfig(
+        vocab=need(text, "vocab_size"),
+        width=need(text, "hidden_size"),
+        mlp=need(text, "intermediate_size"),
+        layers=need(text, "num_hidden_layers"),
+        heads=need(text, "num_attention_heads"),
+        kv_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
+        norm_eps=text.get("rms_norm_eps", 1e-5),  # the class default; published files say 1e-6
+        rope_theta=float(rope.get("rope_theta") or text.get("rope_theta") or 1e6),
+        mrope_section=section,
+        tied=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+        vision=_parse_vision(need(raw, "vision_config"), text["hidden_size"], path),
+        **{key: need(raw, key) for key in _TOKEN_KEYS},
+    )
+    _check(cfg, path)
+    return cfg
+
+
+_TOKEN_KEYS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+
+
+def _parse_vision(raw: dict[str, Any], text_width: int, path: str | Path) -> VisionConfig:
+    # The class defaults of transformers are the values of every published size: a file may leave them out.
+    width = raw.get("embed_dim", 1280)
+    if raw.get("hidden_size", text_width) != text_width:
+        raise CheckpointError(f"{path}: vision_config.hidden_size is {raw['hidden_size']}, the text width {text_width}")
+    if raw.get("hidden_act", "quick_gelu") != "quick_gelu":
+        raise CheckpointError(f"{path}: vision_config.hidden_act is {raw['hidden_act']!r}, expected 'quick_gelu'")
+    return VisionConfig(
+        layers=raw.get("depth", 32),
+        width=width,
+        heads=raw.get("num_heads", 16),
+        mlp=int(width * raw.get("mlp_ratio", 4)),
+        patch_size=raw.get("patch_size", 14),
+        temporal_patch_size=raw.get("temporal_patch_size", 2),
+        channels=raw.get("in_channels", raw.get("in_chans", 3)),
+        merge_size=raw.get("spatial_merge_size", 2),
+        rope_theta=float((raw.get("rope_parameters") or {}).get("rope_theta", 1e4)),
+    )
+
+
+def _check(cfg: ModelConfig, path: str | Path) -> None:
+    if cfg.width % cfg.heads or cfg.heads % cfg.kv_heads:
+        raise CheckpointError(f"{path}: hidden_size {cfg.width}, {cfg.heads} query and {cfg.kv_heads} kv heads do not divide")
+    if sum(cfg.mrope_section) * 2 != cfg.head_dim or len(cfg.mrope_section) != 3:
+        raise CheckpointError(f"{path}: mrope_section {cfg.mrope_section} must be three numbers of sum {cfg.head_dim // 2}")
+    if cfg.vision.width % cfg.vision.heads or cfg.vision.head_dim % 4:
+        raise CheckpointError(f"{path}: vision width {cfg.vision.width} does not give {cfg.vision.heads} heads of 4*n")

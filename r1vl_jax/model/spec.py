@@ -1,0 +1,162 @@
+"""One tree that says everything about every parameter: shape, logical axes, initialiser, Hugging Face name.
+
+Initialisation, sharding, conversion and checkpoint checks all read this tree; a parameter is described here and
+nowhere else. Layers are stacked on a leading axis L, since training scans over them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from r1vl_jax.model.config import ModelConfig, VisionConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """One parameter.
+
+    Attributes:
+      shape: its shape; a stacked parameter's first axis is the layer.
+      axes: a logical axis name (or None) for each dimension; parallel.sharding maps them to mesh axes.
+      init: "normal" (0.02), "ones" or "zeros".
+      hf_name: the tensor's name in a checkpoint; "{}" stands for the layer of a stacked parameter.
+      transpose: the checkpoint stores (out, in...), we store (in..., out).
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: str
+    hf_name: str
+    hf_shape: tuple[int, ...]
+    transpose: bool = False
+
+    @property
+    def stacked(self) -> bool:
+        return self.axes[0] == "layers"
+
+
+def is_spec(node: Any) -> bool:
+    return isinstance(node, ParamSpec)
+
+
+def tree_map_spec(fn, spec_tree):
+    """Maps `fn` over the ParamSpecs of a tree."""
+    return jax.tree.map(fn, spec_tree, is_leaf=is_spec)
+
+
+def _linear(name: str, ins: tuple, outs: tuple, layers: int | None) -> ParamSpec:
+    """A matrix: `ins` and `outs` are ((size, axis), ...); the checkpoint holds (prod outs, prod ins)."""
+    sizes, axes = zip(*ins, *outs, strict=True)
+    hf_shape = (math.prod(size for size, _ in outs), math.prod(size for size, _ in ins))
+    return _stack(ParamSpec(sizes, axes, "normal", f"{name}.weight", hf_shape, transpose=True), layers)
+
+
+def _vector(name: str, dims: tuple, init: str, layers: int | None) -> ParamSpec:
+    sizes, axes = zip(*dims, strict=True)
+    return _stack(ParamSpec(sizes, axes, init, name, (math.prod(sizes),)), layers)
+
+
+def _stack(spec: ParamSpec, layers: int | None) -> ParamSpec:
+    if layers is None:
+        return spec
+    return dataclasses.replace(spec, shape=(layers, *spec.shape), axes=("layers", *spec.axes))
+
+
+def _biased(name: str, ins: tuple, outs: tuple, layers: int | None = None) -> dict[str, ParamSpec]:
+    return {"kernel": _linear(name, ins, outs, layers), "bias": _vector(f"{name}.bias", outs, "zeros", layers)}
+
+
+def _layer_norm(name: str, width: int, layers: int | None = None) -> dict[str, ParamSpec]:
+    dims = ((width, None),)
+    return {
+        "scale": _vector(f"{name}.weight", dims, "ones", layers),
+        "bias": _vector(f"{name}.bias", dims, "zeros", layers),
+    }
+
+
+def _vision_spec(cfg: VisionConfig, text_width: int) -> dict[str, Any]:
+    width, heads, mlp, layers = cfg.width, (cfg.heads, "heads"), (cfg.mlp, "mlp"), cfg.layers
+    inner, head = (width, "embed"), (cfg.head_dim, None)
+    merged = width * cfg.merge_size**2
+    block = "visual.blocks.{}."
+    conv = (width, cfg.channels, cfg.temporal_patch_size, cfg.patch_size, cfg.patch_size)
+    patch = ParamSpec(
+        (cfg.patch_dim, width), (None, "embed"), "normal", "visual.patch_embed.proj.weight", conv, transpose=True
+    )
+    return {
+        "patch_embed": patch,
+        "blocks": {
+            "norm1": _layer_norm(block + "norm1", width, layers),
+            "qkv": _biased(block + "attn.qkv", (inner,), ((3, None), heads, head), layers),
+            "proj": _biased(block + "attn.proj", (heads, head), (inner,), layers),
+            "norm2": _layer_norm(block + "norm2", width, layers),
+            "fc1": _biased(block + "mlp.fc1", (inner,), (mlp,), layers),
+            "fc2": _biased(block + "mlp.fc2", (mlp,), (inner,), layers),
+        },
+        "merger": {
+            "norm": _layer_norm("visual.merger.ln_q", width),
+            "fc1": _biased("visual.merger.mlp.0", ((merged, "embed"),), ((merged, "mlp"),)),
+            "fc2": _biased("visual.merger.mlp.2", ((merged, "mlp"),), ((text_width, "embed"),)),
+        },
+    }
+
+
+def _text_spec(cfg: ModelConfig) -> dict[str, Any]:
+    width, mlp, layers = (cfg.width, "embed"), (cfg.mlp, "mlp"), cfg.layers
+    heads, kv_heads, head = (cfg.heads, "heads"), (cfg.kv_heads, "kv_heads"), (cfg.head_dim, None)
+    name = "model.layers.{}."
+
+    def table(hf_name: str) -> ParamSpec:
+        shape = (cfg.vocab, cfg.width)
+        return ParamSpec(shape, ("vocab", "embed"), "normal", hf_name, shape)
+
+    norm = ((cfg.width, None),)
+    spec = {
+        "embed": table("model.embed_tokens.weight"),
+        "layers": {
+            "norm1": _vector(name + "input_layernorm.weight", norm, "ones", layers),
+            "q": _biased(name + "self_attn.q_proj", (width,), (heads, head), layers),
+            "k": _biased(name + "self_attn.k_proj", (width,), (kv_heads, head), layers),
+            "v": _biased(name + "self_attn.v_proj", (width,), (kv_heads, head), layers),
+            "o": _linear(name + "self_attn.o_proj", (heads, head), (width,), layers),
+            "norm2": _vector(name + "post_attention_layernorm.weight", norm, "ones", layers),
+            "gate": _linear(name + "mlp.gate_proj", (width,), (mlp,), layers),
+            "up": _linear(name + "mlp.up_proj", (width,), (mlp,), layers),
+            "down": _linear(name + "mlp.down_proj", (mlp,), (width,), layers),
+        },
+        "norm": _vector("model.norm.weight", norm, "ones", None),
+    }
+    if not cfg.tied:
+        spec["head"] = table("lm_head.weight")
+    return spec
+
+
+def param_spec(cfg: ModelConfig) -> dict[str, Any]:
+    """The tree of ParamSpecs of a whole model: {"vision": ..., "text": ...}."""
+    return {"vision": _vision_spec(cfg.vision, cfg.width), "text": _text_spec(cfg)}
+
+
+def abstract_params(cfg: ModelConfig, dtype=jnp.float32) -> Any:
+    """The parameter tree as ShapeDtypeStructs."""
+    return tree_map_spec(lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype), param_spec(cfg))
+
+
+def init_params(key: jax.Array, cfg: ModelConfig, dtype=jnp.float32, scale: float = 0.02) -> Any:
+    """Random parameters: normals of deviation `scale`, norms one, biases zero."""
+    specs, treedef = jax.tree.flatten(param_spec(cfg), is_leaf=is_spec)
+
+    def draw(key: jax.Array, spec: ParamSpec) -> jax.Array:
+        if spec.init == "normal":
+            return scale * jax.random.normal(key, spec.shape, dtype)
+        return jnp.full(spec.shape, {"ones": 1, "zeros": 0}[spec.init], dtype)
+
+    return treedef.unflatten(map(draw, jax.random.split(key, len(specs)), specs))
+
+
+def num_params(cfg: ModelConfig) -> int:
+    return sum(math.prod(spec.shape) for spec in jax.tree.leaves(param_spec(cfg), is_leaf=is_spec))

@@ -1,0 +1,64 @@
+"""The vision tower: patches in, merged image tokens out. Images are packed: several may lie in one row.
+
+A row holds the patches of one or more images behind each other; `segment` numbers the frames, and attention stays
+inside a frame (SPEC: full attention inside each frame of each image, none across).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from r1vl_jax.model.config import VisionConfig
+from r1vl_jax.model.layers import attend, layer_norm, rope_frequencies, rotate
+from r1vl_jax.parallel.sharding import constrain
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def vision_angles(hw_RP2: jax.Array, cfg: VisionConfig) -> jax.Array:
+    """2-D rope: a quarter of the head width turns with h, a quarter with w; (R, P, H/2)."""
+    frequencies = rope_frequencies(cfg.head_dim // 2, cfg.rope_theta)
+    angle_RP2f = hw_RP2[..., None].astype(jnp.float32) * frequencies
+    return angle_RP2f.reshape(*hw_RP2.shape[:-1], -1)
+
+
+def _block(x_RPD, p, *, angle, mask_RPP, cfg: VisionConfig):
+    h = layer_norm(x_RPD, p["norm1"], cfg.norm_eps)
+    qkv = jnp.einsum("RPD,DcNH->cRPNH", h, p["qkv"]["kernel"]) + p["qkv"]["bias"][:, None, None]
+    attended = attend(rotate(qkv[0], angle), rotate(qkv[1], angle), qkv[2], mask_RPP)
+    x_RPD = x_RPD + jnp.einsum("RPNH,NHD->RPD", attended, p["proj"]["kernel"]) + p["proj"]["bias"]
+    h = layer_norm(x_RPD, p["norm2"], cfg.norm_eps)
+    h = quick_gelu(h @ p["fc1"]["kernel"] + p["fc1"]["bias"])
+    x_RPD = x_RPD + h @ p["fc2"]["kernel"] + p["fc2"]["bias"]
+    return constrain(x_RPD, "batch", None, None), None
+
+
+def encode_images(
+    params: dict[str, Any], cfg: VisionConfig, patches_RPC, hw_RP2, segment_RP, *, remat: bool = False
+) -> jax.Array:
+    """Vision tower and merger.
+
+    Args:
+      params: the "vision" subtree.
+      patches_RPC: patches, rows of 3*2*14*14 values; any float dtype.
+      hw_RP2: each patch's (h, w) in its frame, in merge order.
+      segment_RP: the frame that a patch belongs to, unique in its row; -1 for padding.
+      remat: recompute blocks in the backward pass.
+    Returns:
+      image features (R, M, D) in the parameters' dtype, M = P / 4.
+    """
+    x = patches_RPC.astype(params["patch_embed"].dtype) @ params["patch_embed"]
+    mask_RPP = (segment_RP[:, :, None] == segment_RP[:, None, :]) & (segment_RP >= 0)[:, None, :]
+    block = partial(_block, angle=vision_angles(hw_RP2, cfg), mask_RPP=mask_RPP, cfg=cfg)
+    x, _ = jax.lax.scan(jax.checkpoint(block) if remat else block, x, params["blocks"])
+    p = params["merger"]
+    x = layer_norm(x, p["norm"], cfg.norm_eps)
+    x = x.reshape(x.shape[0], x.shape[1] // cfg.merge_size**2, -1)
+    x = jax.nn.gelu(x @ p["fc1"]["kernel"] + p["fc1"]["bias"], approximate=False)
+    return x @ p["fc2"]["kernel"] + p["fc2"]["bias"]

@@ -1,0 +1,105 @@
+"""Gradient accumulation and the AdamW update, for both stages. fp32 masters, gradients and moments.
+
+    for micro_batch in update:  grads, metrics += gradient of the loss at the cast parameters
+    state = update(state, grads)
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from r1vl_jax.config import OptimizerSection
+from r1vl_jax.model.qwen2_vl import cast
+from r1vl_jax.model.spec import tree_map_spec
+from r1vl_jax.parallel.sharding import put_batch, replicated
+from r1vl_jax.types import TrainState
+
+
+def trained_parts(config: OptimizerSection) -> tuple[str, ...]:
+    """The subtrees of the parameters that are trained; the others get neither gradients nor moments."""
+    return ("text",) if config.freeze_vision else ("vision", "text")
+
+
+def make_schedule(config: OptimizerSection, steps: int) -> optax.Schedule:
+    """Linear warm-up over warmup_ratio * steps, then the named decay to 0 at `steps`."""
+    warmup = round(config.warmup_ratio * steps)
+    rate, rest = config.learning_rate, max(1, steps - warmup)
+    decay = {
+        "cosine": optax.cosine_decay_schedule(rate, rest),
+        "linear": optax.linear_schedule(rate, 0.0, rest),
+        "constant": optax.constant_schedule(rate),
+    }[config.schedule]
+    # The first update already moves: step s of the warm-up has (s + 1) / warmup of the rate.
+    rise = optax.linear_schedule(rate / max(1, warmup), rate, max(1, warmup - 1))
+    return optax.join_schedules([rise, decay], [warmup])
+
+
+def make_optimizer(config: OptimizerSection, steps: int, spec_tree: Any) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW with decay on matrices only."""
+    parts = trained_parts(config)
+    decayed = {part: tree_map_spec(lambda spec: spec.init == "normal", spec_tree[part]) for part in parts}
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(make_schedule(config, steps), b2=config.b2, weight_decay=config.weight_decay, mask=decayed),
+    )
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation, parts, shardings: Any, mesh) -> TrainState:
+    """A fresh state on fp32 masters that are placed already; moments lie as their parameters do."""
+    trained = {part: params[part] for part in parts}
+    sharding = optax.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, trained),
+        {part: shardings[part] for part in parts},
+        transform_non_params=lambda _: replicated(mesh),
+    )
+    opt_state = jax.jit(optimizer.init, out_shardings=sharding)(trained)
+    return TrainState(jax.device_put(jnp.int32(0), replicated(mesh)), params, opt_state)
+
+
+@partial(jax.jit, static_argnames=("loss_fn", "parts", "dtype"), donate_argnames="grads")
+def accumulate(grads: Any, params: Any, batch: Any, *, loss_fn, parts: tuple[str, ...], dtype: str):
+    """grads + gradient of `loss_fn(params in dtype, batch) -> (loss, metrics)`, and the metrics."""
+
+    def loss(trained):
+        return loss_fn(cast({**params, **trained}, dtype), batch)
+
+    (_, metrics), new = jax.value_and_grad(loss, has_aux=True)({part: params[part] for part in parts})
+    return jax.tree.map(jnp.add, grads, new), metrics
+
+
+def make_update(optimizer: optax.GradientTransformation, state: TrainState):
+    """The jitted update (state, grads) -> (state, gradient norm), with the state donated and its layout kept."""
+
+    def update(state: TrainState, grads: Any):
+        trained = {part: state.params[part] for part in grads}
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        params = {**state.params, **optax.apply_updates(trained, updates)}
+        return TrainState(state.step + 1, params, opt_state), optax.global_norm(grads)
+
+    layout = jax.tree.map(lambda a: a.sharding, state)
+    return jax.jit(update, donate_argnums=0, out_shardings=(layout, layout.step))
+
+
+def zero_grads(params: Any, parts: tuple[str, ...]):
+    """An accumulator that lies as the parameters do."""
+    trained = {part: params[part] for part in parts}
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32, device=a.sharding), trained)
+
+
+def gradient_step(state: TrainState, batches, *, update, loss_fn, parts, dtype: str, mesh):
+    """One update from the micro-batches of a step: (state, metrics summed over them, with grad_norm)."""
+    grads, totals = zero_grads(state.params, parts), None
+    for batch in batches:
+        grads, metrics = accumulate(
+            grads, state.params, put_batch(batch, mesh), loss_fn=loss_fn, parts=parts, dtype=dtype
+        )
+        totals = metrics if totals is None else jax.tree.map(jnp.add, totals, metrics)
+    state, norm = update(state, grads)
+    return state, {**totals, "grad_norm": norm}

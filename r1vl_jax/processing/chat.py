@@ -1,0 +1,96 @@
+"""The question as chat text, ready to be tokenized: system turn, user turn, assistant header.
+
+Flow: data -> processing (here) -> rollout. The checkpoint's own chat template is used where it has one, since its
+weights were trained with it; else the format of Qwen2-VL (arXiv 2409.12191, section 2.2.1), which is ChatML:
+
+    <|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n
+    <|im_start|>user\\n<|vision_start|><|image_pad|><|vision_end|>Find x.<|im_end|>\\n
+    <|im_start|>assistant\\n
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+SYSTEM = "You are a helpful assistant."
+ASSISTANT_HEADER = "<|im_start|>assistant\n"
+PLACEHOLDERS = {"<image>": "image", "<video>": "video"}
+
+
+def split_question(question: str, *, images: int, videos: int = 0) -> list[dict[str, str]]:
+    """Cuts a question at its placeholders into the parts of a chat message.
+
+    A question with no placeholder at all gets them in front, images first.
+    Args:
+      question: text with "<image>" and "<video>" where those stand.
+      images, videos: how many of each there are.
+    Returns: {"type": "text", "text": ...}, {"type": "image"} and {"type": "video"}, in order.
+    Raises: ValueError if the placeholders do not match what there is.
+    """
+    pieces = re.split(f"({'|'.join(PLACEHOLDERS)})", question)
+    if len(pieces) == 1:
+        pieces = ["<image>"] * images + ["<video>"] * videos + pieces
+    parts = [
+        {"type": PLACEHOLDERS[piece]} if piece in PLACEHOLDERS else {"type": "text", "text": piece}
+        for piece in pieces
+        if piece
+    ]
+    for placeholder, given in (("<image>", images), ("<video>", videos)):
+        asked = pieces.count(placeholder)
+        if asked != given:
+            raise ValueError(f"the text has {asked} {placeholder} and the row has {given}; expected as many")
+    return parts
+
+
+def find_chat_template(folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The checkpoint's chat template, None where it has none.
+
+    The processor's (`chat_template.jinja`, `chat_template.json`) goes before the tokenizer's, which may be that of the
+    text-only model it was taken from.
+    Raises: ValueError that names the file and the key that it lacks.
+    """
+    jinja, as_json = Path(folder) / "chat_template.jinja", Path(folder) / "chat_template.json"
+    if jinja.is_file():
+        return jinja.read_text(encoding="utf-8")
+    if as_json.is_file():
+        template = json.loads(as_json.read_text(encoding="utf-8")).get("chat_template")
+        if not isinstance(template, str):
+            raise ValueError(f"{as_json}: no text under chat_template")
+        return template
+    if isinstance(tokenizer.chat_template, dict):
+        return tokenizer.chat_template.get("default")
+    return tokenizer.chat_template
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    parts: Sequence[Mapping[str, str]],
+    *,
+    vision: Mapping[str, str],
+    template: str | None = None,
+) -> str:
+    """The chat text up to and with the assistant header.
+
+    Args:
+      parts: the user's turn, from `split_question`.
+      vision: what stands for an "image" and a "video" in the text, used where there is no template.
+      template: Jinja text; None takes the format at the top of this file.
+    Raises: ValueError if the template takes text alone or does not open the assistant's turn as Qwen2-VL does.
+    """
+    if template is None:
+        user = "".join(part["text"] if part["type"] == "text" else vision[part["type"]] for part in parts)
+        return f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n{ASSISTANT_HEADER}"
+    turns = [{"role": "user", "content": list(parts)}]
+    try:
+        text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, add_generation_prompt=True)
+    except TypeError as error:  # Jinja adds a list to a text
+        raise ValueError(f"the chat template takes no message with images ({error}); expected Qwen2-VL's") from error
+    if not text.endswith(ASSISTANT_HEADER):
+        raise ValueError(f"the chat template ends a prompt with {text[-40:]!r}; expected {ASSISTANT_HEADER!r}")
+    return text

@@ -1,0 +1,229 @@
+"""Image files to the rows of patches that the vision tower reads.
+
+Flow: data -> processing (here) -> rollout. The rule is the Qwen2-VL image processor's (arXiv 2409.12191; transformers
+`Qwen2VLImageProcessorPil`): both sides become multiples of patch_size * merge_size inside a pixel budget, bicubic;
+then x/255, minus the CLIP mean, over the CLIP std; then cut into patches of (channel, frame, y, x), the rows ordered
+(t, h/merge, w/merge, merge, merge), so that the patches that the merger joins stand next to each other. A still image
+is temporal_patch_size equal frames.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from einops import rearrange
+from PIL import Image, ImageOps
+
+MAX_ASPECT_RATIO = 200
+# Formats that PIL may try. EPS, for one, would run an external program on a file from a data set.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# What PIL's decoders raise on damaged files, besides OSError: see `load_image`.
+DECODE_ERRORS = (
+    OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError,
+    struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSpec:
+    """How images are resized, normalised and cut. Defaults: those of Qwen2-VL where its folder has no such file.
+
+    Attributes:
+      patch_size: side of a patch, in pixels.
+      temporal_patch_size: frames in a patch.
+      merge_size: patches on a side of one image token.
+      min_pixels, max_pixels: budget for height * width after resizing.
+      mean, std: per channel (RGB), of pixels in [0, 1].
+    """
+
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 1280
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    def __post_init__(self):
+        for field in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{field} is {value!r}; expected a positive whole number")
+        if not max(self.min_pixels, self.factor**2) <= self.max_pixels:
+            raise ValueError(
+                f"max_pixels is {self.max_pixels}; expected at least min_pixels ({self.min_pixels}) and one image "
+                f"token ({self.factor}x{self.factor} = {self.factor**2} pixels)"
+            )
+        for field in ("mean", "std"):
+            if len(getattr(self, field)) != 3:
+                raise ValueError(f"image {field} is {getattr(self, field)}; expected three numbers (R, G, B)")
+        if min(self.std) <= 0:
+            raise ValueError(f"image std is {self.std}; expected positive numbers")
+
+    @property
+    def factor(self) -> int:
+        """Side of one image token in pixels; the sides of a resized image are multiples of it."""
+        return self.patch_size * self.merge_size
+
+    @classmethod
+    def from_folder(
+        cls, folder: str | os.PathLike, *, min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> ImageSpec:
+        """Reads a checkpoint's `preprocessor_config.json` (or the `image_processor` of `processor_config.json`).
+
+        Args:
+          min_pixels, max_pixels: replace the file's budget where given.
+        Raises: ValueError that names the file and the field that cannot be served.
+        """
+        path, fields = _read_image_fields(Path(folder))
+        size = fields.get("size") or {}
+        budget = {
+            "min_pixels": (min_pixels, fields.get("min_pixels"), size.get("min_pixels"), size.get("shortest_edge")),
+            "max_pixels": (max_pixels, fields.get("max_pixels"), size.get("max_pixels"), size.get("longest_edge")),
+        }
+        values = {key: next((v for v in given if v is not None), None) for key, given in budget.items()}
+        values |= {key: fields.get(key) for key in ("patch_size", "temporal_patch_size", "merge_size")}
+        values |= {key: tuple(fields.get(f"image_{key}") or ()) or None for key in ("mean", "std")}
+        try:
+            return cls(**{key: value for key, value in values.items() if value is not None})
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _read_image_fields(folder: Path) -> tuple[Path, dict]:
+    """The image processor's fields and where they stand; refuses steps that this module does not do."""
+    path, fields = folder / "preprocessor_config.json", {}
+    if path.is_file():
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    elif (folder / "processor_config.json").is_file():  # where transformers 5 writes it
+        path = folder / "processor_config.json"
+        fields = json.loads(path.read_text(encoding="utf-8")).get("image_processor", {})
+    served = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": int(Image.Resampling.BICUBIC)}
+    for key, expected in served.items():
+        if fields.get(key, expected) != expected:
+            raise ValueError(f"{path}: {key} is {fields[key]!r}; only {expected!r} is supported")
+    if not math.isclose(fields.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
+        raise ValueError(f"{path}: rescale_factor is {fields['rescale_factor']!r}; only 1/255 is supported")
+    return path, fields
+
+
+def load_image(path: str | os.PathLike) -> Image.Image:
+    """Reads an image file as upright 8-bit RGB: EXIF orientation applied, transparency over white, first frame.
+
+    Raises: ValueError that names the path and what was expected, for a file that is missing, of another kind,
+      damaged, cut short, or a decompression bomb.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such image file")
+    Image.init()  # loads the decoders that PIL loads late; without it `formats` may not name them
+    try:
+        with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
+    except DECODE_ERRORS as error:
+        raise ValueError(
+            f"{path}: cannot be read as an image ({type(error).__name__}: {error}); expected a complete "
+            f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
+        ) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as 8-bit RGB: 16-bit gray scaled, transparent pixels over white. ValueError if it cannot be."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # PIL's own conversion clips at 255 and so turns most 16-bit images white.
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"gray values from {values.min()} to {values.max()}; expected 0 to 65535")
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("pixels are floating-point numbers of unknown range; expected 8 or 16 bits")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        if image.mode == "La":
+            image = image.convert("LA")
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """(height, width) in pixels as multiples of `factor` inside the budget, the aspect ratio kept as well as it can.
+
+    Sides are rounded as Python rounds (half to even). Over the budget both are scaled by one number and floored,
+    never below one factor; under it they are scaled and ceiled. The factor wins over the budget: a very long image can
+    end a little above max_pixels, since a side cannot be less than one factor.
+    Raises: ValueError on a side of 0, or a longer side over 200 times the shorter.
+    """
+    if min(height, width) < 1 or max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
+        raise ValueError(
+            f"image is {width}x{height} pixels; expected sides of at least 1 and a longer side of at most "
+            f"{MAX_ASPECT_RATIO} times the shorter"
+        )
+    new_height, new_width = (round(side / factor) * factor for side in (height, width))
+    if new_height * new_width > max_pixels:
+        scale = math.sqrt(height * width / max_pixels)
+        new_height, new_width = (max(factor, math.floor(side / scale / factor) * factor) for side in (height, width))
+    elif new_height * new_width < min_pixels:
+        scale = math.sqrt(min_pixels / (height * width))
+        new_height, new_width = (math.ceil(side * scale / factor) * factor for side in (height, width))
+    return new_height, new_width
+
+
+def image_patches(image: Image.Image, spec: ImageSpec) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """A still image as patches.
+
+    Args:
+      image: any PIL image.
+    Returns:
+      (P, 3 * temporal_patch_size * patch_size**2) float32 and its grid (1, h, w) in patches, P = h * w. It becomes
+      h * w / merge_size**2 tokens.
+    Raises: ValueError on an extreme aspect ratio.
+    """
+    return video_patches([image] * spec.temporal_patch_size, spec)
+
+
+def video_patches(frames: Sequence[Image.Image], spec: ImageSpec) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Frames of one size as patches; the last frame is repeated up to a multiple of temporal_patch_size.
+
+    The pixel budget holds for each frame.
+    Returns: patches as in `image_patches` and the grid (t, h, w), t = frames / temporal_patch_size.
+    Raises: ValueError on no frames, on frames of different size, on an extreme aspect ratio.
+    """
+    if not frames:
+        raise ValueError("a video without frames; expected at least one")
+    sizes = {frame.size for frame in frames}
+    if len(sizes) > 1:
+        raise ValueError(f"frames of one video have sizes {sorted(sizes)}; expected one size")
+    width, height = frames[0].size
+    new_height, new_width = smart_resize(
+        height, width, factor=spec.factor, min_pixels=spec.min_pixels, max_pixels=spec.max_pixels
+    )
+    first = _normalised(frames[0], (new_width, new_height), spec)
+    # A still image comes as the same object twice: it need not be resized twice.
+    pixels = [first if f is frames[0] else _normalised(f, (new_width, new_height), spec) for f in frames]
+    pixels += [pixels[-1]] * (-len(pixels) % spec.temporal_patch_size)
+    patches = rearrange(
+        np.stack(pixels),
+        "(t T) (h mh ph) (w mw pw) c -> (t h w mh mw) (c T ph pw)",
+        T=spec.temporal_patch_size,
+        mh=spec.merge_size,
+        mw=spec.merge_size,
+        ph=spec.patch_size,
+        pw=spec.patch_size,
+    )
+    grid = (len(pixels) // spec.temporal_patch_size, new_height // spec.patch_size, new_width // spec.patch_size)
+    return patches, grid
+
+
+def _normalised(image: Image.Image, size: tuple[int, int], spec: ImageSpec) -> np.ndarray:
+    """(height, width, 3) float32: resized to (width, height), in [0, 1], minus mean, over std."""
+    resized = to_rgb(image).resize(size, Image.Resampling.BICUBIC)
+    pixels = np.asarray(resized, dtype=np.float32) / np.float32(255)
+    return (pixels - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)

@@ -1,0 +1,288 @@
+"""One question to one `EncodedPrompt`: the whole of processing behind one object.
+
+Flow: data (`Example`) -> processing (here) -> rollout and training (`EncodedPrompt`). Each image placeholder becomes
+t*h*w / merge_size**2 tokens (Qwen2-VL, arXiv 2409.12191), and `image_slot_T` says which row of the merged image
+features stands where: features are placed by prompt position, never by looking for a token id. A prompt is never cut:
+one that is over its budget is an error that names the row, for the caller to drop and count.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from r1vl_jax.processing.chat import find_chat_template, render_chat, split_question
+from r1vl_jax.processing.images import ImageSpec, image_patches, load_image, video_patches
+from r1vl_jax.processing.positions import mrope_positions
+from r1vl_jax.types import EncodedPrompt, Example, RowError
+
+IM_END = "<|im_end|>"
+END_OF_TEXT = "<|endoftext|>"
+
+ImageLike = str | os.PathLike | Image.Image
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialIds:
+    """Token ids with a meaning of their own, all read from the checkpoint's files."""
+
+    image: int
+    video: int
+    vision_start: int
+    vision_end: int
+    im_end: int
+    end_of_text: int
+    pad: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Processor:
+    """Everything that turns questions into prompts and answers into tokens, and back.
+
+    Attributes:
+      tokenizer: the checkpoint's.
+      ids: its special ids.
+      image_spec: how images are resized and cut.
+      chat_template: Jinja text; None: the format of Qwen2-VL itself.
+      reserved: texts that the tokenizer reads as one special token; a question or an answer may not hold them.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    ids: SpecialIds
+    image_spec: ImageSpec
+    chat_template: str | None
+    reserved: tuple[str, ...]
+
+    @classmethod
+    def from_folder(
+        cls, folder: str | os.PathLike, *, min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> Processor:
+        """Reads tokenizer, ids, image settings and chat template of a checkpoint folder.
+
+        Args:
+          min_pixels, max_pixels: replace the checkpoint's pixel budget for one image where given.
+        Raises: ValueError that names the file and the key that is missing or does not fit.
+        """
+        folder = Path(folder)
+        config = _read_json(folder / "config.json")
+        tokenizer = _read_tokenizer(folder)
+        spec = ImageSpec.from_folder(folder, min_pixels=min_pixels, max_pixels=max_pixels)
+        vision = config.get("vision_config") or {}
+        for key in ("patch_size", "temporal_patch_size", "spatial_merge_size"):
+            field = key.removeprefix("spatial_")
+            if vision.get(key, getattr(spec, field)) != getattr(spec, field):
+                raise ValueError(
+                    f"{folder / 'config.json'}: vision_config.{key} is {vision[key]}, the image processor's {field} is "
+                    f"{getattr(spec, field)}; expected the same"
+                )
+        ids = _special_ids(folder, config, tokenizer)
+        # The structural tokens too: a tokenizer that was saved again may no longer mark them as special.
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        special |= set(tokenizer.convert_ids_to_tokens(list(dataclasses.astuple(ids))))
+        return cls(
+            tokenizer=tokenizer,
+            ids=ids,
+            image_spec=spec,
+            chat_template=find_chat_template(folder, tokenizer),
+            reserved=tuple(sorted(special)),
+        )
+
+    @property
+    def stop_ids(self) -> tuple[int, int]:
+        """Either of these ends an answer."""
+        return self.ids.im_end, self.ids.end_of_text
+
+    @property
+    def vision_ids(self) -> tuple[int, int, int, int]:
+        """Ids that an answer may never hold: sampler and log-softmax mask them."""
+        return self.ids.image, self.ids.video, self.ids.vision_start, self.ids.vision_end
+
+    def encode_prompt(self, example: Example, *, max_tokens: int | None = None) -> EncodedPrompt:
+        """Encodes the question of a row, with its images; see `encode_question`. RowError names file, row, field."""
+        return self.encode_question(example.question, example.images, name=example.name, max_tokens=max_tokens)
+
+    def encode_question(
+        self,
+        question: str,
+        images: Sequence[ImageLike] = (),
+        *,
+        videos: Sequence[Sequence[ImageLike]] = (),
+        name: str = "prompt",
+        max_tokens: int | None = None,
+    ) -> EncodedPrompt:
+        """Encodes a question up to and with the assistant header.
+
+        Args:
+          question: text with "<image>" and "<video>" where those stand; with none, all are put in front.
+          images: paths or PIL images, in the order of their placeholders.
+          videos: lists of frames, likewise.
+          name: what errors call this question.
+          max_tokens: budget for the prompt; None: no limit. A prompt over it is an error; it is never cut.
+        Returns: the prompt; patches and grids in the order of the placeholders.
+        Raises: RowError, with `name` and the field in its message; ValueError if the chat template does not serve.
+        """
+        self._check_text(question, f"{name}, question")
+        try:
+            parts = split_question(question, images=len(images), videos=len(videos))
+        except ValueError as error:
+            raise RowError(f"{name}, question: {error}") from error
+        stills = (self._patches(f"{name}, images[{i}]", image) for i, image in enumerate(images))
+        clips = (self._patches(f"{name}, videos[{i}]", video) for i, video in enumerate(videos))
+        kinds = [part["type"] for part in parts if part["type"] != "text"]
+        blocks = [next(stills if kind == "image" else clips) for kind in kinds]
+        grids = tuple(grid for _, grid in blocks)
+        text = render_chat(self.tokenizer, parts, vision=self._vision_text(), template=self.chat_template)
+        tokens_T = self._expand(self._tokenize(text), kinds, grids, name)
+        prompt = self._assemble(tokens_T, grids, [patches for patches, _ in blocks])
+        if max_tokens is not None and len(tokens_T) > max_tokens:
+            raise RowError(
+                f"{name}: the prompt has {len(tokens_T)} tokens ({prompt.num_image_tokens} image, "
+                f"{len(tokens_T) - prompt.num_image_tokens} text); expected at most {max_tokens}: "
+                "lower the pixel budget or raise the prompt's"
+            )
+        return prompt
+
+    def encode_answer(self, text: str, *, name: str = "answer") -> np.ndarray:
+        """int32 tokens of an answer and its closing "<|im_end|>\\n", the targets of SFT.
+
+        Raises: RowError, with `name` in its message, if the text holds a special token.
+        """
+        self._check_text(text, name)
+        return self._tokenize(f"{text}{IM_END}\n")
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """The text of tokens, special ones left out."""
+        ids = np.asarray(tokens).tolist()
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _check_text(self, text: str, name: str) -> None:
+        """A special token in a text would end a turn or ask for image features that do not exist."""
+        for token in self.reserved:
+            if token in text:
+                raise RowError(f"{name}: the text holds the special token {token!r}; expected plain text")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RowError(f"{name}: the text is not valid Unicode ({error})") from error
+
+    def _vision_text(self) -> dict[str, str]:
+        start, image, video, end = self.tokenizer.convert_ids_to_tokens(
+            [self.ids.vision_start, self.ids.image, self.ids.video, self.ids.vision_end]
+        )
+        return {"image": f"{start}{image}{end}", "video": f"{start}{video}{end}"}
+
+    def _tokenize(self, text: str) -> np.ndarray:
+        return np.asarray(self.tokenizer.encode(text, add_special_tokens=False), np.int32)
+
+    def _patches(self, name: str, source: ImageLike | Sequence[ImageLike]) -> tuple[np.ndarray, tuple[int, int, int]]:
+        """Patches and grid of one image, or of one video given as its frames."""
+
+        def opened(image: ImageLike) -> Image.Image:
+            return image if isinstance(image, Image.Image) else load_image(image)
+
+        try:
+            if isinstance(source, (str, os.PathLike, Image.Image)):
+                return image_patches(opened(source), self.image_spec)
+            return video_patches([opened(frame) for frame in source], self.image_spec)
+        except (ValueError, OSError) as error:  # OSError: a PIL image whose file is read only now
+            where = f" ({source})" if isinstance(source, (str, os.PathLike)) and str(source) not in str(error) else ""
+            raise RowError(f"{name}{where}: {error}") from error
+
+    def _expand(self, tokens: np.ndarray, kinds: list[str], grids: tuple, name: str) -> np.ndarray:
+        """Repeats each placeholder token as often as its image has tokens."""
+        where = np.flatnonzero(np.isin(tokens, (self.ids.image, self.ids.video)))
+        found = ["image" if token == self.ids.image else "video" for token in tokens[where]]
+        if found != kinds:
+            # A template for text alone drops images, or prints them as text. No row's fault, so no RowError.
+            raise ValueError(f"{name}: the chat template made the placeholders {found} of {kinds}; expected the same")
+        counts = np.ones(len(tokens), np.int64)
+        counts[where] = [t * h * w // self.image_spec.merge_size**2 for t, h, w in grids]
+        return np.repeat(tokens, counts)
+
+    def _assemble(self, tokens_T: np.ndarray, grids: tuple, patches: list[np.ndarray]) -> EncodedPrompt:
+        """Adds slots and positions to expanded tokens."""
+        spec = self.image_spec
+        is_image_T = np.isin(tokens_T, (self.ids.image, self.ids.video))
+        slot_T = np.where(is_image_T, np.cumsum(is_image_T) - 1, -1).astype(np.int32)
+        segments, begin, slot = [], 0, 0
+        for grid in grids:
+            at = int(np.flatnonzero(slot_T == slot)[0])
+            size = grid[0] * grid[1] * grid[2] // spec.merge_size**2
+            segments += [at - begin, grid]
+            begin, slot = at + size, slot + size
+        segments.append(len(tokens_T) - begin)
+        positions_3T, next_position = mrope_positions(segments, spec.merge_size)
+        width = 3 * spec.temporal_patch_size * spec.patch_size**2
+        return EncodedPrompt(
+            tokens_T=tokens_T.astype(np.int32),
+            positions_3T=positions_3T,
+            image_slot_T=slot_T,
+            patches_PC=np.concatenate([np.zeros((0, width), np.float32), *patches]),
+            grids=grids,
+            next_position=next_position,
+        )
+
+
+def _read_json(path: Path) -> dict:
+    """A JSON object of the checkpoint; ValueError names the file if it is missing or no object."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected a checkpoint folder in Hugging Face layout")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds a {type(value).__name__}; expected an object")
+    return value
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer. transformers makes an empty one where the vocabulary is missing: checked here."""
+    if not (folder / "tokenizer.json").is_file():
+        for path in (folder / "vocab.json", folder / "merges.txt"):
+            if not path.is_file():
+                raise ValueError(f"{path}: no such file; expected tokenizer.json, or vocab.json and merges.txt")
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _special_ids(folder: Path, config: dict, tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
+    """Vision ids from config.json, stop ids from the tokenizer, pad from generation_config.json or the tokenizer."""
+    text = config.get("text_config") or {}  # transformers 5 nests the text model's fields
+    vocabulary = tokenizer.get_vocab()
+
+    def from_config(key: str) -> int:
+        value = config.get(key, text.get(key))
+        if not isinstance(value, int) or value not in known:
+            raise ValueError(f"{folder / 'config.json'}: {key} is {value!r}; expected the id of one of its tokens")
+        return value
+
+    def from_tokenizer(token: str) -> int:
+        if token not in vocabulary:
+            raise ValueError(f"{folder}: the tokenizer (tokenizer.json, tokenizer_config.json) has no {token!r}")
+        return vocabulary[token]
+
+    known = set(vocabulary.values())
+    generation = folder / "generation_config.json"
+    pad = _read_json(generation).get("pad_token_id") if generation.is_file() else None
+    pad = tokenizer.pad_token_id if pad is None else pad
+    if pad not in known:
+        raise ValueError(
+            f"{generation}: pad_token_id is {pad!r}, counting the tokenizer's pad_token where there is none; expected "
+            "the id of one of its tokens"
+        )
+    return SpecialIds(
+        image=from_config("image_token_id"),
+        video=from_config("video_token_id"),
+        vision_start=from_config("vision_start_token_id"),
+        vision_end=from_config("vision_end_token_id"),
+        im_end=from_tokenizer(IM_END),
+        end_of_text=from_tokenizer(END_OF_TEXT),
+        pad=pad,
+    )

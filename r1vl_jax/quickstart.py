@@ -1,0 +1,41 @@
+"""The built-in task with a model to train on it: pictures, questions, a tokenizer and a tiny random Qwen2-VL.
+
+    DIR/task/    sft.json, rl.json, heldout.json and the pictures
+    DIR/model/   a Qwen2-VL of about 1M parameters in Hugging Face layout
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import jax
+
+from r1vl_jax.checkpoint.hf import save_hf
+from r1vl_jax.config import ShapesSection
+from r1vl_jax.data.shapes import make_task
+from r1vl_jax.data.shapes.tokenizer import task_texts, train_tokenizer, write_checkpoint_files
+from r1vl_jax.model.config import load_config
+from r1vl_jax.model.spec import init_params
+
+
+def make_shapes(config: ShapesSection) -> None:
+    """Writes what is not there yet. Raises FileExistsError where the task there has other parameters."""
+    folder = Path(config.dir)
+    task, model = folder / "task", folder / "model"
+    make_task(
+        task,
+        seed=config.seed,
+        sft_rows=config.sft_rows,
+        rl_rows=config.rl_rows,
+        heldout_rows=config.heldout_rows,
+    )
+    if model.exists():
+        return
+    draft = folder / "model.draft"
+    shutil.rmtree(draft, ignore_errors=True)
+    tokenizer = train_tokenizer(task_texts(task), draft)
+    write_checkpoint_files(draft, tokenizer)
+    cfg = load_config(draft)
+    save_hf(init_params(jax.random.key(config.seed), cfg), cfg, model, source=draft)
+    shutil.rmtree(draft)

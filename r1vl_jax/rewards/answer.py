@@ -1,0 +1,116 @@
+"""The final answer: taking it from a text, and comparing it with the solution's.
+
+math-verify (`parse`, then `verify`) decides first, as in the functions released with R1-VL (arXiv 2503.12937); where
+it sees no equality, or fails, the two answers are compared as text. Its own limits are 5 s for each `parse` and each
+comparison, by SIGALRM: only the main thread of a process can check answers. math-verify, and SymPy with it, is
+imported at the first check.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import unicodedata
+
+from r1vl_jax.rewards import steps
+from r1vl_jax.rewards.rules import Rules
+
+# An answer taken from a section is cut here. Nothing that long is right, and comparing it could take very long:
+# Unicode normalisation sorts runs of combining marks in quadratic time.
+MAX_ANSWER_CHARS = 4096
+
+_CHOICE = re.compile(r"(?P<word>option\s+)?(?:\((?P<paren>[a-z])\)|(?P<bare>[a-z]))(?P<rest>.*)", re.I | re.S)
+_OPTION_TEXT = re.compile(r"\s+(?!(?:or|and)\b)[\w$\\]", re.I)
+
+
+def found_answer(completion: str, rules: Rules) -> str | None:
+    """The final answer of a completion; None without a final-answer header, or with nothing after it."""
+    if not rules.answer_from_section:
+        return steps.answer_line(completion) or None
+    section = steps.answer_section(completion)
+    return _first_answer(section)[:MAX_ANSWER_CHARS] or None if section else None
+
+
+def expected_answer(solution: str, rules: Rules) -> str:
+    """The final answer of a solution; the whole solution, stripped, where it has no final-answer header."""
+    if not rules.answer_from_section:
+        line = steps.answer_line(solution)
+        return solution.strip() if line is None else line
+    section = steps.answer_section(solution)
+    return solution.strip() if section is None else _first_answer(section)
+
+
+def is_correct(completion: str, solution: str, rules: Rules) -> bool:
+    """Whether the completion's final answer is the solution's.
+
+    Raises:
+      RuntimeError: called outside the main thread, where math-verify cannot limit its time.
+    """
+    if rules.answer_from_section:
+        answer, gold = found_answer(completion, rules), expected_answer(solution, rules)
+        if answer is None:
+            return False
+        letters = (choice_letter(answer), choice_letter(gold)) if rules.choice_letters else (None, None)
+        if None not in letters:
+            return letters[0] == letters[1]
+        return _math_equal(answer, gold, rules) or _text_equal(answer, gold, rules)
+    if _math_equal(completion, solution, rules):
+        return True
+    line = steps.answer_line(completion)
+    return _text_equal(completion.strip() if line is None else line, expected_answer(solution, rules), rules)
+
+
+def choice_letter(text: str) -> str | None:
+    """The option that a text names, as an upper-case letter; None where it names none.
+
+    Read as options: "B", "B.", "(B)", "B: 12", "B. 12", "B) 12", "(B) 12", "Option B"; a lower-case letter only in
+    "(b)" and "option b". Not options: "A triangle", "b", "A:B = 1:2", "A or B", "(x) + 1".
+    """
+    match = _CHOICE.fullmatch(unicodedata.normalize("NFKC", text[:MAX_ANSWER_CHARS]).strip())
+    if match is None:
+        return None
+    letter, rest = match["paren"] or match["bare"], match["rest"]
+    bare_end = rest.strip() in ("", ".", ":", ")")
+    if letter.islower():  # "b" is a variable unless something marks it as an option
+        return letter.upper() if bare_end and (match["paren"] or match["word"]) else None
+    separated = len(rest) > 1 and rest[0] in ".:)" and rest[1].isspace()
+    in_brackets = match["paren"] is not None and _OPTION_TEXT.match(rest) is not None
+    return letter if bare_end or separated or in_brackets else None
+
+
+def _first_answer(section: str) -> str:
+    """The section's first line, what follows is talk; all of it where that line opens mathematics over several lines.
+
+    One text serves every comparison: were math-verify to read the section and the text comparison its first line,
+    an answer could make two guesses.
+    """
+    line = section.partition("\n")[0].strip()
+    opened = (
+        line.count("$$") % 2 or line.count("\\[") > line.count("\\]") or line.count("\\begin{") > line.count("\\end{")
+    )
+    return section if opened else line
+
+
+def _math_equal(answer: str, gold: str, rules: Rules) -> bool:
+    """math-verify's verdict; False where it fails, and the comparison as text decides (as in the released code)."""
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("answers can only be checked in the main thread (math-verify uses SIGALRM): use ScorerPool")
+    from math_verify import parse, verify
+    from math_verify.errors import TimeoutException
+
+    try:
+        found, wanted = parse(answer), parse(gold)
+        pair = (wanted, found) if rules.verify_gold_first else (found, wanted)
+        return float(verify(*pair)) > 0
+    except (Exception, TimeoutException):  # TimeoutException is not an Exception
+        return False
+
+
+def _text_equal(answer: str, gold: str, rules: Rules) -> bool:
+    if rules.fold_text:
+        return _folded(answer) == _folded(gold)
+    return answer == gold
+
+
+def _folded(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

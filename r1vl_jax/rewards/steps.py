@@ -1,0 +1,109 @@
+"""The sections of an answer: step bodies, the final answer, completeness and order.
+
+The format (R1-VL, arXiv 2503.12937, the prompt of the released data):
+
+    ### Image Description:
+    ### Rationales:
+    ### Let's think step by step.
+    ### Step 1:             (and so on, numbered from 1)
+    ### The final answer is: 3
+
+StepRVR pays 1 for an answer that is complete (description, rationale, at least one step, final answer) and in order
+(description and rationale before the steps, the steps before the final answer, steps numbered 1..n).
+
+Every function is one pass over the text, so that answers of megabytes and of ten thousand steps stay cheap.
+"""
+
+from __future__ import annotations
+
+import re
+
+from r1vl_jax.rewards.rules import Rules
+
+ANSWER_HEADER = "### The final answer is:"
+# The four texts whose presence makes an answer complete in the released code.
+_SUBSTRINGS = {
+    "### Image Description:": "image description",
+    "### Rationales:": "rationale",
+    "### Step 1:": "step 1",
+    ANSWER_HEADER: "final answer",
+}
+
+_STEP_HEADER = re.compile(r"### Step (\d+):")
+# As released: a step's text ends at the next line that starts with ###, whatever follows there; white space after
+# the header is skipped first, so an empty step swallows the step below it.
+_STEP_BODY = re.compile(r"### Step \d+:\s*(.*?)(?=\n###|\Z)", re.DOTALL)
+_ANSWER_LINE = re.compile(r"### The final answer is:\s*\n?(.*)")
+
+_NAMES = ("image description", "rationale", "line \"Let's think step by step.\"", "step", "final answer")
+_OPTIONAL = 2  # the "Let's think" line introduces the steps and is not a section: only its place is checked
+_STEP = 3
+# One group for each name above, in the order of the format.
+_HEADER = re.compile(
+    r"^### (?:(Image Description:)|(Rationales:)|(Let's think step by step\.)|Step (\d+):|(The final answer is:))",
+    re.MULTILINE,
+)
+
+
+def steps_text(text: str) -> str:
+    """The bodies of all steps, joined by a blank, in lower case: what key steps are searched in."""
+    return " ".join(_STEP_BODY.findall(text)).lower()
+
+
+def answer_line(text: str) -> str | None:
+    """The first line with text from the first final-answer header on, stripped; None without a header."""
+    match = _ANSWER_LINE.search(text)
+    return None if match is None else match[1].strip()
+
+
+def answer_section(text: str) -> str | None:
+    """The text below the first final-answer header that starts a line, stripped; None without such a header.
+
+    The first, not the last: the steps must all come before it, and a second one would be a second guess. The section
+    ends at the next line that starts with ###.
+    """
+    start = 0 if text.startswith(ANSWER_HEADER) else text.find("\n" + ANSWER_HEADER) + 1
+    if not text.startswith(ANSWER_HEADER, start):
+        return None
+    start += len(ANSWER_HEADER)
+    end = text.find("\n###", start)
+    return text[start : end if end >= 0 else len(text)].strip()
+
+
+def section_faults(text: str, rules: Rules) -> tuple[str, ...]:
+    """What keeps an answer from being complete and in order, as short phrases; empty for a valid answer."""
+    headers = list(_HEADER.finditer(text))
+    kinds = [header.lastindex - 1 for header in headers]
+    if rules.sections_by_header:
+        missing = [f"no {name}" for kind, name in enumerate(_NAMES) if kind not in kinds and kind != _OPTIONAL]
+        numbers = [header[header.lastindex] for header in headers if header.lastindex - 1 == _STEP]
+    else:
+        missing = [f"no {name}" for header, name in _SUBSTRINGS.items() if header not in text]
+        numbers = _STEP_HEADER.findall(text)
+    order = _order_faults(kinds) if rules.full_order else _answer_place_faults(text)
+    return (*missing, *order, *_number_faults(numbers))
+
+
+def _order_faults(kinds: list[int]) -> list[str]:
+    """Every header that stands below one that the format puts after it."""
+    latest, late = 0, set()
+    for kind in kinds:
+        if kind < latest:
+            late.add((kind, latest))
+        latest = max(latest, kind)
+    return [f"{_NAMES[kind]} after {_NAMES[before]}" for kind, before in sorted(late)]
+
+
+def _answer_place_faults(text: str) -> list[str]:
+    """The released order rule: the first final-answer header stands after the last step's header."""
+    if text.strip().endswith(ANSWER_HEADER):
+        return []
+    last_step = max((header.end() for header in _STEP_HEADER.finditer(text)), default=0)
+    place = text.find(ANSWER_HEADER)
+    return ["final answer before the last step"] if 0 <= place < last_step else []
+
+
+def _number_faults(numbers: list[str]) -> list[str]:
+    # Python refuses to convert thousands of digits, and no answer has that many steps.
+    found = [int(digits) if len(digits) <= 1000 else -1 for digits in numbers]
+    return [] if found == list(range(1, len(found) + 1)) else ["steps not numbered 1..n"]

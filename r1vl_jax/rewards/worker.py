@@ -1,0 +1,59 @@
+"""The process behind `ScorerPool`: receives one answer at a time over a pipe, and sends back its score.
+
+Started as `python -m r1vl_jax.rewards.worker FD FUNCTION TIMEOUT_S MEMORY_BYTES`, never imported by the package. A
+plain command rather than multiprocessing's spawn, because spawn imports the parent's main module again, which in
+training is all of JAX.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import resource
+import signal
+import sys
+from multiprocessing.connection import Connection
+
+from math_verify import parse
+from math_verify.errors import TimeoutException
+
+READY = "ready"
+
+
+def main(fd: int, function: str, timeout_s: float, memory_bytes: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends us
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it logs the whole text at every timeout
+    module, _, name = function.partition(":")
+    score = getattr(importlib.import_module(module), name)
+    parse("$1$")  # compiles math-verify's expressions now, not on the first answer's time
+    _limit(resource.RLIMIT_AS, memory_bytes)
+    _limit(resource.RLIMIT_CORE, 0)
+    conn = Connection(fd)
+    conn.send(READY)
+    while True:
+        try:
+            args, options = conn.recv()
+        except EOFError:  # the parent closed the pool, or is gone
+            return
+        # The parent kills a slow worker. Should the parent be gone, the kernel does, a little later.
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        _limit(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime + timeout_s) + 5)
+        try:
+            reply = ("ok", score(*args, **options))
+        except (Exception, TimeoutException) as error:  # TimeoutException is not an Exception
+            reply = ("error", f"{type(error).__name__}: {error}"[:300])
+        conn.send(reply)
+
+
+def _limit(kind: int, value: int) -> None:
+    """Lowers a soft limit where the system has it; the hard one stays, so that the soft one can move again."""
+    _, hard = resource.getrlimit(kind)
+    try:
+        resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+    except (ValueError, OSError) as error:  # macOS has no limit of the address space
+        logging.getLogger(__name__).warning("no resource limit %s: %s", kind, error)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], float(sys.argv[3]), int(sys.argv[4]))

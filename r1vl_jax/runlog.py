@@ -1,0 +1,136 @@
+"""The run folder: resolved config, metrics.jsonl, rollouts.jsonl, and the line of progress on the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+from r1vl_jax import config as configs
+from r1vl_jax.config import Config, ConfigError
+
+
+class RunLog:
+    """Everything that a run writes but checkpoints and exports.
+
+    Args:
+      config: is written to config.yaml.
+      resume: go on in an existing folder; else such a folder is an error, or removed with `overwrite`.
+    """
+
+    def __init__(self, config: Config, *, resume: bool = False, overwrite: bool = False):
+        self.folder = Path(config.output_dir)
+        self._config_file = self.folder / "config.yaml"
+        if self._config_file.exists():
+            if overwrite:
+                shutil.rmtree(self.folder)
+            elif not resume:
+                raise ConfigError(f"output_dir: {self.folder} holds a run; add --resume, or --overwrite to start it anew")
+            else:
+                self._report_changes(config)
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise ConfigError(f"output_dir: {self.folder} is not empty and not a run folder; choose another")
+        elif resume:
+            self.say(f"{self.folder} holds no run to resume: starting one")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._config_file.write_text(configs.dump(config))
+        self._bar: tqdm | None = None
+
+    def _report_changes(self, config: Config) -> None:
+        old, new = yaml.safe_load(self._config_file.read_text()), yaml.safe_load(configs.dump(config))
+        for key, *_ in configs.describe():
+            before, after = _dig(old, key), _dig(new, key)
+            if before != after:
+                self.say(f"{key} was {before!r} in this run and is now {after!r}")
+
+    def say(self, message: str) -> None:
+        """One line for people, on stderr, above the progress line."""
+        tqdm.write(message, file=sys.stderr)
+
+    def forget_after(self, stages: tuple[str, ...], stage: str, step: int) -> None:
+        """Removes what was logged after a checkpoint, so that a resumed run logs each step once."""
+        later = stages[stages.index(stage) + 1 :]
+
+        def keep(row: dict[str, Any]) -> bool:
+            if row["stage"] in later:
+                return False
+            # The held-out judgement of a step comes after its checkpoint, and is made again.
+            last = step - 1 if row.get("event") == "heldout" else step
+            return row["stage"] != stage or row["step"] <= last
+
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            path = self.folder / name
+            if path.exists():
+                rows = [line for line in path.read_text().splitlines() if _complete(line) and keep(json.loads(line))]
+                path.write_text("".join(line + "\n" for line in rows))
+
+    def metrics(self, stage: str, step: int, values: dict[str, Any]) -> None:
+        self._append("metrics.jsonl", {"stage": stage, "step": step, **{k: _plain(v) for k, v in values.items()}})
+
+    def rollouts(self, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            self._append("rollouts.jsonl", row)
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        with open(self.folder / name, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def steps(self, name: str, start: int, total: int) -> Iterator[int]:
+        """Steps start+1 .. total with a live line: bar, rate, time left and what `show` gives it."""
+        self._bar = tqdm(total=total, initial=start, desc=name, unit="step", file=sys.stderr, dynamic_ncols=True)
+        with self._bar:
+            for step in range(start + 1, total + 1):
+                yield step
+                self._bar.update()
+        self._bar = None
+
+    def show(self, **values: float) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix({key: f"{value:.3g}" for key, value in values.items()})
+
+
+class Phases:
+    """Seconds spent in each phase of a step."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str):
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+    def metrics(self) -> dict[str, float]:
+        return {f"seconds/{name}": value for name, value in self.seconds.items()}
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (str, int, bool)) or value is None else float(value)
+
+
+def _dig(tree: dict, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def _complete(line: str) -> bool:
+    """False for a line that a cut-off run left half written."""
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return True

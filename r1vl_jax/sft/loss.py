@@ -1,0 +1,27 @@
+"""The warm-up loss: cross-entropy on the answer and its closing tokens, not on the prompt (R1-VL, section 3.1).
+
+    L = -1/|tokens| sum_t log pi(c_t | Q, c_<t)     over the answer tokens of the whole update
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from r1vl_jax.model.config import ModelConfig
+from r1vl_jax.model.qwen2_vl import answer_logprobs
+from r1vl_jax.types import TrainBatch
+
+
+def token_weights(mask_BGT: np.ndarray, tokens: int) -> np.ndarray:
+    """Weight of each token: 1 / tokens, the number of answer tokens in the whole update."""
+    return (mask_BGT / tokens).astype(np.float32)
+
+
+def sft_loss(params, batch: TrainBatch, *, cfg: ModelConfig, remat: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Loss and metrics of one micro-batch; over the micro-batches of an update they add up."""
+    logprobs, entropy = answer_logprobs(params, cfg, batch.prompts, batch.tokens_BGT, remat=remat)
+    real = batch.weight_BGT > 0
+    loss = -jnp.sum(batch.weight_BGT * jnp.where(real, logprobs, 0.0))
+    return loss, {"loss": loss, "entropy": jnp.sum(batch.weight_BGT * entropy)}

@@ -1,0 +1,280 @@
+"""Chat text and whole prompts: the published template, expansion by hand, and what is refused."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_tokenizer import make_tokenizer, write_checkpoint
+
+from r1vl_jax.data.sources import read_examples
+from r1vl_jax.processing.chat import find_chat_template, render_chat, split_question
+from r1vl_jax.processing.images import image_patches
+from r1vl_jax.processing.positions import mrope_positions
+from r1vl_jax.processing.processor import Processor
+from r1vl_jax.types import Example, RowError
+
+# The template in the published Qwen2-VL checkpoints (Apache-2.0), as a fixture.
+QWEN2_VL_TEMPLATE = (
+    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
+    "{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "{% set image_count.value = image_count.value + 1 %}"
+    "{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif content['type'] == 'video' or 'video' in content %}"
+    "{% set video_count.value = video_count.value + 1 %}"
+    "{% if add_vision_id %}Video {{ video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXT_TEMPLATE = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}{% endfor %}"
+VISION = {
+    "image": "<|vision_start|><|image_pad|><|vision_end|>",
+    "video": "<|vision_start|><|video_pad|><|vision_end|>",
+}
+PROMPT = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
+GEOMETRY = Path(__file__).parents[1].parent / "shared" / "real" / "geometry3k"
+needs_geometry = pytest.mark.skipif(not GEOMETRY.is_dir(), reason="needs shared/real/geometry3k beside the checkout")
+
+
+def noise(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def processor(folder):
+    return Processor.from_folder(folder, max_pixels=20_000)
+
+
+def test_split_question():
+    assert split_question("Find x.", images=0) == [{"type": "text", "text": "Find x."}]
+    assert split_question("Find x.", images=2) == [{"type": "image"}] * 2 + [{"type": "text", "text": "Find x."}]
+    parts = split_question("a <image>\n<video> b<image>", images=2, videos=1)
+    kinds = ["text", "image", "text", "video", "text", "image"]
+    assert [part["type"] for part in parts] == kinds
+    assert [part["text"] for part in parts if part["type"] == "text"] == ["a ", "\n", " b"]
+    assert split_question("", images=1) == [{"type": "image"}]
+
+
+@pytest.mark.parametrize(("question", "images"), [("<image>", 0), ("<image> <image>", 1), ("<image> x", 2)])
+def test_placeholders_must_match(question, images):
+    with pytest.raises(ValueError, match=f"has {question.count('<image>')} <image> and the row has {images}"):
+        split_question(question, images=images)
+
+
+@pytest.mark.parametrize("question", ["Find x.", "<image>Find x.", "a <image><video>\nb <image>", "{{ x }} {% if %}"])
+def test_own_format_equals_the_published_template(question):
+    tokenizer = make_tokenizer()
+    parts = split_question(question, images=question.count("<image>"), videos=question.count("<video>"))
+    published = render_chat(tokenizer, parts, vision=VISION, template=QWEN2_VL_TEMPLATE)
+    ours = render_chat(tokenizer, parts, vision=VISION)
+    user = question.replace("<image>", VISION["image"]).replace("<video>", VISION["video"])
+    assert published == ours == PROMPT.format(user) + "<|im_start|>assistant\n"
+
+
+def test_where_the_template_comes_from(tmp_path):
+    tokenizer = make_tokenizer()
+    assert find_chat_template(tmp_path, tokenizer) is None
+    tokenizer.chat_template = {"default": "D", "tool_use": "T"}
+    assert find_chat_template(tmp_path, tokenizer) == "D"
+    tokenizer.chat_template = "A"
+    assert find_chat_template(tmp_path, tokenizer) == "A"
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "B"}))
+    assert find_chat_template(tmp_path, tokenizer) == "B"
+    (tmp_path / "chat_template.jinja").write_text("C")
+    assert find_chat_template(tmp_path, tokenizer) == "C"
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "chat_template.json").write_text("{}")
+    with pytest.raises(ValueError, match="chat_template.json: no text under chat_template"):
+        find_chat_template(tmp_path, tokenizer)
+
+
+def test_template_that_does_not_serve(tmp_path, processor):
+    with pytest.raises(ValueError, match="takes no message with images"):
+        render_chat(processor.tokenizer, [{"type": "image"}], vision=VISION, template=TEXT_TEMPLATE)
+    with pytest.raises(ValueError, match=r"expected '<\|im_start\|>assistant"):
+        render_chat(processor.tokenizer, [{"type": "image"}], vision=VISION, template="hello")
+    drops = dataclasses.replace(processor, chat_template="no picture<|im_start|>assistant\n\n")
+    with pytest.raises(ValueError, match=r"template made the placeholders \[\] of \['image'\]") as caught:
+        drops.encode_question("x", [noise(30, 30)])
+    assert not isinstance(caught.value, RowError)  # the checkpoint's fault: no row may be dropped for it
+
+
+@pytest.mark.parametrize("template", [None, QWEN2_VL_TEMPLATE])
+def test_prompt_equals_expansion_by_hand(tmp_path, template):
+    processor = Processor.from_folder(write_checkpoint(tmp_path, chat_template=template), max_pixels=20_000)
+    assert processor.chat_template == template
+    images = [noise(120, 90), noise(56, 56, 1)]
+    prompt = processor.encode_question("<image>Find x in <image>.", images)
+    expected = [image_patches(image, processor.image_spec) for image in images]
+    assert prompt.grids == ((1, 6, 8), (1, 4, 4)) == tuple(grid for _, grid in expected)
+    np.testing.assert_array_equal(prompt.patches_PC, np.concatenate([patches for patches, _ in expected]))
+
+    def pads(count):
+        return f"<|vision_start|>{'<|image_pad|>' * count}<|vision_end|>"
+
+    text = PROMPT.format(f"{pads(12)}Find x in {pads(4)}.") + "<|im_start|>assistant\n"
+    expected_T = processor.tokenizer.encode(text, add_special_tokens=False)
+    assert prompt.tokens_T.dtype == np.int32 and prompt.tokens_T.tolist() == expected_T
+    slots = iter(range(16))
+    by_hand = [next(slots) if token == processor.ids.image else -1 for token in expected_T]
+    assert prompt.image_slot_T.tolist() == by_hand and prompt.num_image_tokens == 16
+    first = expected_T.index(processor.ids.image)
+    second = expected_T.index(processor.ids.image, first + 12)
+    tail = len(expected_T) - second - 4
+    positions_3T, next_position = mrope_positions([first, (1, 6, 8), second - first - 12, (1, 4, 4), tail], 2)
+    np.testing.assert_array_equal(prompt.positions_3T, positions_3T)
+    assert prompt.next_position == next_position
+
+
+def test_text_only(processor):
+    prompt = processor.encode_question("Find x.")
+    assert prompt.grids == () and prompt.patches_PC.shape == (0, 1176) and prompt.num_image_tokens == 0
+    np.testing.assert_array_equal(prompt.positions_3T, [range(len(prompt.tokens_T))] * 3)
+    assert prompt.next_position == len(prompt.tokens_T)
+
+
+def test_video_keeps_the_order_of_placeholders(processor):
+    image, frames = noise(60, 60), [noise(58, 60, seed) for seed in range(5)]
+    prompt = processor.encode_question("<video>what<image>", [image], videos=[frames])
+    assert prompt.grids == ((3, 4, 4), (1, 4, 4))
+    kinds = [token for token in prompt.tokens_T if token in (processor.ids.image, processor.ids.video)]
+    assert kinds == [processor.ids.video] * 12 + [processor.ids.image] * 4
+    assert prompt.image_slot_T[prompt.image_slot_T >= 0].tolist() == list(range(16))
+    np.testing.assert_array_equal(prompt.patches_PC[48:], image_patches(image, processor.image_spec)[0])
+    assert prompt.next_position == prompt.positions_3T.max() + 1
+
+
+def test_paths_and_pil_images_agree(tmp_path, processor):
+    image = noise(64, 48)
+    image.save(tmp_path / "a.png")
+    from_path = processor.encode_question("x", [tmp_path / "a.png"])
+    np.testing.assert_array_equal(from_path.patches_PC, processor.encode_question("x", [image]).patches_PC)
+    again = processor.encode_prompt(Example("f.json", 0, (str(tmp_path / "a.png"),), "<image>x", "3"))
+    np.testing.assert_array_equal(from_path.tokens_T, again.tokens_T)
+
+
+@pytest.mark.parametrize("token", ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|im_end|>", "<|endoftext|>"])
+def test_special_tokens_in_texts_are_refused(processor, token):
+    example = Example("data/rl.json", 3, (), f"what is {token}?", "3")
+    with pytest.raises(RowError, match=r"data/rl.json, row 3, question: the text holds the special token '<\|"):
+        processor.encode_prompt(example)
+    with pytest.raises(RowError, match="data/sft.json, row 1, answer: the text holds"):
+        processor.encode_answer(f"a {token}", name="data/sft.json, row 1, answer")
+
+
+def test_row_errors_name_file_row_and_field(tmp_path, processor):
+    (tmp_path / "text.png").write_text("no image")
+    Image.new("RGB", (900, 3)).save(tmp_path / "long.png")
+    for file, message in [
+        ("none.png", "none.png: no such image file"),
+        ("text.png", "text.png: cannot be read"),
+        ("long.png", "long.png.: image is 900x3 pixels"),
+    ]:
+        example = Example("data/rl.json", 3, (str(tmp_path / file),), "<image>x", "3")
+        with pytest.raises(RowError, match=rf"^data/rl.json, row 3, images\[0\].*{message}"):
+            processor.encode_prompt(example)
+    with pytest.raises(RowError, match="data/rl.json, row 4, question: .* 2 <image> and the row has 0"):
+        processor.encode_prompt(Example("data/rl.json", 4, (), "<image><image>x", "3"))
+    with pytest.raises(RowError, match="not valid Unicode"):
+        processor.encode_question("\ud800")
+    with pytest.raises(RowError, match=r"videos\[0\]: a video without frames"):
+        processor.encode_question("x", videos=[[]])
+
+
+def test_a_prompt_is_never_cut(processor):
+    image = noise(120, 90)
+    length = len(processor.encode_question("x", [image]).tokens_T)
+    assert len(processor.encode_question("x", [image], max_tokens=length).tokens_T) == length
+    message = f"row 7: the prompt has {length} tokens .12 image, {length - 12} text.; expected at most {length - 1}"
+    with pytest.raises(RowError, match=message):
+        processor.encode_question("x", [image], name="row 7", max_tokens=length - 1)
+
+
+def test_answer_and_decode(processor):
+    answer = "### Step 1:\né 2 * 40 = 80 , \U0001f600 n't"
+    tokens = processor.encode_answer(answer)
+    assert tokens.dtype == np.int32
+    assert processor.decode(tokens) == answer + "\n"
+    newline = processor.tokenizer.encode("\n", add_special_tokens=False)
+    assert tokens[-2:].tolist() == [processor.ids.im_end, *newline]
+    assert processor.decode(tokens[:-2]) == answer == processor.decode(tokens[:-1].tolist())
+    assert processor.encode_answer("").tolist() == [processor.ids.im_end, *newline]
+
+
+def test_ids_come_from_the_files(tmp_path, processor):
+    vocabulary = processor.tokenizer.get_vocab()
+    assert processor.ids.image == vocabulary["<|image_pad|>"]
+    assert set(processor.stop_ids) == {vocabulary["<|im_end|>"], vocabulary["<|endoftext|>"]}
+    assert processor.ids.pad == vocabulary["<|endoftext|>"]
+    assert processor.ids.video in processor.vision_ids
+    assert Processor.from_folder(write_checkpoint(tmp_path, nested=True)).ids == processor.ids
+
+
+def test_missing_parts_of_a_checkpoint(tmp_path):
+    write_checkpoint(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+
+    def refused(message, without=None, **changes):
+        fields = {key: value for key, value in (config | changes).items() if key != without}
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        with pytest.raises(ValueError, match=message):
+            Processor.from_folder(tmp_path)
+
+    refused("config.json: image_token_id is None", without="image_token_id")
+    refused("config.json: vision_end_token_id is 99999", vision_end_token_id=99_999)
+    refused("vision_config.patch_size is 16, .* patch_size is 14", vision_config={"patch_size": 16})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    generation = (tmp_path / "generation_config.json").read_text()
+    (tmp_path / "generation_config.json").write_text(json.dumps({"pad_token_id": 99_999}))
+    refused("generation_config.json: pad_token_id is 99999")
+    (tmp_path / "generation_config.json").write_text(generation)
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text().replace("<|im_end|>", "<|other|>"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = (tmp_path / "tokenizer_config.json").read_text().replace("<|im_end|>", "<|other|>")
+    (tmp_path / "tokenizer_config.json").write_text(settings)
+    refused("has no '<.im_end.>'")
+    (tmp_path / "tokenizer.json").unlink()
+    refused("vocab.json: no such file; expected tokenizer.json")
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match="config.json: no such file"):
+        Processor.from_folder(tmp_path)
+
+
+@needs_geometry
+def test_real_rows(processor):
+    for file in ("rl.json", "sft.json"):
+        examples, errors = read_examples(GEOMETRY / file)
+        assert len(examples) == 10 and not errors
+        for example in examples:
+            prompt = processor.encode_prompt(example)
+            (t, h, w), *rest = prompt.grids
+            assert not rest and t == 1 and h * w * 196 <= 20_000
+            assert prompt.num_image_tokens == h * w // 4 == (prompt.tokens_T == processor.ids.image).sum()
+            assert prompt.patches_PC.shape == (h * w, 1176)
+            answer = processor.encode_answer(example.answer, name=example.name)
+            assert processor.decode(answer[:-2]) == example.answer
+
+
+def test_runs_without_torch(folder):
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from r1vl_jax.processing.processor import Processor\n"
+        f"print(len(Processor.from_folder({str(folder)!r}).encode_question('x').tokens_T))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0 and int(run.stdout) > 0, run.stderr

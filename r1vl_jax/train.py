@@ -108,8 +108,8 @@ class Run:
         )  # fmt: skip
         return jax.device_get(answers)
 
-    def score(self, rows, answers, step: int, stage: str):
-        """Scores of all answers, a list of G for each row, and the rows of rollouts.jsonl."""
+    def score(self, rows, answers, **where):
+        """Scores of all answers, a list of G for each row; writes rollouts.jsonl, `where` at the head of each row."""
         config = self.config.rl
         texts = [
             [self.processor.decode(tokens[mask]) for tokens, mask in zip(*group, strict=True)]
@@ -128,7 +128,7 @@ class Run:
         self.log.rollouts(
             [
                 {
-                    "stage": stage, "step": step, "source": example.source, "row": example.row,
+                    **where, "source": example.source, "row": example.row,
                     "images": list(example.images), "question": example.question, "solution": example.answer,
                     "key_steps": {"Steps": [list(group) for group in example.key_steps or ()]},
                     "answers": [
@@ -298,7 +298,7 @@ def step_grpo(run: Run, params, resume: bool):
             answers = run.sample(weights, rows, sampling, group=config.group_size, step=step)
             del weights
         with phases("score"):
-            scores = run.score(rows, answers, step, "step_grpo")
+            scores = run.score(rows, answers, stage="step_grpo", step=step)
             rewards_BG = np.array([[score.reward for score in group] for group in scores])
         with phases("train"):
             metrics = stage.step(batches(rows, answers, group_advantages(rewards_BG)), loss_fn)
@@ -337,7 +337,7 @@ def heldout(run: Run, state: TrainState, stage: str, step: int) -> None:
         filled = part + [part[-1]] * (config.batch_size - len(part))  # one shape for all batches
         answers = run.sample(weights, filled, sampling, group=1, step=0)
         answers = jax.tree.map(lambda a, n=len(part): a[:n], answers)
-        scores = run.score(part, answers, step, f"heldout/{stage}")
+        scores = run.score(part, answers, stage=stage, step=step, event="heldout")
         for key, value in _reward_metrics(scores, answers, run.processor.stop_ids).items():
             totals[key] = totals.get(key, 0.0) + value * len(part)
     means = {key: total / len(rows) for key, total in totals.items()}

@@ -84,7 +84,7 @@ def tiny_hf(seed: int = 0, **shape):
         for name, parameter in model.named_parameters():
             draw = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim > 1:
-                scale = 1.0 if "embed_tokens" in name else parameter[0].numel() ** -0.5
+                scale = 0.3 if "embed_tokens" in name else parameter[0].numel() ** -0.5
                 parameter.copy_(scale * draw)
             else:  # biases about 0, norms about 1
                 norm = "norm" in name or "ln_q" in name
@@ -129,10 +129,8 @@ def hf_gradients(model, folder: Path, cfg) -> Any:
     from safetensors.torch import save_file
 
     folder.mkdir()
-    names = {id(p): p for p in model.parameters()}
     tensors = {}
     for name, parameter in model.named_parameters():
-        assert id(parameter) in names
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         tensors[name] = gradient.contiguous()
     save_file(tensors, folder / "model.safetensors")
@@ -192,15 +190,19 @@ def hf_positions(model, inputs) -> tuple[np.ndarray, np.ndarray]:
     return positions.numpy().astype(np.int32), after.numpy().astype(np.int32)
 
 
-def make_prompts(model, rows: list[Row], side: str = "right", images_per_row: int = 1) -> Prompts:
-    """Packs rows into Prompts; `images_per_row` images lie behind each other in a vision row, and padding ends it."""
+def make_prompts(model, rows: list[Row], side="right", images_per_row: int = 1, shape=None) -> Prompts:
+    """Packs rows into Prompts; `images_per_row` images lie behind each other in a vision row.
+
+    `shape` (B, T, R, P) pads to at least these sizes: rows at the end, tokens on `side`, patches at the end.
+    """
+    B, T, R, P = shape or (0, 0, 0, 0)
     inputs = hf_inputs(rows, side)
     positions, after = hf_positions(model, inputs)
     images = [(grid, patches) for row in rows for (_, grid), patches in zip(row.grids, row.patches, strict=True)]
     bins = [images[i : i + images_per_row] for i in range(0, len(images), images_per_row)]
-    P = max([sum(len(p) for _, p in bin_) for bin_ in bins], default=0) + 8
-    patches = np.full((len(bins), P, PATCH_DIM), 50.0, np.float32)
-    hw, segment = np.zeros((len(bins), P, 2), np.int32), np.full((len(bins), P), -1, np.int32)
+    R, P = max(R, len(bins)), max([P] + [sum(len(p) for _, p in bin_) for bin_ in bins])
+    patches = np.full((R, P, PATCH_DIM), 50.0, np.float32)
+    hw, segment = np.zeros((R, P, 2), np.int32), np.full((R, P), -1, np.int32)
     slots = []
     for r, bin_ in enumerate(bins):
         at, frame = 0, 0
@@ -208,11 +210,26 @@ def make_prompts(model, rows: list[Row], side: str = "right", images_per_row: in
             slots += range(r * P // 4 + at // 4, r * P // 4 + (at + len(values)) // 4)
             patches[r, at : at + len(values)] = values
             for _ in range(t):
-                cells = [(2 * i + k, 2 * j + m) for i in range(h // 2) for j in range(w // 2) for k in (0, 1) for m in (0, 1)]
-                hw[r, at : at + h * w], segment[r, at : at + h * w] = cells, frame
+                hw[r, at : at + h * w], segment[r, at : at + h * w] = _cells(h, w), frame
                 at, frame = at + h * w, frame + 1
     ids, mask, kinds = (inputs[key].numpy() for key in ("input_ids", "attention_mask", "mm_token_type_ids"))
     slot = np.full(ids.shape, -1, np.int32)
     slot[kinds > 0] = slots
-    arrays = (ids.astype(np.int32), mask.astype(bool), positions, slot, after, patches, hw, segment)
-    return Prompts(*map(jnp.asarray, arrays))
+    more_B, more_T = (max(0, wanted - size) for wanted, size in zip((B, T), ids.shape, strict=True))
+    widths = [(0, more_B), (0, more_T) if side == "right" else (more_T, 0)]
+    return Prompts(
+        tokens_BT=jnp.asarray(np.pad(ids.astype(np.int32), widths)),
+        mask_BT=jnp.asarray(np.pad(mask.astype(bool), widths)),
+        positions_3BT=jnp.asarray(np.pad(positions, [(0, 0), *widths])),
+        image_slot_BT=jnp.asarray(np.pad(slot, widths, constant_values=-1)),
+        next_position_B=jnp.asarray(np.pad(after, widths[:1])),
+        patches_RPC=jnp.asarray(patches),
+        patch_hw_RP2=jnp.asarray(hw),
+        segment_RP=jnp.asarray(segment),
+    )
+
+
+def _cells(h: int, w: int) -> list[tuple[int, int]]:
+    """(row, column) of a frame's patches in merge order."""
+    inner = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    return [(2 * i + k, 2 * j + m) for i in range(h // 2) for j in range(w // 2) for k, m in inner]

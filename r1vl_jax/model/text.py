@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from r1vl_jax.model.config import ModelConfig
-from r1vl_jax.model.layers import attend, attend_shared, rms_norm, rope_frequencies, rotate
+from r1vl_jax.model.layers import attend, attend_shared, linear, rms_norm, rope_frequencies, rotate
 from r1vl_jax.parallel.sharding import constrain
 
 
@@ -41,13 +41,11 @@ def mrope_angles(positions_3T: jax.Array, cfg: ModelConfig) -> jax.Array:
 def _block(x, p, angle, cfg: ModelConfig, attention):
     """One layer on x (..., T, D). `attention(q, k, v)` returns the attended heads and what the caller wants kept."""
     h = rms_norm(x, p["norm1"], cfg.norm_eps)
-    q = jnp.einsum("...D,DNH->...NH", h, p["q"]["kernel"]) + p["q"]["bias"]
-    k = jnp.einsum("...D,DKH->...KH", h, p["k"]["kernel"]) + p["k"]["bias"]
-    v = jnp.einsum("...D,DKH->...KH", h, p["v"]["kernel"]) + p["v"]["bias"]
+    q, k, v = (linear(h, p[name]["kernel"]) + p[name]["bias"] for name in ("q", "k", "v"))
     attended, kept = attention(rotate(q, angle), rotate(k, angle), v)
-    x = x + jnp.einsum("...NH,NHD->...D", attended, p["o"])
+    x = x + linear(attended, p["o"], inputs=2)
     h = rms_norm(x, p["norm2"], cfg.norm_eps)
-    x = x + (jax.nn.silu(h @ p["gate"]) * (h @ p["up"])) @ p["down"]
+    x = x + linear(jax.nn.silu(linear(h, p["gate"])) * linear(h, p["up"]), p["down"])
     return constrain(x, "batch", *[None] * (x.ndim - 1)), kept
 
 
@@ -74,9 +72,9 @@ def extend(params, cfg: ModelConfig, x_BGTD, start_B, prefix: KV, prefix_mask_BS
     Returns:
       hidden states after the final norm (B, G, T, D).
     """
-    B, G, T, _ = x_BGTD.shape
+    _, G, T, _ = x_BGTD.shape
     angle = mrope_angles(_answer_positions(start_B, G, T), cfg)
-    causal = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, G, T, T))
+    causal = jnp.tril(jnp.ones((T, T), bool))
 
     def block(x, layer):
         p, prefix = layer
@@ -98,9 +96,8 @@ def decode(params, layers, cfg: ModelConfig, x_BGD, start_B, step, prefix, prefi
     Returns:
       (hidden states after the final norm (B, G, D), the cache with this step's keys and values).
     """
-    B, G, _ = x_BGD.shape
-    angle = mrope_angles(_answer_positions(start_B + step, G, 1), cfg)
-    seen = jnp.broadcast_to(jnp.arange(cache.k[0].shape[2]) <= step, (B, G, 1, cache.k[0].shape[2]))
+    angle = mrope_angles(_answer_positions(start_B + step, x_BGD.shape[1], 1), cfg)
+    seen = jnp.arange(cache.k[0].shape[2])[None] <= step
     x, new = x_BGD[:, :, None], []
     for p, layer_prefix, k_cache, v_cache in zip(layers, prefix, cache.k, cache.v, strict=True):
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from r1vl_jax.model.config import VisionConfig
-from r1vl_jax.model.layers import attend, layer_norm, rope_frequencies, rotate
+from r1vl_jax.model.layers import attend, layer_norm, linear, rope_frequencies, rotate
 from r1vl_jax.parallel.sharding import constrain
 
 
@@ -30,12 +30,12 @@ def vision_angles(hw_RP2: jax.Array, cfg: VisionConfig) -> jax.Array:
 
 def _block(x_RPD, p, *, angle, mask_RPP, cfg: VisionConfig):
     h = layer_norm(x_RPD, p["norm1"], cfg.norm_eps)
-    qkv = jnp.einsum("RPD,DcNH->cRPNH", h, p["qkv"]["kernel"]) + p["qkv"]["bias"][:, None, None]
-    attended = attend(rotate(qkv[0], angle), rotate(qkv[1], angle), qkv[2], mask_RPP)
-    x_RPD = x_RPD + jnp.einsum("RPNH,NHD->RPD", attended, p["proj"]["kernel"]) + p["proj"]["bias"]
+    q, k, v = jnp.moveaxis(linear(h, p["qkv"]["kernel"]) + p["qkv"]["bias"], 2, 0)
+    attended = attend(rotate(q, angle), rotate(k, angle), v, mask_RPP)
+    x_RPD = x_RPD + linear(attended, p["proj"]["kernel"], inputs=2) + p["proj"]["bias"]
     h = layer_norm(x_RPD, p["norm2"], cfg.norm_eps)
-    h = quick_gelu(h @ p["fc1"]["kernel"] + p["fc1"]["bias"])
-    x_RPD = x_RPD + h @ p["fc2"]["kernel"] + p["fc2"]["bias"]
+    h = quick_gelu(linear(h, p["fc1"]["kernel"]) + p["fc1"]["bias"])
+    x_RPD = x_RPD + linear(h, p["fc2"]["kernel"]) + p["fc2"]["bias"]
     return constrain(x_RPD, "batch", None, None), None
 
 
@@ -53,12 +53,12 @@ def encode_images(
     Returns:
       image features (R, M, D) in the parameters' dtype, M = P / 4.
     """
-    x = patches_RPC.astype(params["patch_embed"].dtype) @ params["patch_embed"]
+    x = linear(patches_RPC.astype(params["patch_embed"].dtype), params["patch_embed"])
     mask_RPP = (segment_RP[:, :, None] == segment_RP[:, None, :]) & (segment_RP >= 0)[:, None, :]
     block = partial(_block, angle=vision_angles(hw_RP2, cfg), mask_RPP=mask_RPP, cfg=cfg)
     x, _ = jax.lax.scan(jax.checkpoint(block) if remat else block, x, params["blocks"])
     p = params["merger"]
     x = layer_norm(x, p["norm"], cfg.norm_eps)
     x = x.reshape(x.shape[0], x.shape[1] // cfg.merge_size**2, -1)
-    x = jax.nn.gelu(x @ p["fc1"]["kernel"] + p["fc1"]["bias"], approximate=False)
-    return x @ p["fc2"]["kernel"] + p["fc2"]["bias"]
+    x = jax.nn.gelu(linear(x, p["fc1"]["kernel"]) + p["fc1"]["bias"], approximate=False)
+    return linear(x, p["fc2"]["kernel"]) + p["fc2"]["bias"]

@@ -24,6 +24,7 @@ from r1vl_jax.rewards.rules import Rules, get_rules
 from r1vl_jax.rewards.scoring import Score, check_lengths
 
 START_TIMEOUT_S = 120.0
+MAX_FAILED_STARTS = 3  # in a row: one may be killed for memory in mid-run, three mean that none will start
 
 
 @dataclasses.dataclass
@@ -71,6 +72,7 @@ class ScorerPool:
             raise ValueError(f"memory_gib: expected GiB above 0, got {memory_gib}")
         self._timeout_s = timeout_s
         self._arguments = [function, str(timeout_s), str(int(memory_gib * 2**30))]
+        self._failed_starts = 0
         self._workers: list[_Worker] = []
         try:
             for _ in range(workers):
@@ -180,10 +182,11 @@ class ScorerPool:
             if worker.conn in readable:
                 yield from self._receive(worker)
             elif time.monotonic() >= worker.deadline:
-                if not worker.ready:
-                    raise RuntimeError(f"a scorer process did not start within {START_TIMEOUT_S:.0f} s")
-                index = worker.job
+                index, started = worker.job, worker.ready
                 worker.kill()
+                if not started:
+                    self._start_failed(f"took longer than {START_TIMEOUT_S:g} s")
+                    continue
                 yield index, Score(status="timeout", note=f"took longer than {self._timeout_s:g} s")
 
     def _receive(self, worker: _Worker) -> Iterator[tuple[int, Score]]:
@@ -193,13 +196,19 @@ class ScorerPool:
             index, started = worker.job, worker.ready
             worker.kill()
             code = worker.process.returncode
-            if not started:
-                raise RuntimeError(f"a scorer process ended at its start with code {code}; see stderr") from None
-            yield index, Score(status="crash", note=f"the worker ended with code {code}")
+            if started:
+                yield index, Score(status="crash", note=f"the worker ended with code {code}")
+            else:
+                self._start_failed(f"ended with code {code}")
             return
         if not worker.ready:
-            worker.ready = True
+            worker.ready, self._failed_starts = True, 0
             return
         index, worker.job = worker.job, None
         kind, value = message
         yield index, value if kind == "ok" else Score(status="error", note=value)
+
+    def _start_failed(self, how: str) -> None:
+        self._failed_starts += 1
+        if self._failed_starts >= MAX_FAILED_STARTS:
+            raise RuntimeError(f"scorer processes do not start, the last one {how}; stderr says why")

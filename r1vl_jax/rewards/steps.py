@@ -35,7 +35,7 @@ _STEP_HEADER = re.compile(r"### Step (\d+):")
 _STEP_BODY = re.compile(r"### Step \d+:\s*(.*?)(?=\n###|\Z)", re.DOTALL)
 _ANSWER_LINE = re.compile(r"### The final answer is:\s*\n?(.*)")
 
-_NAMES = ("image description", "rationale", "line \"Let's think step by step.\"", "step", "final answer")
+_NAMES = ("image description", "rationale", 'line "Let\'s think step by step."', "step", "final answer")
 _OPTIONAL = 2  # the "Let's think" line introduces the steps and is not a section: only its place is checked
 _STEP = 3
 # One group for each name above, in the order of the format.

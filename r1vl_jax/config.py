@@ -168,7 +168,7 @@ class CheckpointSection:
 @dataclasses.dataclass(frozen=True)
 class ScoringSection:
     workers: int = _field(2, "processes that score answers")
-    timeout: float = _field(15.0, "seconds for one answer; over it the answer earns 0 and is counted")
+    timeout: float = _field(20.0, "seconds for one answer; over it the answer earns 0 and is counted")
 
     def __post_init__(self):
         _at_least("scoring", self, workers=1)
@@ -236,7 +236,10 @@ def _pairs(arguments: list[str]) -> list[tuple[str, Any]]:
             if not arguments:
                 raise ConfigError(f"--{key}: a value is missing")
             value = arguments.pop(0)
-        pairs.append((key, yaml.safe_load(value)))
+        try:
+            pairs.append((key, yaml.safe_load(value)))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--{key} is {value!r}, expected a value as YAML writes it") from error
     return pairs
 
 
@@ -258,7 +261,12 @@ def _build(cls: type, tree: Any, prefix: str) -> Any:
             near = difflib.get_close_matches(str(key), hints, n=1) or _elsewhere(str(key))
             hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(hints)}"
             raise ConfigError(f"{prefix}{key} is not a known key{hint}")
-    return cls(**{key: _convert(hints[key], value, prefix + key) for key, value in tree.items()})
+    values = {key: _convert(hints[key], value, prefix + key) for key, value in tree.items()}
+    try:
+        return cls(**values)
+    except ConfigError as error:  # a section knows its own name, but not that of the one it stands in
+        above = prefix.rstrip(".").rpartition(".")[0]
+        raise ConfigError(f"{above}.{error}" if above else str(error)) from None
 
 
 def _elsewhere(key: str) -> list[str]:

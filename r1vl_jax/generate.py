@@ -23,7 +23,10 @@ from r1vl_jax.rollout.generate import rollout
 from r1vl_jax.rollout.sampling import check_sampling
 from r1vl_jax.types import RowError, Sampling
 
-say = partial(print, file=sys.stderr, flush=True)
+
+def say(message: str) -> None:
+    """One line for people; stdout is for the answers."""
+    print(message, file=sys.stderr, flush=True)
 
 
 def generate(
@@ -32,7 +35,7 @@ def generate(
     images: list[str],
     *,
     samples: int = 1,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling,
     seed: int = 0,
     dtype: str = "bfloat16",
     max_pixels: int | None = None,

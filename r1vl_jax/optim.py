@@ -1,7 +1,7 @@
 """Gradient accumulation and the AdamW update, for both stages. fp32 masters, gradients and moments.
 
-    for micro_batch in update:  grads, metrics += gradient of the loss at the cast parameters
-    state = update(state, grads)
+for micro_batch in update:  grads, metrics += gradient of the loss at the cast parameters
+state = update(state, grads)
 """
 
 from __future__ import annotations

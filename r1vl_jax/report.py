@@ -66,3 +66,17 @@ def _draw(axes, rows: list[dict], name: str, offsets: dict[str, int]) -> None:
         colour = axes._get_lines.get_next_color()
     if dots:
         axes.plot(*zip(*dots, strict=True), "o", color=colour, markersize=5, label=f"{name}, held out")
+
+
+def heldout_table(folder: str | Path) -> str:
+    """The held-out judgements of a run as a table of text, empty where there are none."""
+    rows = [row for row in read_metrics(folder) if row.get("event") == "heldout"]
+    names = {"reward": "reward", "correct": "answers right", "validity": "valid", "key_steps": "key steps"}
+    if not rows:
+        return ""
+    lines = [f"{'held out, greedy':24}" + "".join(f"{title:>15}" for title in names.values())]
+    for row in rows:
+        place = f"after {row['stage']} {row['step']}" if row["step"] else "before training"
+        cells = [f"{row[name]:15.3f}" if name == "reward" else f"{row[name]:15.1%}" for name in names]
+        lines.append(f"{place:24}" + "".join(cells))
+    return "\n".join(lines)

@@ -33,7 +33,9 @@ class RunLog:
             if overwrite:
                 shutil.rmtree(self.folder)
             elif not resume:
-                raise ConfigError(f"output_dir: {self.folder} holds a run; add --resume, or --overwrite to start it anew")
+                raise ConfigError(
+                    f"output_dir: {self.folder} holds a run; add --resume, or --overwrite to start it anew"
+                )
             else:
                 self._report_changes(config)
         elif self.folder.exists() and any(self.folder.iterdir()):
@@ -55,22 +57,31 @@ class RunLog:
         """One line for people, on stderr, above the progress line."""
         tqdm.write(message, file=sys.stderr)
 
-    def forget_after(self, stages: tuple[str, ...], stage: str, step: int) -> None:
-        """Removes what was logged after a checkpoint, so that a resumed run logs each step once."""
-        later = stages[stages.index(stage) + 1 :]
+    def forget_after(self, stage: str, step: int) -> None:
+        """Removes what a stage logged after its checkpoint, so that a resumed run logs each step once."""
+        judged = self.judged(stage, step)
 
         def keep(row: dict[str, Any]) -> bool:
-            if row["stage"] in later:
-                return False
-            # The held-out judgement of a step comes after its checkpoint, and is made again.
-            last = step - 1 if row.get("event") == "heldout" else step
-            return row["stage"] != stage or row["step"] <= last
+            if row["stage"] != stage:
+                return True
+            # The held-out judgement of a step comes after its checkpoint: where it was cut off, it is made again.
+            return row["step"] < step or (row["step"] == step and (judged or row.get("event") != "heldout"))
 
         for name in ("metrics.jsonl", "rollouts.jsonl"):
-            path = self.folder / name
-            if path.exists():
-                rows = [line for line in path.read_text().splitlines() if _complete(line) and keep(json.loads(line))]
-                path.write_text("".join(line + "\n" for line in rows))
+            rows = [json.dumps(row) for row in self._rows(name) if keep(row)]
+            if (self.folder / name).exists():
+                (self.folder / name).write_text("".join(line + "\n" for line in rows))
+
+    def judged(self, stage: str, step: int) -> bool:
+        """Whether the held-out judgement of a step is in metrics.jsonl, whole."""
+        wanted = ("heldout", stage, step)
+        return any((row.get("event"), row["stage"], row["step"]) == wanted for row in self._rows("metrics.jsonl"))
+
+    def _rows(self, name: str) -> list[dict[str, Any]]:
+        """The rows of a file, without one that a cut-off run left half written."""
+        path = self.folder / name
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines if _complete(line)]
 
     def metrics(self, stage: str, step: int, values: dict[str, Any]) -> None:
         self._append("metrics.jsonl", {"stage": stage, "step": step, **{k: _plain(v) for k, v in values.items()}})

@@ -26,6 +26,7 @@ from r1vl_jax.checkpoint.store import find_model, load_model
 from r1vl_jax.config import Config, ConfigError, OptimizerSection, SourceSection
 from r1vl_jax.data.batching import ExampleStream, collate_answers, collate_prompts
 from r1vl_jax.data.sources import read_examples
+from r1vl_jax.judge import judge, reward_metrics, rewards, rollout_rows
 from r1vl_jax.model.config import CheckpointError, load_config
 from r1vl_jax.model.qwen2_vl import answer_logprobs, cast
 from r1vl_jax.model.spec import num_params, param_spec
@@ -33,7 +34,7 @@ from r1vl_jax.optim import gradient_step, init_state, make_optimizer, make_sched
 from r1vl_jax.parallel.sharding import ROLLOUT_RULES, batch_shards, make_mesh, param_shardings, put_batch
 from r1vl_jax.processing.processor import Processor
 from r1vl_jax.quickstart import make_shapes
-from r1vl_jax.report import plot_metrics
+from r1vl_jax.report import heldout_table, plot_metrics
 from r1vl_jax.rewards import ScorerPool
 from r1vl_jax.rollout.generate import rollout
 from r1vl_jax.runlog import Phases, RunLog
@@ -85,9 +86,7 @@ class Run:
         self.log.say(f"dropped: {error}")
 
     def processor_for(self, stage: configs.SFTSection | configs.RLSection) -> Processor:
-        spec = dataclasses.replace(
-            self.processor.image_spec, min_pixels=stage.min_pixels, max_pixels=stage.max_pixels
-        )
+        spec = dataclasses.replace(self.processor.image_spec, min_pixels=stage.min_pixels, max_pixels=stage.max_pixels)
         return dataclasses.replace(self.processor, image_spec=spec)
 
     def collate(self, encoded) -> Prompts:
@@ -108,75 +107,20 @@ class Run:
         )  # fmt: skip
         return jax.device_get(answers)
 
-    def score(self, rows, answers, **where):
-        """Scores of all answers, a list of G for each row; writes rollouts.jsonl, `where` at the head of each row."""
-        config = self.config.rl
-        texts = [
-            [self.processor.decode(tokens[mask]) for tokens, mask in zip(*group, strict=True)]
-            for group in zip(answers.tokens_BGT, answers.mask_BGT, strict=True)
-        ]
-        G = answers.tokens_BGT.shape[1]
-        flat = self.pool.score(
-            [text for group in texts for text in group],
-            [example.answer for example, _ in rows for _ in range(G)],
-            [example.key_steps for example, _ in rows for _ in range(G)],
-            rules=config.rules,
-            alpha=config.alpha,
-        )
-        scores = [flat[i : i + G] for i in range(0, len(flat), G)]
-        truncated = _truncated(answers, self.processor.stop_ids)
-        self.log.rollouts(
-            [
-                {
-                    **where, "source": example.source, "row": example.row,
-                    "images": list(example.images), "question": example.question, "solution": example.answer,
-                    "key_steps": {"Steps": [list(group) for group in example.key_steps or ()]},
-                    "answers": [
-                        {
-                            "text": text, "reward": s.reward, "accuracy": s.accuracy, "validity": s.validity,
-                            "correct": s.correct, "answer": s.answer, "matched": list(s.matched), "faults": list(s.faults),
-                            "status": s.status, "tokens": int(mask.sum()), "truncated": bool(cut),
-                        }
-                        for text, s, mask, cut in zip(texts[b], scores[b], answers.mask_BGT[b], truncated[b], strict=True)
-                    ],
-                }
-                for b, (example, _) in enumerate(rows)
-            ]
-        )  # fmt: skip
-        return scores
-
-
-def _truncated(answers, stop_ids) -> np.ndarray:
-    """True for answers that were cut off before a stop token, (B, G)."""
-    return ~(np.isin(answers.tokens_BGT, stop_ids) & answers.mask_BGT).any(axis=-1)
-
-
-def _reward_metrics(scores, answers, stop_ids) -> dict[str, float]:
-    """Means over all answers of a batch."""
-    flat = [score for group in scores for score in group]
-    lengths = answers.mask_BGT.sum(axis=-1)
-
-    def mean(name: str) -> float:
-        return float(np.mean([float(getattr(score, name)) for score in flat]))
-
-    return {
-        "reward": mean("reward"),
-        "accuracy": mean("accuracy"),
-        "validity": mean("validity"),
-        "correct": mean("correct"),
-        "key_steps": mean("k"),
-        "no_answer": float(np.mean([score.answer is None for score in flat])),
-        "length": float(lengths.mean()),
-        "length_max": float(lengths.max()),
-        "truncated": float(_truncated(answers, stop_ids).mean()),
-        "scoring_failures": sum(score.status != "ok" for score in flat),
-    }
+    def judge(self, rows, answers, **where):
+        """B lists of G judged answers; rollouts.jsonl gets a row a question, with `where` at its head."""
+        config, examples = self.config.rl, [example for example, _ in rows]
+        judged = judge(examples, answers, self.processor, self.pool, rules=config.rules, alpha=config.alpha)
+        self.log.rollouts(rollout_rows(examples, judged, **where))
+        return judged
 
 
 class Stage:
     """A stage's optimizer, state and checkpoints: starts from given weights, or where a run was cut off."""
 
-    def __init__(self, run: Run, name: str, config: OptimizerSection, steps: int, stream: ExampleStream, params, resume):
+    def __init__(
+        self, run: Run, name: str, config: OptimizerSection, steps: int, stream: ExampleStream, params, resume
+    ):
         self.run, self.name, self.steps, self.stream = run, name, steps, stream
         self.parts = trained_parts(config)
         self.schedule = make_schedule(config, steps)
@@ -192,7 +136,7 @@ class Stage:
             stream.position, stream.dropped = host["position"], host["dropped"]
             run.log.say(f"{name}: resumed after step {latest} of {steps}")
         self.start = int(self.state.step)
-        run.log.forget_after(run.config.stages, name, self.start)
+        run.log.forget_after(name, self.start)
 
     def step(self, batches, loss_fn) -> dict[str, float]:
         config = self.run.config.model
@@ -298,11 +242,11 @@ def step_grpo(run: Run, params, resume: bool):
             answers = run.sample(weights, rows, sampling, group=config.group_size, step=step)
             del weights
         with phases("score"):
-            scores = run.score(rows, answers, stage="step_grpo", step=step)
-            rewards_BG = np.array([[score.reward for score in group] for group in scores])
+            judged = run.judge(rows, answers, stage="step_grpo", step=step)
+            rewards_BG = rewards(judged)
         with phases("train"):
             metrics = stage.step(batches(rows, answers, group_advantages(rewards_BG)), loss_fn)
-        metrics |= _reward_metrics(scores, answers, run.processor.stop_ids)
+        metrics |= reward_metrics(judged)
         metrics["group_std"] = rewards_BG.std(axis=1, ddof=1).mean()
         metrics["zero_variance"] = zero_variance(rewards_BG).mean()
         stage.finish_step(step, metrics, phases, int(answers.mask_BGT.sum()))
@@ -320,27 +264,26 @@ def _trimmed(answers, multiple: int) -> tuple[np.ndarray, np.ndarray]:
 def heldout(run: Run, state: TrainState, stage: str, step: int) -> None:
     """Judges the held-out rows greedily, one answer each; writes means to metrics.jsonl and says them."""
     config = run.config.eval
-    if not config.rows:
+    if not config.rows or run.log.judged(stage, step):  # judged already: the run was resumed behind it
         return
     started = time.perf_counter()
     stream = run.stream(run.config.data.heldout)
     processor = run.processor_for(run.config.rl)
-    rows = [
-        (example, processor.encode_prompt(example, max_tokens=run.config.data.max_prompt_tokens))
-        for example in stream.examples[: config.rows]
-    ]
+    rows = []
+    for example in stream.examples[: config.rows]:
+        try:
+            rows.append((example, processor.encode_prompt(example, max_tokens=run.config.data.max_prompt_tokens)))
+        except RowError as error:
+            run.drop(error)
     sampling = Sampling(temperature=0.0, max_new_tokens=config.max_new_tokens)
-    weights = run.rollout_weights(state.params)
-    totals: dict[str, float] = {}
+    weights, judged = run.rollout_weights(state.params), []
     for i in range(0, len(rows), config.batch_size):
         part = rows[i : i + config.batch_size]
         filled = part + [part[-1]] * (config.batch_size - len(part))  # one shape for all batches
         answers = run.sample(weights, filled, sampling, group=1, step=0)
-        answers = jax.tree.map(lambda a, n=len(part): a[:n], answers)
-        scores = run.score(part, answers, stage=stage, step=step, event="heldout")
-        for key, value in _reward_metrics(scores, answers, run.processor.stop_ids).items():
-            totals[key] = totals.get(key, 0.0) + value * len(part)
-    means = {key: total / len(rows) for key, total in totals.items()}
+        answers = jax.tree.map(lambda a: a[: len(part)], answers)  # noqa: B023 (called at once)
+        judged += run.judge(part, answers, stage=stage, step=step, event="heldout")
+    means = reward_metrics(judged)
     run.log.metrics(stage, step, {"event": "heldout", "rows": len(rows), **means})
     run.log.say(
         f"held out, {len(rows)} rows, {stage} step {step}: reward {means['reward']:.3f}, answers right "
@@ -368,6 +311,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
             last = name == config.stages[-1]
             folder = export if last else _warm_up_folder(run)
             save_hf(params, run.model, folder, source=run.files, dtype=config.model.dtype, overwrite=True)
+    if table := heldout_table(log.folder):
+        log.say(table)
     log.say(f"done: checkpoint for Hugging Face in {export}, curves in {plot_metrics(log.folder)}")
     return export
 

@@ -84,7 +84,7 @@ def tiny_hf(seed: int = 0, **shape):
         for name, parameter in model.named_parameters():
             draw = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim > 1:
-                scale = 0.3 if "embed_tokens" in name else parameter[0].numel() ** -0.5
+                scale = 0.2 if "embed_tokens" in name else parameter[0].numel() ** -0.5
                 parameter.copy_(scale * draw)
             else:  # biases about 0, norms about 1
                 norm = "norm" in name or "ln_q" in name

@@ -23,8 +23,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from r1vl_jax.checkpoint.flat_config import write_flat_config
 from r1vl_jax.checkpoint.folder import copy_companions, new_folder
-from r1vl_jax.model.config import CheckpointError, ModelConfig, load_config, parse_config
+from r1vl_jax.model.config import CheckpointError, ModelConfig, load_config
 from r1vl_jax.model.spec import ParamSpec, is_spec, param_spec
 
 WEIGHTS = "model.safetensors"
@@ -104,8 +105,10 @@ def _read_leaf(tensors: list[_Tensor], spec: ParamSpec, dtype: Any, on_tensor) -
     for part, tensor in zip(parts, tensors, strict=True):
         value = cast(tensor.read(), out.dtype, tensor.name)
         if spec.transpose:  # (out, in...) there, (in..., out...) here: the transpose of the matrix (out, in)
-            value = value.reshape(value.shape[0], -1).T
-        part.reshape(value.shape)[...] = value
+            matrix = value.reshape(value.shape[0], -1)
+            transpose_into(part.reshape(matrix.shape[::-1]), matrix)
+        else:
+            part.reshape(value.shape)[...] = value
         if on_tensor:
             on_tensor(tensor.name)
     return out
@@ -120,6 +123,12 @@ def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     if dtype == np.float16 and not np.array_equal(np.isinf(out), np.isinf(array)):
         raise CheckpointError(f"{name}: has values beyond float16's range (65504); convert to bfloat16 instead")
     return out
+
+
+def transpose_into(out: np.ndarray, matrix: np.ndarray, block: int = 128) -> None:
+    """out = matrix.T by blocks of rows that fit a cache: five to ten times faster than in one go."""
+    for row in range(0, matrix.shape[0], block):
+        out[:, row : row + block] = matrix[row : row + block].T
 
 
 def _open(folder: Path, stack: contextlib.ExitStack) -> tuple[list[_Tensor], list[str]]:
@@ -315,58 +324,13 @@ def _host(array: Any, layer: int | None) -> np.ndarray:
 def _to_hf(array: np.ndarray, spec: ParamSpec, dtype: np.dtype) -> np.ndarray:
     """One tensor as the checkpoint holds it; contiguous, since safetensors writes the memory as it lies."""
     array = cast(array, dtype, spec.hf_name)
-    if spec.transpose:
-        array = array.reshape(-1, spec.hf_shape[0]).T
-    return np.ascontiguousarray(array).reshape(spec.hf_shape)
+    if not spec.transpose:
+        return np.ascontiguousarray(array).reshape(spec.hf_shape)
+    matrix = array.reshape(-1, spec.hf_shape[0])
+    out = np.empty(matrix.shape[::-1], dtype)
+    transpose_into(out, matrix)
+    return out.reshape(spec.hf_shape)
 
 
 def _commonest(dtypes: list[np.dtype]) -> str:
     return Counter(dtype.name for dtype in dtypes).most_common(1)[0][0]
-
-
-def write_flat_config(source: Path, destination: Path, cfg: ModelConfig, dtype: str) -> None:
-    """Writes `source`, flat or nested, in the flat published style; a file that says it all already stays as it is."""
-    raw = json.loads(source.read_text())
-    flat = flat_config(raw, cfg, dtype)
-    if parse_config(flat, destination) != cfg:
-        raise CheckpointError(f"{source}: cannot be written in the flat style without changing its meaning")
-    if flat == raw:
-        destination.write_bytes(source.read_bytes())
-    else:
-        destination.write_text(json.dumps(flat, indent=2, ensure_ascii=False) + "\n")
-
-
-def flat_config(raw: dict[str, Any], cfg: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The dictionary of a config.json, flat or nested, in the published style of transformers 4.
-
-    Text fields move to the top level, `rope_parameters` become `rope_theta` and `rope_scaling`, `dtype` becomes
-    `torch_dtype`; keys that only transformers 5 knows go.
-    """
-    flat = {key: value for key, value in raw.items() if key not in ("text_config", "rope_parameters", "dtype")}
-    for key, value in raw.get("text_config", {}).items():
-        if key not in _NOT_FLAT and value is not None:
-            flat[key] = value
-    vision = dict(raw["vision_config"])
-    if "text_config" in raw:
-        for key in ("model_type", "dtype", "torch_dtype"):
-            vision.pop(key, None)
-    if cfg.vision.rope_theta == 1e4:  # the only value that transformers 4 knows; it does not read the key
-        vision.pop("rope_parameters", None)
-    return flat | {
-        "architectures": ["Qwen2VLForConditionalGeneration"],
-        "model_type": "qwen2_vl",
-        "num_key_value_heads": cfg.kv_heads,
-        "vision_config": vision,
-        "rope_theta": cfg.rope_theta,
-        "rope_scaling": {"type": "mrope", "mrope_section": list(cfg.mrope_section)},
-        "tie_word_embeddings": cfg.tied,
-        "torch_dtype": dtype,
-    }
-
-
-# Fields of a nested text_config that have no place at the top level, or whose value there is the whole model's.
-_NOT_FLAT = frozenset(
-    ("model_type", "architectures", "dtype", "torch_dtype", "rope_parameters", "layer_types", "transformers_version")
-    + ("vision_config", "tie_word_embeddings", "image_token_id", "video_token_id")
-    + ("vision_start_token_id", "vision_end_token_id")
-)

@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from r1vl_jax.checkpoint.folder import copy_companions, new_folder
-from r1vl_jax.checkpoint.hf import load_hf
+from r1vl_jax.checkpoint.hf import cast, load_hf
 from r1vl_jax.model.config import CheckpointError, ModelConfig, load_config
 from r1vl_jax.model.spec import is_spec, param_spec
 
@@ -120,13 +120,18 @@ def load_params(folder: str | Path, cfg: ModelConfig, *, dtype: Any = None, shar
             params = checkpointer.restore(folder, args=ocp.args.PyTreeRestore(restore_args=args))
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{folder}: cannot be read ({error})") from error
+    if shardings is None and dtype is not None:
+        wanted = np.dtype(dtype)
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: cast(leaf, wanted, jax.tree_util.keystr(path)), params
+        )
     return params
 
 
 def _restore_args(meta, place, dtype):
     dtype = meta.dtype if dtype is None else np.dtype(dtype)
     if place is None:
-        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
+        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=meta.dtype)
     return ocp.ArrayRestoreArgs(sharding=place, dtype=dtype, global_shape=meta.shape)
 
 

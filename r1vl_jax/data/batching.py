@@ -36,7 +36,7 @@ class ExampleStream:
         """
         taken, failures = [], 0
         while len(taken) < count:
-            if failures >= len(self.examples):
+            if failures >= 2 * len(self.examples) - 1:  # in a row, wherever an epoch starts: a whole one is among them
                 raise RowError(f"no usable row among the {len(self.examples)} that were read; see the messages above")
             epoch, place = divmod(self.position, len(self.examples))
             example = self.examples[_order(self.seed, epoch, len(self.examples))[place]]
@@ -94,7 +94,12 @@ def _pack_images(encoded: list[EncodedPrompt], pad_multiple: int, shards: int, m
     width = encoded[0].patches_PC.shape[1]
     if not grids:
         empty = np.zeros((0, merge**2), np.int32)
-        return np.zeros((0, merge**2, width), np.float32), np.zeros((0, merge**2, 2), np.int32), empty, [empty] * len(encoded)
+        return (
+            np.zeros((0, merge**2, width), np.float32),
+            np.zeros((0, merge**2, 2), np.int32),
+            empty,
+            [empty] * len(encoded),
+        )
     P = bucket(max(map(_patches, grids)), pad_multiple * merge**2)
     used: list[int] = []
     spots = []

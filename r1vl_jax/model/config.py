@@ -96,7 +96,9 @@ def parse_config(raw: dict[str, Any], path: str | Path = "config.json") -> Model
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     section = tuple(need(rope, "mrope_section", "rope_scaling / rope_parameters: "))
     if text.get("use_sliding_window"):
-        raise CheckpointError(f"{path}: use_sliding_window is true; no published Qwen2-VL uses it and it is not supported")
+        raise CheckpointError(
+            f"{path}: use_sliding_window is true; no published Qwen2-VL uses it and it is not supported"
+        )
     for key, wanted in (("hidden_act", "silu"),):
         if text.get(key, wanted) != wanted:
             raise CheckpointError(f"{path}: {key} is {text[key]!r}, expected {wanted!r}")
@@ -143,8 +145,12 @@ def _parse_vision(raw: dict[str, Any], text_width: int, path: str | Path) -> Vis
 
 def _check(cfg: ModelConfig, path: str | Path) -> None:
     if cfg.width % cfg.heads or cfg.heads % cfg.kv_heads:
-        raise CheckpointError(f"{path}: hidden_size {cfg.width}, {cfg.heads} query and {cfg.kv_heads} kv heads do not divide")
+        raise CheckpointError(
+            f"{path}: hidden_size {cfg.width}, {cfg.heads} query and {cfg.kv_heads} kv heads do not divide"
+        )
     if sum(cfg.mrope_section) * 2 != cfg.head_dim or len(cfg.mrope_section) != 3:
-        raise CheckpointError(f"{path}: mrope_section {cfg.mrope_section} must be three numbers of sum {cfg.head_dim // 2}")
+        raise CheckpointError(
+            f"{path}: mrope_section {cfg.mrope_section} must be three numbers of sum {cfg.head_dim // 2}"
+        )
     if cfg.vision.width % cfg.vision.heads or cfg.vision.head_dim % 4:
         raise CheckpointError(f"{path}: vision width {cfg.vision.width} does not give {cfg.vision.heads} heads of 4*n")

@@ -23,8 +23,9 @@ class ParamSpec:
     Attributes:
       shape: its shape; a stacked parameter's first axis is the layer.
       axes: a logical axis name (or None) for each dimension; parallel.sharding maps them to mesh axes.
-      init: "normal" (0.02), "ones" or "zeros".
+      init: "normal", "ones" or "zeros"; see `init_params`.
       hf_name: the tensor's name in a checkpoint; "{}" stands for the layer of a stacked parameter.
+      hf_shape: its shape there (of one layer).
       transpose: the checkpoint stores (out, in...), we store (in..., out).
     """
 
@@ -146,13 +147,16 @@ def abstract_params(cfg: ModelConfig, dtype=jnp.float32) -> Any:
     return tree_map_spec(lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype), param_spec(cfg))
 
 
-def init_params(key: jax.Array, cfg: ModelConfig, dtype=jnp.float32, scale: float = 0.02) -> Any:
-    """Random parameters: normals of deviation `scale`, norms one, biases zero."""
+def init_params(key: jax.Array, cfg: ModelConfig, dtype=jnp.float32) -> Any:
+    """Random parameters for training from scratch: matrices normal with deviation fan_in^-1/2, norms one, biases zero.
+
+    A fixed 0.02 is right for a width near 2,500; in a narrow model attention then starts uniform and stays so for long.
+    """
     specs, treedef = jax.tree.flatten(param_spec(cfg), is_leaf=is_spec)
 
     def draw(key: jax.Array, spec: ParamSpec) -> jax.Array:
         if spec.init == "normal":
-            return scale * jax.random.normal(key, spec.shape, dtype)
+            return math.prod(spec.hf_shape[1:]) ** -0.5 * jax.random.normal(key, spec.shape, dtype)
         return jnp.full(spec.shape, {"ones": 1, "zeros": 0}[spec.init], dtype)
 
     return treedef.unflatten(map(draw, jax.random.split(key, len(specs)), specs))

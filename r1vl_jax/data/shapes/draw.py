@@ -37,12 +37,12 @@ class ShapesConfig:
     Raises ValueError, naming the field, where the values cannot be drawn.
     """
 
-    picture_size: int = 112
-    grid: int = 4
+    picture_size: int = 84
+    grid: int = 3
     kinds: tuple[str, ...] = KINDS
     colours: tuple[tuple[str, tuple[int, int, int]], ...] = COLOURS
     min_shapes: int = 2
-    max_shapes: int = 6
+    max_shapes: int = 5
     min_size: int = 18
     max_size: int = 24
 

@@ -188,14 +188,19 @@ def _compare_step(first: int, second: int, style: int) -> Step:
     return Step(f"So {forms[style]}.", (forms,))
 
 
+def _description(scene: Scene, cfg: ShapesConfig) -> str:
+    """Every cell in reading order: what a small model has to see, it is told, and it counts from its own words."""
+    cells = {shape.cell: f"{shape.colour} {shape.kind}" for shape in scene}
+    rows = [range(start, start + cfg.grid) for start in range(0, cfg.grid**2, cfg.grid)]
+    return "; ".join(", ".join(cells.get(cell, "empty") for cell in row) for row in rows)
+
+
 def _question(
     scene: Scene, cfg: ShapesConfig, problem: str, rationale: str, steps: Sequence[Step], answer: str
 ) -> Question:
     """Puts the sections together in R1-VL's order."""
-    counts = [(group, group.count(scene)) for group in _full_groups(cfg)]
-    description = ", ".join(f"{number} {group.name(number)}" for group, number in counts if number)
     lines = [
-        f"### Image Description: {description}.",
+        f"### Image Description: {_description(scene, cfg)}.",
         f"### Rationales: {rationale}",
         "### Let's think step by step.",
         *(f"### Step {number}: {step.body}" for number, step in enumerate(steps, start=1)),

@@ -1,0 +1,59 @@
+"""config.json in the flat style of the published checkpoints, which transformers 4 and 5 and vLLM read.
+
+Reading either style is model.config's work; this is the way back.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from r1vl_jax.model.config import CheckpointError, ModelConfig, parse_config
+
+# Fields of a nested text_config that have no place at the top level, or whose value there is the whole model's.
+_NOT_FLAT = frozenset(
+    ("model_type", "architectures", "dtype", "torch_dtype", "rope_parameters", "layer_types", "transformers_version")
+    + ("vision_config", "tie_word_embeddings", "image_token_id", "video_token_id")
+    + ("vision_start_token_id", "vision_end_token_id")
+)
+
+
+def write_flat_config(source: Path, destination: Path, cfg: ModelConfig, dtype: str) -> None:
+    """Writes `source`, flat or nested, in the flat published style; a file that says it all already stays as it is."""
+    raw = json.loads(source.read_text())
+    flat = flat_config(raw, cfg, dtype)
+    if parse_config(flat, destination) != cfg:
+        raise CheckpointError(f"{source}: cannot be written in the flat style without changing its meaning")
+    if flat == raw:
+        destination.write_bytes(source.read_bytes())
+    else:
+        destination.write_text(json.dumps(flat, indent=2, ensure_ascii=False) + "\n")
+
+
+def flat_config(raw: dict[str, Any], cfg: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The dictionary of a config.json, flat or nested, in the published style of transformers 4.
+
+    Text fields move to the top level, `rope_parameters` become `rope_theta` and `rope_scaling`, `dtype` becomes
+    `torch_dtype`; keys that only transformers 5 knows go.
+    """
+    flat = {key: value for key, value in raw.items() if key not in ("text_config", "rope_parameters", "dtype")}
+    for key, value in raw.get("text_config", {}).items():
+        if key not in _NOT_FLAT and value is not None:
+            flat[key] = value
+    vision = dict(raw["vision_config"])
+    if "text_config" in raw:
+        for key in ("model_type", "dtype", "torch_dtype"):
+            vision.pop(key, None)
+    if cfg.vision.rope_theta == 1e4:  # the only value that transformers 4 knows; it does not read the key
+        vision.pop("rope_parameters", None)
+    return flat | {
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "model_type": "qwen2_vl",
+        "num_key_value_heads": cfg.kv_heads,
+        "vision_config": vision,
+        "rope_theta": cfg.rope_theta,
+        "rope_scaling": {"type": "mrope", "mrope_section": list(cfg.mrope_section)},
+        "tie_word_embeddings": cfg.tied,
+        "torch_dtype": dtype,
+    }

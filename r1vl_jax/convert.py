@@ -1,0 +1,105 @@
+"""Converts checkpoints between the Hugging Face layout and ours (orbax), bit for bit unless a dtype is given.
+
+    python -m r1vl_jax.convert from-hf Qwen2-VL-2B-Instruct checkpoints/qwen2_vl_2b
+    python -m r1vl_jax.convert to-hf checkpoints/qwen2_vl_2b exported --dtype bfloat16
+
+Training and generation read both layouts; ours restores straight onto a mesh, every device its own part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+from tqdm import tqdm
+
+from r1vl_jax.checkpoint.folder import check_destination
+from r1vl_jax.checkpoint.hf import save_hf, tensor_names
+from r1vl_jax.checkpoint.store import find_model, load_model, save_params
+from r1vl_jax.model.config import CheckpointError, ModelConfig, load_config
+from r1vl_jax.model.spec import is_spec, num_params, param_spec
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m r1vl_jax.convert", description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("from-hf", "safetensors to orbax: DST/params and DST/hf (config, tokenizer, processor files)"),
+        ("to-hf", "to safetensors with a flat config.json, which transformers 4 and 5 and vLLM load"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument(
+            "src",
+            type=Path,
+            help="a Hugging Face folder, a converted checkpoint, or a training run's folder with export/",
+        )
+        command.add_argument("dst", type=Path, help="the folder to write; it appears when it is complete")
+        command.add_argument("--dtype", choices=DTYPES, help="convert every parameter (default: keep)")
+        command.add_argument("--overwrite", action="store_true", help="replace the checkpoint that DST holds")
+    return parser
+
+
+def convert(command: str, src: Path, dst: Path, dtype: str | None = None, overwrite: bool = False) -> str:
+    """Runs one conversion and returns a line that sums it up.
+
+    Args:
+      command: "from-hf" or "to-hf".
+      dtype: a name of DTYPES, or None to keep what is there.
+    Raises:
+      CheckpointError where `src` cannot be read or `dst` must not be written.
+    """
+    start = time.monotonic()
+    inner, outer = src.resolve(), dst.resolve()
+    if inner.is_relative_to(outer) or outer.is_relative_to(inner):
+        raise CheckpointError(f"{dst}: source and destination must be separate folders, neither inside the other")
+    files = find_model(src).files
+    cfg = load_config(files)
+    check_destination(dst, overwrite)
+    wanted = None if dtype is None else DTYPES[dtype]
+    if command == "from-hf":
+        with _bar("reading", cfg) as bar:
+            params, _, _ = load_model(src, dtype=wanted, on_tensor=lambda _: bar.update())
+        save_params(dst, params, files, overwrite=overwrite)
+    else:
+        params, _, _ = load_model(src)
+        with _bar("writing", cfg) as bar:
+            save_hf(params, cfg, dst, source=files, dtype=wanted, overwrite=overwrite, on_tensor=lambda _: bar.update())
+    dtypes = Counter(str(wanted or leaf.dtype) for leaf in jax.tree.leaves(params))
+    size = sum(path.stat().st_size for path in dst.rglob("*") if path.is_file())
+    return (
+        f"{dst}: {num_params(cfg):,} parameters, {' and '.join(sorted(dtypes))}, {size:,} bytes, "
+        f"{time.monotonic() - start:.1f} s"
+    )
+
+
+def _bar(what: str, cfg: ModelConfig) -> tqdm:
+    tensors = sum(len(tensor_names(spec)) for spec in jax.tree.leaves(param_spec(cfg), is_leaf=is_spec))
+    return tqdm(total=tensors, desc=what, unit=" tensors", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0, or 2 with one line on stderr."""
+    args = _parser().parse_args(argv)
+    try:
+        print(convert(args.command, args.src, args.dst, args.dtype, args.overwrite))
+    except (CheckpointError, OSError) as error:
+        print(f"convert: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")  # nothing here runs on an accelerator
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""Configuration: every error names the key, its value and what was expected; files and overrides read as written."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from r1vl_jax.config import Config, ConfigError, describe, dump, load
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+SMALL = """
+model: {path: some/model}
+data:
+  sft: {path: sft.json}
+  rl: {path: rl.json}
+"""
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(text: str = "", *overrides: str, base: str = SMALL) -> Config:
+        path = tmp_path / "config.yaml"
+        path.write_text(base + text)
+        return load(path, list(overrides))
+
+    return read
+
+
+def test_defaults_are_the_papers(read):
+    """SPEC section 4, the 7B columns where sizes differ."""
+    config = read()
+    assert config.stages == ("sft", "step_grpo")
+    assert (config.rl.group_size, config.rl.alpha, config.rl.beta, config.rl.temperature) == (4, 0.1, 0.04, 1.2)
+    assert (config.rl.top_p, config.rl.top_k, config.rl.max_new_tokens) == (1.0, 0, 1024)
+    assert (config.rl.steps, config.rl.questions_per_step, config.rl.max_pixels) == (13_125, 16, 400_000)
+    assert (config.sft.batch_size, config.sft.epochs, config.sft.max_pixels) == (128, 2.0, 589_824)
+    assert (config.rl.min_pixels, config.rl.rules) == (3136, "paper")
+    assert (config.model.dtype, config.sft.optimizer.schedule, config.sft.optimizer.warmup_ratio) == (
+        "bfloat16", "cosine", 0.03,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "key, near",
+    [
+        ("rl.betta", "rl.beta"),
+        ("sft.optimizer.learning_rat", "sft.optimizer.learning_rate"),
+        ("outputdir", "output_dir"),
+        ("modl.path", "model"),
+        ("learning_rate", "optimizer.learning_rate"),  # a key of another section
+    ],
+)
+def test_unknown_keys_name_the_nearest(read, key, near):
+    with pytest.raises(ConfigError) as error:
+        read("", f"--{key}", "1")
+    unknown = key.split(".")[0] if key.startswith("modl") else key
+    assert f"{unknown} is not a known key; did you mean" in str(error.value)
+    assert near in str(error.value)
+
+
+def test_an_unknown_key_like_nothing_lists_what_is_known(read):
+    with pytest.raises(ConfigError, match="checkpoint.zzz is not a known key; known: every, keep"):
+        read("", "--checkpoint.zzz", "1")
+
+
+@pytest.mark.parametrize(
+    "key, value, expected",
+    [
+        ("rl.steps", "many", "int"),
+        ("rl.steps", "1.5", "int"),
+        ("rl.steps", "true", "int"),
+        ("rl.beta", "small", "float"),
+        ("rl.beta", "true", "float"),
+        ("rl.beta", "null", "float"),
+        ("model.remat", "1", "bool"),
+        ("model.path", "7", "str"),
+        ("stages", "sft", "a list of names"),
+        ("stages", "[1]", "a list of names"),
+        ("rl", "3", "a section with keys"),
+    ],
+)
+def test_wrong_types(read, key, value, expected):
+    with pytest.raises(ConfigError) as error:
+        read("", f"--{key}={value}")
+    assert str(error.value).startswith(f"{key} is ") and expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("rl.temperature", "0"),
+        ("rl.top_p", "0"),
+        ("rl.top_p", "1.01"),
+        ("rl.top_k", "-1"),
+        ("rl.group_size", "1"),
+        ("rl.beta", "-0.1"),
+        ("rl.max_new_tokens", "0"),
+        ("rl.rules", "papers"),
+        ("rl.questions_per_step", "6"),  # micro-batches of 4
+        ("sft.batch_size", "130"),  # micro-batches of 8
+        ("sft.epochs", "0"),
+        ("sft.steps", "0"),
+        ("sft.optimizer.schedule", "cosin"),
+        ("sft.optimizer.warmup_ratio", "1.5"),
+        ("rl.optimizer.max_grad_norm", "0"),
+        ("rl.optimizer.learning_rate", "-1e-5"),
+        ("data.pad_multiple", "6"),
+        ("data.max_prompt_tokens", "0"),
+        ("checkpoint.every", "0"),
+        ("scoring.timeout", "0"),
+        ("model.dtype", "float16"),
+        ("mesh.rollout_weights", "fsdp"),
+        ("stages", "[step_grpo, sft]"),
+        ("stages", "[]"),
+        ("model.path", "''"),
+        ("data.rl.path", "''"),
+        ("eval.rows", "8"),  # and no held-out file
+    ],
+)
+def test_values_out_of_range(read, key, value):
+    """The message names the key (or the one that the value asks for), and what was expected."""
+    with pytest.raises(ConfigError) as error:
+        read("", f"--{key}={value}")
+    assert {"eval.rows": "data.heldout.path"}.get(key, key) in str(error.value)
+    assert "expected" in str(error.value)
+
+
+def test_overrides(read):
+    for arguments in (["--rl.beta", "0.02"], ["--rl.beta=0.02"]):
+        assert read("", *arguments).rl.beta == 0.02
+    config = read(
+        "rl: {beta: 0.5, alpha: 0.3}", "--rl.beta", "1e-2", "--stages", "[sft]", "--sft.steps=null",
+        "--data.sft.image_root=null", "--rl.optimizer.learning_rate", "3", "--output_dir", "a=b",
+    )  # fmt: skip
+    assert (config.rl.beta, config.rl.alpha) == (0.01, 0.3)
+    assert config.stages == ("sft",) and config.sft.steps is None and config.data.sft.image_root is None
+    assert config.rl.optimizer.learning_rate == 3.0 and isinstance(config.rl.optimizer.learning_rate, float)
+    assert config.output_dir == "a=b"
+    assert read("", "--rl.beta", "0.1", "--rl.beta", "0.2").rl.beta == 0.2
+    assert read("", "--rl.top_k", "5", "--rl.top_p", ".5").rl.top_k == 5
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["rl.beta", "0.02"], "argument 'rl.beta': expected an override"),
+        (["--rl.beta"], "--rl.beta: a value is missing"),
+        (["--model.path.x", "1"], "model.path|path is a value, not a section"),
+        (["--stages", "[sft"], "--stages"),
+    ],
+)
+def test_overrides_that_cannot_be_read(read, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        read("", *arguments)
+
+
+@pytest.mark.parametrize("text, message", [("- a\n- b", "a mapping"), ("a: [", "not YAML"), ("rl: 3", "a section")])
+def test_files_that_are_no_configuration(read, text, message):
+    with pytest.raises(ConfigError, match=message):
+        read(text, base="")
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(ConfigError, match="nothing.yaml: no such file"):
+        load(tmp_path / "nothing.yaml")
+
+
+def test_dump_and_load(read, tmp_path):
+    config = read("", "--rl.optimizer.learning_rate", "1e-6", "--sft.steps", "12", "--stages", "[step_grpo]")
+    path = tmp_path / "dumped.yaml"
+    path.write_text(dump(config))
+    assert load(path) == config
+    assert load(path, ["--sft.steps", "13"]) != config
+
+
+def test_configurations_are_frozen(read):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        read().rl.beta = 1.0
+
+
+def test_every_key_has_its_line_of_help():
+    rows = describe()
+    assert len({key for key, *_ in rows}) == len(rows) > 50
+    assert not [key for key, _, text in rows if len(text) < 8]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_shipped_configurations(path):
+    config = load(path)
+    assert config.output_dir and not Path(config.output_dir).is_absolute()
+    assert path.read_text().startswith("#") and f"--config configs/{path.name}" in path.read_text()
+
+
+def test_there_are_shipped_configurations():
+    assert "quickstart.yaml" in {path.name for path in CONFIGS}

@@ -3,4 +3,4 @@
 #   scripts/test.sh [pytest arguments, such as -m slow or tests/test_parity.py]
 set -euo pipefail
 . "$(dirname "$0")/setup.sh" test
-exec .venv/bin/python -m pytest -n auto "$@"
+exec .venv/bin/python -m pytest -n auto --dist loadfile "$@"

@@ -128,6 +128,13 @@ def test_metrics(runs):
     assert all(row["grad_norm"] > 0 for row in broken if "event" not in row)
 
 
+def test_reference_is_the_warmed_up_model(runs):
+    """The first update is made where policy and reference are one, in a resumed run too; then they part."""
+    for folder in runs:
+        kl = [row["kl"] for row in steps(folder, "step_grpo")]
+        assert abs(kl[0]) < 1e-6 and min(kl[1:]) > 1e-3
+
+
 def test_sampled_answers(runs):
     straight, broken = (read_lines(folder / "rollouts.jsonl") for folder in runs)
     assert straight == broken

@@ -1,4 +1,4 @@
-"""Advantages, the StepGRPO loss and the warm-up loss against hand-computed numbers and plain loops over the formulas."""
+"""Advantages, the StepGRPO loss and the warm-up loss against hand-computed numbers and loops over the formulas."""
 
 from __future__ import annotations
 

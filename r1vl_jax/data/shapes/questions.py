@@ -192,7 +192,7 @@ def _description(scene: Scene, cfg: ShapesConfig) -> str:
     """Every cell in reading order: what a small model has to see, it is told, and it counts from its own words."""
     cells = {shape.cell: f"{shape.colour} {shape.kind}" for shape in scene}
     rows = [range(start, start + cfg.grid) for start in range(0, cfg.grid**2, cfg.grid)]
-    return "; ".join(", ".join(cells.get(cell, "empty") for cell in row) for row in rows)
+    return "; ".join(", ".join(cells.get(cell, "no shape") for cell in row) for row in rows)
 
 
 def _question(

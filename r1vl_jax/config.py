@@ -58,6 +58,9 @@ class MeshSection:
     rollout_weights: str = _field("replicated", "the rollout's copy of the weights: replicated or tensor")
 
     def __post_init__(self):
+        for axis in ("data", "fsdp", "tensor"):
+            size = getattr(self, axis)
+            _require(size == -1 or size >= 1, f"mesh.{axis}", size, "at least 1, or -1 for the devices that are left")
         _one_of("mesh.rollout_weights", self.rollout_weights, ("replicated", "tensor"))
 
 
@@ -76,17 +79,17 @@ class DataSection:
     pad_multiple: int = _field(64, "token and patch counts are padded to multiples of this: fewer compilations")
 
     def __post_init__(self):
-        _at_least("data", self, max_prompt_tokens=1, pad_multiple=4)
-        _require(self.pad_multiple % 4 == 0, "data.pad_multiple", self.pad_multiple, "a multiple of 4")
+        _at_least("data", self, max_prompt_tokens=1, pad_multiple=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class ShapesSection:
     dir: str | None = _field(None, "make the built-in task and a tiny random model in this folder before training")
     seed: int = _field(0, "seed of pictures, questions and initial weights")
-    sft_rows: int = _field(4000, "warm-up rows")
-    rl_rows: int = _field(2000, "StepGRPO rows")
-    heldout_rows: int = _field(256, "held-out rows")
+    sft_rows: int = _field(6000, "warm-up rows")
+    rl_rows: int = _field(1800, "StepGRPO rows")
+    heldout_rows: int = _field(200, "held-out rows")
+    hasty_share: float = _field(0.6, "share of the warm-up answers that leap to the answer, with no steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +121,8 @@ class SFTSection:
     optimizer: OptimizerSection = _field(OptimizerSection, "")
 
     def __post_init__(self):
-        _at_least("sft", self, steps=1, batch_size=1, micro_batch_size=1, min_pixels=1, max_pixels=784)
+        _at_least("sft", self, steps=1, batch_size=1, micro_batch_size=1, max_answer_tokens=1, min_pixels=1)
+        _at_least("sft", self, max_pixels=max(784, self.min_pixels))
         _require(self.epochs > 0, "sft.epochs", self.epochs, "more than 0")
         _divides("sft.batch_size", self.batch_size, "sft.micro_batch_size", self.micro_batch_size)
 
@@ -142,8 +146,9 @@ class RLSection:
 
     def __post_init__(self):
         _one_of("rl.rules", self.rules, ("released", "paper"))
-        _at_least("rl", self, steps=1, questions_per_step=1, group_size=2, micro_batch_size=1, max_new_tokens=1)
-        _at_least("rl", self, alpha=0, beta=0, top_k=0, min_pixels=1, max_pixels=784)
+        _at_least("rl", self, steps=1, questions_per_step=1, group_size=2, micro_batch_size=1, max_new_tokens=2)
+        _at_least("rl", self, alpha=0, beta=0, top_k=0, min_pixels=1)
+        _at_least("rl", self, max_pixels=max(784, self.min_pixels))
         _require(self.temperature > 0, "rl.temperature", self.temperature, "more than 0: a group needs variety")
         _require(0 < self.top_p <= 1, "rl.top_p", self.top_p, "more than 0 and at most 1")
         _divides("rl.questions_per_step", self.questions_per_step, "rl.micro_batch_size", self.micro_batch_size)
@@ -154,6 +159,9 @@ class EvalSection:
     rows: int = _field(0, "held-out rows judged greedily before and after each stage; 0 judges none")
     batch_size: int = _field(64, "questions per batch")
     max_new_tokens: int = _field(2048, "longest answer")
+
+    def __post_init__(self):
+        _at_least("eval", self, rows=0, batch_size=1, max_new_tokens=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +201,7 @@ class Config:
     def __post_init__(self):
         known = (("sft",), ("step_grpo",), ("sft", "step_grpo"))
         _require(self.stages in known, "stages", list(self.stages), "[sft], [step_grpo] or [sft, step_grpo]")
+        _require(self.seed >= 0, "seed", self.seed, "0 or more")
         _require(bool(self.model.path), "model.path", self.model.path, "the folder of a Qwen2-VL checkpoint")
         needs = {"sft": ("data.sft.path", self.data.sft), "step_grpo": ("data.rl.path", self.data.rl)}
         for stage in self.stages:

@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -25,11 +25,7 @@ from r1vl_jax.checkpoint.store import find_model, load_model, save_params
 from r1vl_jax.model.config import CheckpointError, ModelConfig, load_config
 from r1vl_jax.model.spec import is_spec, num_params, param_spec
 
-DTYPES = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-}
+DTYPES = {name: np.dtype(getattr(jnp, name)) for name in ("float32", "bfloat16", "float16")}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,7 +39,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "src",
             type=Path,
-            help="a Hugging Face folder, a converted checkpoint, or a training run's folder with export/",
+            help="a Hugging Face folder, a converted checkpoint, or a training run's folder: its export, or the newest "
+            "checkpoint of a run that has not finished",
         )
         command.add_argument("dst", type=Path, help="the folder to write; it appears when it is complete")
         command.add_argument("--dtype", choices=DTYPES, help="convert every parameter (default: keep)")
@@ -64,16 +61,19 @@ def convert(command: str, src: Path, dst: Path, dtype: str | None = None, overwr
     inner, outer = src.resolve(), dst.resolve()
     if inner.is_relative_to(outer) or outer.is_relative_to(inner):
         raise CheckpointError(f"{dst}: source and destination must be separate folders, neither inside the other")
-    files = find_model(src).files
+    found = find_model(src)
+    files = found.files
     cfg = load_config(files)
     check_destination(dst, overwrite)
+    if found.note:
+        print(found.note, file=sys.stderr)
     wanted = None if dtype is None else DTYPES[dtype]
     if command == "from-hf":
         with _bar("reading", cfg) as bar:
-            params, _, _ = load_model(src, dtype=wanted, on_tensor=lambda _: bar.update())
+            params, _, _ = load_model(found, dtype=wanted, on_tensor=lambda _: bar.update())
         save_params(dst, params, files, overwrite=overwrite)
     else:
-        params, _, _ = load_model(src)
+        params, _, _ = load_model(found)
         with _bar("writing", cfg) as bar:
             save_hf(params, cfg, dst, source=files, dtype=wanted, overwrite=overwrite, on_tensor=lambda _: bar.update())
     dtypes = Counter(str(wanted or leaf.dtype) for leaf in jax.tree.leaves(params))

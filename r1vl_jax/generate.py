@@ -1,27 +1,39 @@
-"""python -m r1vl_jax.generate: answers of a Qwen2-VL checkpoint to one question, with their log-probabilities."""
+"""python -m r1vl_jax.generate: answers of a Qwen2-VL checkpoint to one question, with their log-probabilities.
+
+    load -> encode -> answer
+
+What a user can get wrong shows in the first two, as CheckpointError, RowError or ValueError.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import secrets
 import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 
-from r1vl_jax.checkpoint.store import load_model
+from r1vl_jax.checkpoint.store import find_model, load_model
 from r1vl_jax.data.batching import collate_prompts
-from r1vl_jax.model.config import CheckpointError
+from r1vl_jax.model.config import CheckpointError, ModelConfig
 from r1vl_jax.model.spec import num_params, param_spec
 from r1vl_jax.parallel.sharding import ROLLOUT_RULES, make_mesh, param_shardings
+from r1vl_jax.processing.images import smart_resize
 from r1vl_jax.processing.processor import Processor
 from r1vl_jax.rollout.generate import rollout
 from r1vl_jax.rollout.sampling import check_sampling
-from r1vl_jax.types import RowError, Sampling
+from r1vl_jax.types import EncodedPrompt, RowError, Sampling
+
+# Published checkpoints allow 12,845,056 pixels, 16,384 image tokens: attention over those takes hundreds of GB.
+MAX_PIXELS = 1280 * 28 * 28
 
 
 def say(message: str) -> None:
@@ -29,64 +41,88 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def generate(
-    model: str | Path,
-    prompt: str,
-    images: list[str],
-    *,
-    samples: int = 1,
-    sampling: Sampling,
-    seed: int = 0,
-    dtype: str = "bfloat16",
-    max_pixels: int | None = None,
-) -> dict:
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A checkpoint ready to answer: parameters on one device, and what turns questions into prompts."""
+
+    params: Any
+    cfg: ModelConfig
+    processor: Processor
+    mesh: Any
+
+
+def load(model: str | Path, *, dtype: str = "bfloat16") -> Loaded:
+    """Reads a checkpoint folder (Hugging Face, converted, or a run). Raises CheckpointError or ValueError."""
+    started = time.perf_counter()
+    mesh = make_mesh(devices=jax.devices()[:1])
+    found = find_model(model)
+    processor = Processor.from_folder(found.files)
+    if found.note:
+        say(found.note)
+    params, cfg, _ = load_model(
+        found,
+        dtype=dtype,
+        shardings=lambda cfg: param_shardings(param_spec(cfg), mesh, ROLLOUT_RULES["replicated"]),
+    )
+    say(f"{model}: {num_params(cfg) / 1e6:.1f}M parameters loaded in {time.perf_counter() - started:.1f} s")
+    return Loaded(params, cfg, processor, mesh)
+
+
+def encode(processor: Processor, prompt: str, images: list[str], *, max_pixels: int | None = None) -> EncodedPrompt:
+    """One question as a prompt; says which images are shrunk below what the checkpoint allows.
+
+    Args:
+      prompt: the question; "<image>" marks where an image stands, else all stand in front.
+      images: paths.
+      max_pixels: larger images are shrunk to this; None: the checkpoint's limit, but at most MAX_PIXELS.
+    Raises: RowError or ValueError.
+    """
+    own = processor.image_spec
+    limit = min(own.max_pixels, max(MAX_PIXELS, own.min_pixels)) if max_pixels is None else max_pixels
+    spec = dataclasses.replace(own, max_pixels=limit)
+    encoded = dataclasses.replace(processor, image_spec=spec).encode_question(prompt, images, name="--prompt")
+    for path, (_, h, w) in zip(images, encoded.grids, strict=True):
+        with Image.open(path) as picture:
+            width, height = picture.size
+        size = {"factor": own.factor, "min_pixels": own.min_pixels, "max_pixels": own.max_pixels}
+        full, pixels = smart_resize(height, width, **size), h * w * own.patch_size**2
+        if full[0] * full[1] > pixels:
+            say(
+                f"{path}: {width} x {height}, shrunk to {pixels:,} pixels by --max-pixels {limit} (the checkpoint "
+                f"itself allows {own.max_pixels:,})"
+            )
+    return encoded
+
+
+def generate(loaded: Loaded, encoded: EncodedPrompt, *, samples: int = 1, sampling: Sampling, seed: int = 0) -> dict:
     """Samples answers to one question.
 
     Args:
-      model: a checkpoint folder (Hugging Face, converted, or a run).
-      prompt: the question; "<image>" marks where an image stands, else all stand in front.
-      images: paths.
       samples: number of answers; the weights are replicated, so any number goes.
     Returns:
       {"prompt_tokens", "image_tokens", "samples": [{"text", "tokens", "logprobs"}]}; tokens include the stop token,
       log-probabilities are those of log softmax(z / T), at T = 1 where the temperature is 0.
-    Raises:
-      CheckpointError, RowError, or ValueError for a sampling value out of range.
     """
-    check_sampling(sampling)
-    if samples < 1:
-        raise ValueError(f"samples is {samples}, expected at least 1")
-    mesh = make_mesh(devices=jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        started = time.perf_counter()
-        params, cfg, files = load_model(
-            model,
-            dtype=dtype,
-            shardings=lambda cfg: param_shardings(param_spec(cfg), mesh, ROLLOUT_RULES["replicated"]),
-        )
-        say(f"{model}: {num_params(cfg) / 1e6:.1f}M parameters loaded in {time.perf_counter() - started:.1f} s")
-        processor = Processor.from_folder(files, max_pixels=max_pixels)
-        encoded = processor.encode_question(prompt, images, name="--prompt")
-        started = time.perf_counter()
+    started = time.perf_counter()
+    with jax.set_mesh(loaded.mesh):
         answers = rollout(
-            params, cfg, collate_prompts([encoded], pad_multiple=32), np.zeros(1, np.uint32),
-            group=samples, sampling=sampling, stop_ids=processor.stop_ids, seed=seed, step=0,
+            loaded.params, loaded.cfg, collate_prompts([encoded], pad_multiple=32), np.zeros(1, np.uint32),
+            group=samples, sampling=sampling, stop_ids=loaded.processor.stop_ids, seed=seed, step=0,
         )  # fmt: skip
         answers = jax.tree.map(lambda a: a[0], jax.device_get(answers))
     found = []
     for tokens, logprobs, mask in zip(answers.tokens_BGT, answers.logprobs_BGT, answers.mask_BGT, strict=True):
-        text = processor.decode(tokens[mask])
+        text = loaded.processor.decode(tokens[mask])
         found.append({"text": text, "tokens": tokens[mask].tolist(), "logprobs": logprobs[mask].tolist()})
-    count, seconds = int(answers.mask_BGT.sum()), time.perf_counter() - started
-    say(f"{count} tokens in {seconds:.1f} s, compilation included")
+    say(f"{int(answers.mask_BGT.sum())} tokens in {time.perf_counter() - started:.1f} s, compilation included")
     return {"prompt_tokens": len(encoded.tokens_T), "image_tokens": encoded.num_image_tokens, "samples": found}
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m r1vl_jax.generate", description=__doc__.split(": ", 1)[1])
+    parser = argparse.ArgumentParser(prog="python -m r1vl_jax.generate", description=__doc__.partition("\n")[0].split(": ", 1)[1])
     add = partial(parser.add_argument, help="")
     defaults = Sampling()
-    add("--model", required=True, help="checkpoint folder: Hugging Face layout, converted, or a run folder")
+    add("--model", required=True, help="checkpoint folder: Hugging Face layout, converted, or a run's")
     add("--image", action="append", default=[], help="an image; repeat it for several, in order")
     add("--prompt", required=True, help='the question; "<image>" marks where an image stands (default: in front)')
     add("--samples", type=int, default=1, help="number of answers (default 1)")
@@ -94,7 +130,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=defaults.top_p, help="nucleus sampling; 1 is off (default)")
     add("--top-k", type=int, default=defaults.top_k, help="0 is off (default)")
     add("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="default %(default)s")
-    add("--max-pixels", type=int, help="larger images are shrunk to this; default: the checkpoint's own limit")
+    add(
+        "--max-pixels",
+        type=int,
+        help=f"larger images are shrunk to this; default: {MAX_PIXELS}, or the checkpoint's own limit if that is less "
+        "(published ones allow 12845056, which takes hundreds of GB)",
+    )
     add("--seed", type=int, default=None, help="fixes what is sampled; default: another one each time, said on stderr")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default %(default)s")
     add("--json", action="store_true", help="print one JSON object on stdout and nothing else")
@@ -111,13 +152,17 @@ def main(argv: list[str] | None = None) -> int:
             say(f"seed {seed}")
     sampling = Sampling(args.temperature, args.top_p, args.top_k, args.max_new_tokens)
     try:
-        result = generate(
-            args.model, args.prompt, args.image,
-            samples=args.samples, sampling=sampling, seed=seed, dtype=args.dtype, max_pixels=args.max_pixels,
-        )  # fmt: skip
+        check_sampling(sampling)
+        if args.samples < 1:
+            raise ValueError(f"samples is {args.samples}, expected at least 1")
+        loaded = load(args.model, dtype=args.dtype)
+        encoded = encode(loaded.processor, args.prompt, args.image, max_pixels=args.max_pixels)
     except (CheckpointError, RowError, ValueError, OSError) as error:
         say(f"error: {error}")
         return 2
+    if args.samples > 1 and args.temperature == 0:
+        say(f"--temperature 0 is greedy: all {args.samples} answers will be the same")
+    result = generate(loaded, encoded, samples=args.samples, sampling=sampling, seed=seed)
     if args.json:
         print(json.dumps(result))
     else:

@@ -49,7 +49,7 @@ def rewards(judged: list[list[Judged]]) -> np.ndarray:
 
 
 def reward_metrics(judged: list[list[Judged]]) -> dict[str, float]:
-    """Means over all answers; scoring_failures is a count."""
+    """Means over all answers; scoring_failures and key_step_faults (no key steps to find, say) are counts."""
     flat = [answer for group in judged for answer in group]
     scores, lengths = [answer.score for answer in flat], [answer.tokens for answer in flat]
 
@@ -67,6 +67,7 @@ def reward_metrics(judged: list[list[Judged]]) -> dict[str, float]:
         "length_max": float(max(lengths)),
         "truncated": float(np.mean([answer.truncated for answer in flat])),
         "scoring_failures": sum(score.status != "ok" for score in scores),
+        "key_step_faults": sum(score.status == "ok" and bool(score.note) for score in scores),
     }
 
 
@@ -80,7 +81,7 @@ def rollout_rows(examples: list[Example], judged: list[list[Judged]], **where: A
             "images": list(example.images),
             "question": example.question,
             "solution": example.answer,
-            "key_steps": {"Steps": [list(group) for group in example.key_steps or ()]},
+            "key_steps": None if example.key_steps is None else {"Steps": [list(group) for group in example.key_steps]},
             "answers": [_answer_row(answer) for answer in group],
         }
         for example, group in zip(examples, judged, strict=True)

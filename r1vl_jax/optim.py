@@ -49,18 +49,29 @@ def make_optimizer(config: OptimizerSection, steps: int, spec_tree: Any) -> opta
     )
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation, parts, shardings: Any, mesh) -> TrainState:
-    """A fresh state on fp32 masters that are placed already; moments lie as their parameters do."""
-    trained = {part: params[part] for part in parts}
-    sharding = optax.tree_map_params(
+def abstract_state(optimizer: optax.GradientTransformation, parts, spec_tree: Any, shardings: Any, mesh) -> TrainState:
+    """The shapes and layout of a state, nothing allocated; moments lie as their parameters do."""
+
+    def placed(shape, sharding):
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    shapes = tree_map_spec(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), spec_tree)
+    opt_state = optax.tree_map_params(
         optimizer,
-        lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, trained),
+        placed,
+        jax.eval_shape(optimizer.init, {part: shapes[part] for part in parts}),
         {part: shardings[part] for part in parts},
-        transform_non_params=lambda _: replicated(mesh),
+        transform_non_params=lambda shape: placed(shape, replicated(mesh)),
     )
-    opt_state = jax.jit(optimizer.init, out_shardings=sharding)(trained)
-    return TrainState(jax.device_put(jnp.int32(0), replicated(mesh)), params, opt_state)
+    step = placed(jax.ShapeDtypeStruct((), jnp.int32), replicated(mesh))
+    return TrainState(step, jax.tree.map(placed, shapes, shardings), opt_state)
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation, parts, layout: TrainState) -> TrainState:
+    """A fresh state on fp32 masters that are placed already, in the layout of `abstract_state`."""
+    sharding = jax.tree.map(lambda shape: shape.sharding, layout.opt_state)
+    opt_state = jax.jit(optimizer.init, out_shardings=sharding)({part: params[part] for part in parts})
+    return TrainState(jax.device_put(jnp.int32(0), layout.step.sharding), params, opt_state)
 
 
 @partial(jax.jit, static_argnames=("loss_fn", "parts", "dtype"), donate_argnames="grads")
@@ -74,7 +85,7 @@ def accumulate(grads: Any, params: Any, batch: Any, *, loss_fn, parts: tuple[str
     return jax.tree.map(jnp.add, grads, new), metrics
 
 
-def make_update(optimizer: optax.GradientTransformation, state: TrainState):
+def make_update(optimizer: optax.GradientTransformation, layout: TrainState):
     """The jitted update (state, grads) -> (state, gradient norm), with the state donated and its layout kept."""
 
     def update(state: TrainState, grads: Any):
@@ -83,8 +94,8 @@ def make_update(optimizer: optax.GradientTransformation, state: TrainState):
         params = {**state.params, **optax.apply_updates(trained, updates)}
         return TrainState(state.step + 1, params, opt_state), optax.global_norm(grads)
 
-    layout = jax.tree.map(lambda a: a.sharding, state)
-    return jax.jit(update, donate_argnums=0, out_shardings=(layout, layout.step))
+    sharding = jax.tree.map(lambda shape: shape.sharding, layout)
+    return jax.jit(update, donate_argnums=0, out_shardings=(sharding, sharding.step))
 
 
 def zero_grads(params: Any, parts: tuple[str, ...]):

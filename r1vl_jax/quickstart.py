@@ -7,29 +7,38 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from functools import partial
 from pathlib import Path
 
 import jax
 
 from r1vl_jax.checkpoint.hf import save_hf
 from r1vl_jax.config import ShapesSection
-from r1vl_jax.data.shapes import make_task
+from r1vl_jax.data.shapes import ShapesConfig, make_task
 from r1vl_jax.data.shapes.tokenizer import task_texts, train_tokenizer, write_checkpoint_files
 from r1vl_jax.model.config import load_config
 from r1vl_jax.model.spec import init_params
 
 
 def make_shapes(config: ShapesSection) -> None:
-    """Writes what is not there yet. Raises FileExistsError where the task there has other parameters."""
+    """Writes what is not there yet, and anew what other parameters made.
+
+    Raises FileExistsError where the folder holds something else.
+    """
     folder = Path(config.dir)
     task, model = folder / "task", folder / "model"
-    make_task(
-        task,
-        seed=config.seed,
-        sft_rows=config.sft_rows,
-        rl_rows=config.rl_rows,
-        heldout_rows=config.heldout_rows,
-    )
+    rows = {"sft_rows": config.sft_rows, "rl_rows": config.rl_rows, "heldout_rows": config.heldout_rows}
+    make = partial(make_task, task, seed=config.seed, cfg=ShapesConfig(hasty_share=config.hasty_share), **rows)
+    try:
+        make()
+    except FileExistsError:
+        if not (task / "task.json").is_file():
+            raise
+        print(f"{folder}: made with other parameters; making it anew", file=sys.stderr)
+        shutil.rmtree(task)
+        shutil.rmtree(model, ignore_errors=True)
+        make()
     if model.exists():
         return
     draft = folder / "model.draft"

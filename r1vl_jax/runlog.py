@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -18,6 +19,23 @@ from r1vl_jax import config as configs
 from r1vl_jax.config import Config, ConfigError
 
 
+def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The rows of a JSONL file of a run, one by one; none where there is no file.
+
+    A last line that a cut-off run left half written is left out. Raises ValueError naming file and line for any other.
+    """
+    if not Path(path).exists():
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                if next(file, None) is None:
+                    return
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+
+
 class RunLog:
     """Everything that a run writes but checkpoints and exports.
 
@@ -29,7 +47,8 @@ class RunLog:
     def __init__(self, config: Config, *, resume: bool = False, overwrite: bool = False):
         self.folder = Path(config.output_dir)
         self._config_file = self.folder / "config.yaml"
-        if self._config_file.exists():
+        trained = any((self.folder / name).exists() for name in ("metrics.jsonl", "checkpoints"))
+        if self._config_file.exists() and trained:
             if overwrite:
                 shutil.rmtree(self.folder)
             elif not resume:
@@ -38,7 +57,7 @@ class RunLog:
                 )
             else:
                 self._report_changes(config)
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        elif self.folder.exists() and not self._config_file.exists() and any(self.folder.iterdir()):
             raise ConfigError(f"output_dir: {self.folder} is not empty and not a run folder; choose another")
         elif resume:
             self.say(f"{self.folder} holds no run to resume: starting one")
@@ -68,20 +87,19 @@ class RunLog:
             return row["step"] < step or (row["step"] == step and (judged or row.get("event") != "heldout"))
 
         for name in ("metrics.jsonl", "rollouts.jsonl"):
-            rows = [json.dumps(row) for row in self._rows(name) if keep(row)]
-            if (self.folder / name).exists():
-                (self.folder / name).write_text("".join(line + "\n" for line in rows))
+            path = self.folder / name
+            if not path.exists():
+                continue
+            temporary = path.with_name(name + ".tmp")
+            with open(temporary, "w") as file:
+                file.writelines(json.dumps(row) + "\n" for row in read_rows(path) if keep(row))
+            os.replace(temporary, path)
 
     def judged(self, stage: str, step: int) -> bool:
         """Whether the held-out judgement of a step is in metrics.jsonl, whole."""
         wanted = ("heldout", stage, step)
-        return any((row.get("event"), row["stage"], row["step"]) == wanted for row in self._rows("metrics.jsonl"))
-
-    def _rows(self, name: str) -> list[dict[str, Any]]:
-        """The rows of a file, without one that a cut-off run left half written."""
-        path = self.folder / name
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines if _complete(line)]
+        rows = read_rows(self.folder / "metrics.jsonl")
+        return any((row.get("event"), row["stage"], row["step"]) == wanted for row in rows)
 
     def metrics(self, stage: str, step: int, values: dict[str, Any]) -> None:
         self._append("metrics.jsonl", {"stage": stage, "step": step, **{k: _plain(v) for k, v in values.items()}})
@@ -136,12 +154,3 @@ def _dig(tree: dict, key: str) -> Any:
     for part in key.split("."):
         tree = tree.get(part) if isinstance(tree, dict) else None
     return tree
-
-
-def _complete(line: str) -> bool:
-    """False for a line that a cut-off run left half written."""
-    try:
-        json.loads(line)
-    except json.JSONDecodeError:
-        return False
-    return True

@@ -147,7 +147,9 @@ def summary(scores: list[Score], rules: str, skipped: int) -> str:
     failed = ", ".join(
         f"{sum(score.status == status for score in scores)} {status}" for status in ("timeout", "error", "crash")
     )
+    noted = sum(score.status == "ok" and bool(score.note) for score in scores)  # a scored row's notes: its key steps
     text = f"{len(scores)} rows, rules {rules}: {means}; final answer found in {answered:.1%}; {failed}"
+    text += f"; {noted} with missing, empty or faulty key steps" if noted else ""
     return text + (f"; {skipped} bad rows skipped" if skipped else "")
 
 

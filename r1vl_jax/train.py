@@ -25,12 +25,20 @@ from r1vl_jax.checkpoint.state import StageCheckpoints
 from r1vl_jax.checkpoint.store import find_model, load_model
 from r1vl_jax.config import Config, ConfigError, OptimizerSection, SourceSection
 from r1vl_jax.data.batching import ExampleStream, collate_answers, collate_prompts
-from r1vl_jax.data.sources import read_examples
+from r1vl_jax.data.sources import read_examples, without_reflection
 from r1vl_jax.judge import judge, reward_metrics, rewards, rollout_rows
 from r1vl_jax.model.config import CheckpointError, load_config
 from r1vl_jax.model.qwen2_vl import answer_logprobs, cast
 from r1vl_jax.model.spec import num_params, param_spec
-from r1vl_jax.optim import gradient_step, init_state, make_optimizer, make_schedule, make_update, trained_parts
+from r1vl_jax.optim import (
+    abstract_state,
+    gradient_step,
+    init_state,
+    make_optimizer,
+    make_schedule,
+    make_update,
+    trained_parts,
+)
 from r1vl_jax.parallel.sharding import ROLLOUT_RULES, batch_shards, make_mesh, param_shardings, put_batch
 from r1vl_jax.processing.processor import Processor
 from r1vl_jax.quickstart import make_shapes
@@ -55,11 +63,6 @@ class Run:
         self.spec = param_spec(self.model)
         self.shardings = param_shardings(self.spec, mesh)
         self.processor = Processor.from_folder(self.files)
-        shards = batch_shards(mesh)
-        sizes = {"sft.micro_batch_size": config.sft.micro_batch_size, "rl.micro_batch_size": config.rl.micro_batch_size}
-        for key, size in {**sizes, "eval.batch_size": config.eval.batch_size}.items():
-            if size % shards:
-                raise ConfigError(f"{key} is {size}, expected a multiple of mesh data*fsdp = {shards}")
         log.say(
             f"{self.started_from}: {num_params(self.model) / 1e6:.1f}M parameters; {mesh.devices.size} "
             f"{jax.devices()[0].platform} device(s), mesh {dict(mesh.shape)}; compute in {config.model.dtype}"
@@ -80,7 +83,8 @@ class Run:
             self.drop(error)
         if not examples:
             raise RowError(f"{source.path}: no usable row among {len(errors)}")
-        return ExampleStream(examples, self.config.seed, dropped=len(errors), on_drop=self.drop)
+        dropped = {f"{source.path}, unread {number}" for number in range(len(errors))}
+        return ExampleStream(examples, self.config.seed, dropped=dropped, on_drop=self.drop)
 
     def drop(self, error: RowError) -> None:
         self.log.say(f"dropped: {error}")
@@ -100,7 +104,7 @@ class Run:
     def sample(self, weights, rows, sampling: Sampling, *, group: int, step: int):
         """`group` answers to each row: (tokens, logprobs, mask) as NumPy arrays (B, group, T)."""
         prompts = put_batch(self.collate([encoded for _, encoded in rows]), self.mesh)
-        row_ids = np.array([example.row for example, _ in rows], np.uint32)
+        row_ids = np.arange(len(rows), dtype=np.uint32)  # not the file's row: a question may come twice in a step
         answers = rollout(
             weights, self.model, prompts, row_ids,
             group=group, sampling=sampling, stop_ids=self.processor.stop_ids, seed=self.config.seed, step=step,
@@ -125,16 +129,17 @@ class Stage:
         self.parts = trained_parts(config)
         self.schedule = make_schedule(config, steps)
         optimizer = make_optimizer(config, steps, run.spec)
-        if params is None:
-            params = run.load_weights(run.started_from, "float32")
-        self.state = init_state(params, optimizer, self.parts, run.shardings, run.mesh)
-        self.update = make_update(optimizer, self.state)
+        layout = abstract_state(optimizer, self.parts, run.spec, run.shardings, run.mesh)
+        self.update = make_update(optimizer, layout)
         self.checkpoints = StageCheckpoints(run.log.folder / "checkpoints" / name, run.config.checkpoint.keep)
         latest = self.checkpoints.latest
         if resume and latest is not None:
-            self.state, host = self.checkpoints.restore(latest, self.state)
-            stream.position, stream.dropped = host["position"], host["dropped"]
+            self.state, host = self.checkpoints.restore(latest, layout)
+            stream.position, stream.dropped = host["position"], set(host["dropped"])
             run.log.say(f"{name}: resumed after step {latest} of {steps}")
+        else:
+            params = run.load_weights(run.started_from, "float32") if params is None else params
+            self.state = init_state(params, optimizer, self.parts, layout)
         self.start = int(self.state.step)
         run.log.forget_after(name, self.start)
 
@@ -152,7 +157,7 @@ class Stage:
         values = {
             **metrics,
             "learning_rate": self.schedule(step - 1),
-            "rows_dropped": self.stream.dropped,
+            "rows_dropped": len(self.stream.dropped),
             "tokens_per_second": tokens / max(phases.total, 1e-9),
             **phases.metrics(),
         }
@@ -160,7 +165,7 @@ class Stage:
         shown = {"reward", "correct", "loss", "kl", "length", "tokens_per_second"}
         log.show(**{key: value for key, value in values.items() if key in shown})
         if step % every == 0 or step == self.steps:
-            host = {"position": self.stream.position, "dropped": self.stream.dropped}
+            host = {"position": self.stream.position, "dropped": sorted(self.stream.dropped)}
             self.checkpoints.save(step, self.state, host)
             plot_metrics(log.folder)
 
@@ -173,6 +178,10 @@ def sft(run: Run, params, resume: bool):
     """Stage 1: cross-entropy on chain-of-thought answers. Returns the trained fp32 parameters."""
     config, data = run.config.sft, run.config.data
     stream = run.stream(data.sft)
+    rows_read = len(stream.examples)
+    stream.examples = without_reflection(stream.examples)
+    if rows_filtered := rows_read - len(stream.examples):
+        run.log.say(f"{data.sft.path}: {rows_filtered} reflective rows left out, {len(stream.examples)} kept")
     steps = config.steps or max(1, math.ceil(config.epochs * len(stream.examples) / config.batch_size))
     stage = Stage(run, "sft", config.optimizer, steps, stream, params, resume)
     if stage.start == 0 and run.config.stages[0] == "sft":
@@ -188,6 +197,7 @@ def sft(run: Run, params, resume: bool):
 
     def batches(rows):
         total = sum(len(answer) for _, (_, answer) in rows)
+        rows = sorted(rows, key=lambda row: len(row[1][1]))  # alike in length, a micro-batch holds little padding
         for i in range(0, len(rows), config.micro_batch_size):
             part = [encoded for _, encoded in rows[i : i + config.micro_batch_size]]
             tokens, mask = collate_answers([[answer] for _, answer in part], pad_multiple=data.pad_multiple)
@@ -199,6 +209,7 @@ def sft(run: Run, params, resume: bool):
             rows = stream.take(config.batch_size, encode)
         with phases("train"):
             metrics = stage.step(batches(rows), loss_fn)
+        metrics["rows_filtered"] = rows_filtered
         tokens = sum(len(prompt.tokens_T) + len(answer) for _, (prompt, answer) in rows)
         stage.finish_step(step, metrics, phases, tokens)
     heldout(run, stage.state, "sft", steps)
@@ -275,6 +286,8 @@ def heldout(run: Run, state: TrainState, stage: str, step: int) -> None:
             rows.append((example, processor.encode_prompt(example, max_tokens=run.config.data.max_prompt_tokens)))
         except RowError as error:
             run.drop(error)
+    if not rows:
+        raise RowError(f"{run.config.data.heldout.path}: no usable row among the first {config.rows}")
     sampling = Sampling(temperature=0.0, max_new_tokens=config.max_new_tokens)
     weights, judged = run.rollout_weights(state.params), []
     for i in range(0, len(rows), config.batch_size):
@@ -284,7 +297,8 @@ def heldout(run: Run, state: TrainState, stage: str, step: int) -> None:
         answers = jax.tree.map(lambda a: a[: len(part)], answers)  # noqa: B023 (called at once)
         judged += run.judge(part, answers, stage=stage, step=step, event="heldout")
     means = reward_metrics(judged)
-    run.log.metrics(stage, step, {"event": "heldout", "rows": len(rows), **means})
+    dropped = min(config.rows, len(stream.examples)) - len(rows) + len(stream.dropped)
+    run.log.metrics(stage, step, {"event": "heldout", "rows": len(rows), "rows_dropped": dropped, **means})
     run.log.say(
         f"held out, {len(rows)} rows, {stage} step {step}: reward {means['reward']:.3f}, answers right "
         f"{means['correct']:.1%}, valid {means['validity']:.1%}, key steps {means['key_steps']:.1%} "
@@ -296,11 +310,42 @@ def _warm_up_folder(run: Run) -> Path:
     return run.log.folder / "warmup"
 
 
+def check_inputs(config: Config):
+    """Looks at everything that can be wrong before a run folder is made, or an old one removed. Returns the mesh.
+
+    Raises ConfigError, CheckpointError or OSError naming what is wrong.
+    """
+    needed = {"model.path": config.model.path}
+    sizes = {}
+    if "sft" in config.stages:
+        needed["data.sft.path"], sizes["sft.micro_batch_size"] = config.data.sft.path, config.sft.micro_batch_size
+    if "step_grpo" in config.stages:
+        needed["data.rl.path"], sizes["rl.micro_batch_size"] = config.data.rl.path, config.rl.micro_batch_size
+    if config.eval.rows:
+        needed["data.heldout.path"], sizes["eval.batch_size"] = config.data.heldout.path, config.eval.batch_size
+    for key, path in needed.items():
+        if not Path(path).exists():
+            raise ConfigError(f"{key}: {path} does not exist")
+        if Path(path).resolve().is_relative_to(Path(config.output_dir).resolve()):
+            raise ConfigError(f"{key}: {path} lies in output_dir {config.output_dir}, which holds what a run writes")
+    files = find_model(config.model.path).files
+    try:
+        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        param_shardings(param_spec(load_config(files)), mesh)
+        Processor.from_folder(files)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    for key, size in sizes.items():
+        if size % batch_shards(mesh):
+            raise ConfigError(f"{key} is {size}, expected a multiple of mesh data*fsdp = {batch_shards(mesh)}")
+    return mesh
+
+
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Runs the configured stages; returns the exported Hugging Face folder."""
     if config.shapes.dir:
         make_shapes(config.shapes)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = check_inputs(config)
     log = RunLog(config, resume=resume, overwrite=overwrite)
     export = log.folder / "export"
     with ScorerPool(config.scoring.workers, config.scoring.timeout) as pool, jax.set_mesh(mesh):
@@ -327,8 +372,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="YAML file; see configs/")
-    parser.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="remove the run folder and start anew")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint")
+    existing.add_argument("--overwrite", action="store_true", help="remove the run folder and start anew")
     return parser
 
 
@@ -337,7 +383,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments, overrides = _parser().parse_known_args(argv)
     try:
         train(configs.load(arguments.config, overrides), resume=arguments.resume, overwrite=arguments.overwrite)
-    except (ConfigError, CheckpointError, RowError, ValueError, OSError) as error:
+    except (ConfigError, CheckpointError, RowError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

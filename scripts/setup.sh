@@ -6,11 +6,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extra="${1:-}"
 python="${PYTHON:-python3}"
 stamp=".venv/installed${extra:+-$extra}"
-if [ ! -x .venv/bin/python ]; then
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     { echo "error: $python is $("$python" --version); Python 3.11 or newer is needed (set PYTHON)" >&2; exit 2; }
   echo "making .venv with $("$python" --version)" >&2
-  "$python" -m venv .venv
+  "$python" -m venv --clear .venv
 fi
 if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
   echo "installing r1vl_jax${extra:+ with the extra '$extra'} (a few minutes the first time)" >&2

@@ -220,8 +220,7 @@ def test_ids_come_from_the_files(tmp_path, processor):
     vocabulary = processor.tokenizer.get_vocab()
     assert processor.ids.image == vocabulary["<|image_pad|>"]
     assert set(processor.stop_ids) == {vocabulary["<|im_end|>"], vocabulary["<|endoftext|>"]}
-    assert processor.ids.pad == vocabulary["<|endoftext|>"]
-    assert processor.ids.video in processor.vision_ids
+    assert processor.ids.video == vocabulary["<|video_pad|>"]
     assert Processor.from_folder(write_checkpoint(tmp_path, nested=True)).ids == processor.ids
 
 

@@ -106,7 +106,7 @@ def test_wrong_types(read, key, value, expected):
         ("sft.optimizer.warmup_ratio", "1.5"),
         ("rl.optimizer.max_grad_norm", "0"),
         ("rl.optimizer.learning_rate", "-1e-5"),
-        ("data.pad_multiple", "6"),
+        ("data.pad_multiple", "0"),
         ("data.max_prompt_tokens", "0"),
         ("checkpoint.every", "0"),
         ("scoring.timeout", "0"),

@@ -60,7 +60,7 @@ def test_stages_do_not_import_each_other(stage):
 @pytest.mark.parametrize("folder", ["model", "parallel", *STAGES])
 def test_no_stage_imports_a_command(folder):
     """What the stages share is named here; all else at the top is a command, which imports them and not they it."""
-    shared = {"types", "config"}
+    shared = {"types", "config", "jsonfile"}
     for path in sorted((PACKAGE / folder).rglob("*.py")):
         tops = {
             parts[1] for parts in (name.split(".") for name in imports(path)) if parts[0] == "r1vl_jax" and parts[1:]

@@ -75,10 +75,7 @@ def test_long_video_by_hand():
     assert hf_positions([1, (5, 2, 2), 2], [0, 2, 0])[0][0].tolist() == [0, 1, 2, 3, 4, 5, 2, 3]  # the trap
 
 
-def test_start_and_empty():
-    positions_3T, next_position = mrope_positions([3], merge_size=2, start=10)
-    np.testing.assert_array_equal(positions_3T, [[10, 11, 12]] * 3)
-    assert next_position == 13
+def test_empty():
     empty_3T, next_position = mrope_positions([0], merge_size=2)
     assert empty_3T.shape == (3, 0) and next_position == 0
 

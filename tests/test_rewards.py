@@ -276,6 +276,8 @@ def test_paper_answers(final, gold, expected):
     [
         *[(text, "B") for text in ("B", "B.", " B ", "(B)", "(b)", "B: 12", "B. 12", "B) 12", "(B) 12", "(B): 12")],
         *[(text, "B") for text in ("Option B", "option b", "OPTION (B)", "Option B: 1", "（Ｂ）", "B：\u30001", "B:")],
+        *[(text, "B") for text in ("\\boxed{B}", "\\boxed{ (B) }", "\\boxed{B: 12}")],
+        *[(text, None) for text in ("\\boxed{b}", "\\boxed{B} + 1", "\\boxed{\\text{B}}", "\\boxed{}", "\\boxed{B")],
         *[(text, None) for text in ("A triangle", "b", "A:B = 1:2", "A or B", "(A) or (B)", "(x) + 1", "A, B")],
         *[(text, None) for text in ("", "BC", "b: 12", "a. 3", "Option", "optional", "Option A or B", "12", "(A) + 1")],
         *[(text, None) for text in ("A" + " " * 3000 + "x", "Apple", "É", "\\(B\\)", "option a triangle")],
@@ -290,6 +292,9 @@ def test_choice_letter(text, letter):
     [
         ("B: 12", "B", True),
         ("Option B", "B: 12", True),
+        ("\\boxed{B}", "B", True),
+        ("B", "\\boxed{B}", True),
+        ("\\boxed{C}", "B", False),
         ("(B)", "### The final answer is: B. 12", True),
         ("C: 12", "B: 12", False),  # the letter decides, not the number beside it
         ("12", "B: 12", True),

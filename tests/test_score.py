@@ -55,7 +55,7 @@ def test_rows_keep_their_fields_and_order(tmp_path, capsys):
     said = capsys.readouterr().err.splitlines()[-1]
     assert said == (
         "3 rows, rules paper: accuracy 0.3500, validity 0.6667, reward 1.0167; "
-        "final answer found in 66.7%; 0 timeout, 0 error, 0 crash"
+        "final answer found in 66.7%; 0 timeout, 0 error, 0 crash; 2 with missing, empty or faulty key steps"
     )
 
 

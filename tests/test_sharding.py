@@ -14,7 +14,7 @@ from tiny_jax import batch_of, questions, random_params, tiny_config
 
 from r1vl_jax.config import OptimizerSection
 from r1vl_jax.model.spec import param_spec
-from r1vl_jax.optim import accumulate, gradient_step, init_state, make_optimizer, make_update, zero_grads
+from r1vl_jax.optim import abstract_state, accumulate, gradient_step, init_state, make_optimizer, make_update, zero_grads
 from r1vl_jax.parallel.sharding import ROLLOUT_RULES, batch_shards, make_mesh, param_shardings, put_batch
 from r1vl_jax.rollout.generate import rollout
 from r1vl_jax.step_grpo.loss import answer_weights, step_grpo_loss
@@ -70,13 +70,14 @@ def trained(mesh):
         optimizer = make_optimizer(OPTIMIZER, 10, param_spec(cfg))
         # A copy: the update donates its state.
         placed = jax.device_put(jax.tree.map(jnp.copy, params), shardings)
-        state = init_state(placed, optimizer, PARTS, shardings, mesh)
+        layout = abstract_state(optimizer, PARTS, param_spec(cfg), shardings, mesh)
+        state = init_state(placed, optimizer, PARTS, layout)
         batch = train_batch(prompts)
         grads, metrics = accumulate(
             zero_grads(state.params, PARTS), state.params, put_batch(batch, mesh),
             loss_fn=loss_fn(), parts=PARTS, dtype="float32",
         )  # fmt: skip
-        update = make_update(optimizer, state)
+        update = make_update(optimizer, layout)
         after, step_metrics = gradient_step(
             state, [batch], update=update, loss_fn=loss_fn(), parts=PARTS, dtype="float32", mesh=mesh
         )

@@ -66,7 +66,8 @@ def test_rl_row(tmp_path):
         key_steps=(("AD is a median", "median is AD"), ("equal area",), ()),
     )
     assert read_one(tmp_path, RL | {"key_steps": {"Steps": []}}).key_steps == ()
-    for missing in ({}, {"key_steps": None}, {"key_steps": {"Steps": None}}):
+    assert read_one(tmp_path, RL | {"key_steps": steps["Steps"]}) == example  # the list without the object around it
+    for missing in ({}, {"key_steps": None}, {"key_steps": {}}, {"key_steps": {"Steps": None}}):
         assert read_one(tmp_path, RL | missing).key_steps is None
 
 
@@ -77,6 +78,8 @@ def test_images_and_placeholders(tmp_path):
     for none in (None, []):
         text_only = read_one(tmp_path, RL | {"image_path": none})
         assert text_only.images == () and text_only.question == "Find x."
+    plain = {"messages": [USER | {"content": "Find x."}, ASSISTANT]}  # no placeholder, no picture to miss
+    assert read_one(tmp_path, plain).images == ()
     examples, _ = read_examples(write(tmp_path, [SFT]), image_root=tmp_path / "pictures")
     assert examples[0].images == (str(tmp_path / "pictures" / "a.png"),)
 
@@ -101,10 +104,17 @@ BAD = {
     "no solution": ({"problem": "x"}, "row 1, solution: None; expected a text"),
     "blank problem": (RL | {"problem": " "}, "row 1, problem: ' '"),
     "number as solution": (RL | {"solution": 3}, "row 1, solution: 3;"),
-    "steps are a list": (RL | {"key_steps": ["a"]}, r"row 1, key_steps: \['a'\]; expected .\"Steps\""),
+    "steps by another name": (RL | {"key_steps": {"steps": ["a"]}}, r"row 1, key_steps: {'steps'.*; expected .\"Steps"),
+    "a number in a plain list": (RL | {"key_steps": ["a", 3]}, r"row 1, key_steps\[1\]: 3; expected a text"),
+    "steps are a number": (RL | {"key_steps": 3}, "row 1, key_steps: 3; expected a list of groups"),
     "steps are a text": (RL | {"key_steps": {"Steps": "a"}}, "row 1, key_steps.Steps: 'a'; expected a list"),
     "a number as step": (RL | {"key_steps": {"Steps": ["a", 3]}}, r"row 1, key_steps.Steps\[1\]: 3; expected a text"),
     "empty path": (RL | {"image_path": ""}, "row 1, image_path: ''; expected the path"),
+    "no image_path": (
+        {"problem": "Find x.", "solution": "3"},
+        "row 1, image_path: missing; expected a path, a list of paths, or null for a text-only question",
+    ),
+    "no images": ({"messages": [USER, ASSISTANT]}, "row 1, images: missing; expected a path"),
     "address": (RL | {"image_path": "https://x/a.png"}, "row 1, image_path: 'https"),
     "path object": (SFT | {"images": [{"bytes": "x"}]}, "row 1, images: {'bytes'"),
     "too few images": (RL | {"problem": "<image> <image>"}, "row 1, image_path: 1 images for 2 <image>"),

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from r1vl_jax.jsonfile import read_object
 from r1vl_jax.model.config import CheckpointError, ModelConfig, parse_config
 
 # Fields of a nested text_config that have no place at the top level, or whose value there is the whole model's.
@@ -21,7 +22,7 @@ _NOT_FLAT = frozenset(
 
 def write_flat_config(source: Path, destination: Path, cfg: ModelConfig, dtype: str) -> None:
     """Writes `source`, flat or nested, in the flat published style; a file that says it all already stays as it is."""
-    raw = json.loads(source.read_text())
+    raw = read_object(source)
     flat = flat_config(raw, cfg, dtype)
     if parse_config(flat, destination) != cfg:
         raise CheckpointError(f"{source}: cannot be written in the flat style without changing its meaning")
@@ -38,7 +39,7 @@ def flat_config(raw: dict[str, Any], cfg: ModelConfig, dtype: str) -> dict[str, 
     `torch_dtype`; keys that only transformers 5 knows go.
     """
     flat = {key: value for key, value in raw.items() if key not in ("text_config", "rope_parameters", "dtype")}
-    for key, value in raw.get("text_config", {}).items():
+    for key, value in (raw.get("text_config") or {}).items():
         if key not in _NOT_FLAT and value is not None:
             flat[key] = value
     vision = dict(raw["vision_config"])

@@ -1,7 +1,7 @@
 """Checkpoint folders: written whole or not at all, and the files that travel with the weights.
 
 A folder is filled under a temporary name beside its place and renamed at the end, so a run that dies leaves the old
-folder or none. With several processes all of them call these functions and process 0 does the work.
+folder or none.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-
-import jax
 
 from r1vl_jax.model.config import CheckpointError
 
@@ -63,29 +61,15 @@ def new_folder(destination: str | Path, overwrite: bool = False) -> Iterator[Pat
     destination = check_destination(destination, overwrite)
     temporary = destination.with_name(f".{destination.name}.partial")
     replaced = destination.with_name(f".{destination.name}.replaced")
-    first = jax.process_index() == 0
-    if first:
-        for leftover in (temporary, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    _barrier("checkpoint folder made")
+    for leftover in (temporary, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
         yield temporary
     except BaseException:
-        if first:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _barrier("checkpoint folder filled")
-    if first:
-        if destination.exists():
-            destination.rename(replaced)
-        temporary.rename(destination)
-        shutil.rmtree(replaced, ignore_errors=True)
-    _barrier("checkpoint folder renamed")
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
+    if destination.exists():
+        destination.rename(replaced)
+    temporary.rename(destination)
+    shutil.rmtree(replaced, ignore_errors=True)

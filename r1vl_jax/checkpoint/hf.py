@@ -18,19 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes  # also tells NumPy, and so safetensors, what bfloat16 is
+import jax.numpy as jnp  # also tells NumPy, and so safetensors, what bfloat16 is
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from r1vl_jax.checkpoint.flat_config import write_flat_config
 from r1vl_jax.checkpoint.folder import copy_companions, new_folder
+from r1vl_jax.jsonfile import read_object
 from r1vl_jax.model.config import CheckpointError, ModelConfig, load_config
 from r1vl_jax.model.spec import ParamSpec, is_spec, param_spec
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 _HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -163,10 +164,10 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> tuple[list[_Tensor], lis
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        table = json.loads(path.read_text())["weight_map"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not an index of safetensors ({error!r})") from error
-    if not isinstance(table, dict) or not table:
+        table = read_object(path).get("weight_map")
+    except ValueError as error:
+        raise CheckpointError(f"{error}; expected an index of safetensors") from error
+    if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
         raise CheckpointError(f"{path}: weight_map is not a table from tensors to files")
     return table
 
@@ -257,23 +258,21 @@ def save_hf(
     dtypes = [np.dtype(leaf.dtype if dtype is None else dtype) for leaf in leaves]
     shards = _plan_shards(specs, dtypes, max_shard_bytes)
     total = sum(int(np.prod(spec.shape)) * dtype.itemsize for spec, dtype in zip(specs, dtypes, strict=True))
-    first = jax.process_index() == 0
     with new_folder(folder, overwrite) as temporary:
-        if first:
-            copy_companions(source, temporary)
-            write_flat_config(Path(source) / "config.json", temporary / "config.json", cfg, _commonest(dtypes))
+        copy_companions(source, temporary)
+        write_flat_config(Path(source) / "config.json", temporary / "config.json", cfg, _commonest(dtypes))
         weight_map = {}
         for number, shard in enumerate(shards, 1):
             file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             tensors = {}
             for name, leaf, layer in shard:
-                tensors[name] = _to_hf(_host(leaves[leaf], layer), specs[leaf], dtypes[leaf])
+                array = leaves[leaf] if layer is None else leaves[leaf][layer]
+                tensors[name] = _to_hf(np.asarray(array), specs[leaf], dtypes[leaf])
                 weight_map[name] = file
-            if first:
-                save_file(tensors, temporary / file, metadata={"format": "pt"})
+            save_file(tensors, temporary / file, metadata={"format": "pt"})
             for name in tensors if on_tensor else ():
                 on_tensor(name)
-        if first and len(shards) > 1:
+        if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
@@ -308,17 +307,6 @@ def _plan_shards(specs, dtypes, max_bytes: float) -> list[list[tuple[str, int, i
         shards[-1].append((name, leaf, layer if stacked else None))
         size += bytes_
     return shards
-
-
-def _host(array: Any, layer: int | None) -> np.ndarray:
-    """One layer of a parameter (or all of it) on the host; every process gets it."""
-    if layer is not None:
-        array = array[layer]
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        return multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(array)
 
 
 def _to_hf(array: np.ndarray, spec: ParamSpec, dtype: np.dtype) -> np.ndarray:

@@ -5,8 +5,8 @@ Layout of a converted checkpoint:
     FOLDER/params/   the parameter tree, written by orbax; restores straight onto a mesh
     FOLDER/hf/       config.json, tokenizer, processor and template files of the checkpoint it came from
 
-`load_model` also takes a Hugging Face folder, and a run folder that holds one under export/. The state of a training
-run (optimizer, step) is not kept here.
+`load_model` also takes a Hugging Face folder, and the folder of a training run: the one under export/, or, while the
+run has none, the parameters of its newest training state (see checkpoint.state), optimizer moments left on disk.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import yaml
 
 from r1vl_jax.checkpoint.folder import copy_companions, new_folder
 from r1vl_jax.checkpoint.hf import cast, load_hf
@@ -28,31 +29,63 @@ from r1vl_jax.model.spec import is_spec, param_spec
 
 @dataclasses.dataclass(frozen=True)
 class ModelFolder:
-    """Where a checkpoint's parts lie: `weights` (orbax if `converted`, else safetensors) and `files` (config.json,
-    tokenizer, processor)."""
+    """Where a checkpoint's parts lie.
+
+    Attributes:
+      weights: the folder with the safetensors ("hf"), with params/ ("converted"), or of a TrainState ("state").
+      files: the folder with config.json, tokenizer and processor files.
+      note: what people should know about the choice; "" where there was none.
+    """
 
     weights: Path
     files: Path
-    converted: bool
+    kind: Literal["hf", "converted", "state"]
+    note: str = ""
+
+
+_STAGES = ("sft", "step_grpo")  # in the order in which a run takes them
 
 
 def find_model(folder: str | Path) -> ModelFolder:
     """Recognises a checkpoint folder of any kind. Raises CheckpointError that says what was expected."""
     folder = Path(folder).absolute()
     if (folder / "params").is_dir() and (folder / "hf" / "config.json").is_file():
-        return ModelFolder(folder, folder / "hf", True)
+        return ModelFolder(folder, folder / "hf", "converted")
     for place in (folder, folder / "export"):
         if (place / "config.json").is_file():
-            return ModelFolder(place, place, False)
+            return ModelFolder(place, place, "hf")
+    states = [found for stage in _STAGES if (found := _newest_state(folder / "checkpoints" / stage))]
+    if states and (folder / "config.yaml").is_file():
+        stage, step = states[-1].parts[-3:-1]
+        note = f"{folder}: this run has not finished; the parameters are those of {stage} step {step}"
+        return ModelFolder(states[-1], _files_of_run(folder / "config.yaml"), "state", note)
     problem = "no such folder" if not folder.is_dir() else "not a checkpoint"
     raise CheckpointError(
         f"{folder}: {problem}; expected a Hugging Face folder (config.json and safetensors), a converted checkpoint "
-        "(params/ and hf/) or a run folder with export/"
+        "(params/ and hf/) or the folder of a training run with export/ or checkpoints/"
     )
 
 
+def _newest_state(folder: Path) -> Path | None:
+    """The TrainState of a stage's newest step: orbax gives a step its bare number as name when it is complete."""
+    steps = [int(path.name) for path in folder.glob("[0-9]*") if path.name.isdecimal() and (path / "state").is_dir()]
+    return folder / str(max(steps)) / "state" if steps else None
+
+
+def _files_of_run(config: Path) -> Path:
+    """The files that a run's parameters go with: those of the checkpoint it started from."""
+    try:
+        start = Path(yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["path"])
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{config}: says no model.path, expected the configuration of a run ({error})") from error
+    try:
+        return find_model(start).files
+    except CheckpointError as error:
+        raise CheckpointError(f"{config}: model.path, where the run started: {error}") from error
+
+
 def load_model(
-    folder: str | Path,
+    folder: str | Path | ModelFolder,
     *,
     dtype: Any = None,
     shardings: Callable[[ModelConfig], Any] | None = None,
@@ -61,7 +94,7 @@ def load_model(
     """Reads any kind of checkpoint.
 
     Args:
-      folder: see `find_model`.
+      folder: see `find_model`; or what that returned.
       dtype: what to convert to; None keeps each parameter's own.
       shardings: gives the tree of NamedSharding for a config, for example
         `lambda cfg: param_shardings(param_spec(cfg), mesh)`; without it the arrays are NumPy's and on the host.
@@ -71,11 +104,13 @@ def load_model(
     Raises:
       CheckpointError, see `find_model`, `load_config`, `load_hf` and `load_params`.
     """
-    found = find_model(folder)
+    found = folder if isinstance(folder, ModelFolder) else find_model(folder)
     cfg = load_config(found.files)
     places = None if shardings is None else shardings(cfg)
-    if found.converted:
+    if found.kind == "converted":
         return load_params(found.weights, cfg, dtype=dtype, shardings=places), cfg, found.files
+    if found.kind == "state":
+        return _restore(found.weights, cfg, dtype=dtype, shardings=places, part="params"), cfg, found.files
     return load_hf(found.weights, cfg, dtype=dtype, shardings=places, on_tensor=on_tensor), cfg, found.files
 
 
@@ -88,9 +123,8 @@ def save_params(folder: str | Path, params: Any, source: str | Path, *, overwrit
       source: a folder with the config.json, tokenizer, processor and template files to take along, byte for byte.
     """
     with new_folder(folder, overwrite) as temporary:
-        if jax.process_index() == 0:
-            (temporary / "hf").mkdir()
-            copy_companions(source, temporary / "hf")
+        (temporary / "hf").mkdir()
+        copy_companions(source, temporary / "hf")
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             checkpointer.save(temporary / "params", args=ocp.args.PyTreeSave(params))
 
@@ -106,24 +140,33 @@ def load_params(folder: str | Path, cfg: ModelConfig, *, dtype: Any = None, shar
       CheckpointError where orbax cannot read the folder, or naming every parameter that is unknown, missing or
       misshaped.
     """
-    folder = Path(folder).absolute() / "params"
+    return _restore(Path(folder).absolute() / "params", cfg, dtype=dtype, shardings=shardings)
+
+
+def _restore(folder: Path, cfg: ModelConfig, *, dtype: Any, shardings: Any, part: str | None = None) -> Any:
+    """The parameters in an orbax folder that holds their tree, or holds it as one `part` of a larger one."""
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:
-            stored = checkpointer.metadata(folder).item_metadata.tree
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            stored = ocp.PyTreeCheckpointHandler().metadata(folder).tree
+            stored = stored if part is None else stored[part]
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{folder}: not an orbax checkpoint, or damaged ({error})") from error
         _check(folder, stored, cfg)
         args = jax.tree.map(lambda meta: _restore_args(meta, None, dtype), stored)
         if shardings is not None:
             args = jax.tree.map(lambda meta, place: _restore_args(meta, place, dtype), stored, shardings)
+        wanted = {"restore_args": args}
+        if part is not None:  # what `item` leaves out stays on disk
+            shapes = jax.tree.map(lambda meta: jax.ShapeDtypeStruct(meta.shape, meta.dtype), stored)
+            wanted = {"item": {part: shapes}, "restore_args": {part: args}, "partial_restore": True}
         try:
-            params = checkpointer.restore(folder, args=ocp.args.PyTreeRestore(restore_args=args))
+            params = checkpointer.restore(folder, args=ocp.args.PyTreeRestore(**wanted))
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{folder}: cannot be read ({error})") from error
+    params = params if part is None else params[part]
     if shardings is None and dtype is not None:
-        wanted = np.dtype(dtype)
         params = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: cast(leaf, wanted, jax.tree_util.keystr(path)), params
+            lambda path, leaf: cast(leaf, np.dtype(dtype), jax.tree_util.keystr(path)), params
         )
     return params
 
@@ -152,4 +195,4 @@ def _check(folder: Path, stored: Any, cfg: ModelConfig) -> None:
     }
     lists = "; ".join(f"{kind}: {', '.join(texts)}" for kind, texts in faults.items() if texts)
     if lists:
-        raise CheckpointError(f"{folder}: parameters are not those that hf/config.json describes; {lists}")
+        raise CheckpointError(f"{folder}: parameters are not those that config.json describes; {lists}")

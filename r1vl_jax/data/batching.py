@@ -18,15 +18,16 @@ from r1vl_jax.types import EncodedPrompt, Example, Prompts, RowError
 
 @dataclasses.dataclass
 class ExampleStream:
-    """Rows in an order fixed by (seed, epoch), over and over; rows that cannot be used are dropped and counted.
+    """Rows in an order fixed by (seed, epoch), over and over; rows that cannot be used are dropped and named once.
 
-    `position` is the whole state: a stream set to the same position goes on with the same rows.
+    `position` fixes what comes next: a stream set to the same position goes on with the same rows. `dropped` holds the
+    names of the rows dropped so far.
     """
 
     examples: list[Example]
     seed: int
     position: int = 0
-    dropped: int = 0
+    dropped: set[str] = dataclasses.field(default_factory=set)
     on_drop: Callable[[RowError], None] = lambda error: None
 
     def take(self, count: int, encode: Callable[[Example], Any]) -> list[tuple[Example, Any]]:
@@ -46,8 +47,9 @@ class ExampleStream:
                 failures = 0
             except RowError as error:
                 failures += 1
-                self.dropped += 1
-                self.on_drop(error)
+                if example.name not in self.dropped:
+                    self.dropped.add(example.name)
+                    self.on_drop(error)
         return taken
 
 

@@ -70,8 +70,13 @@ def parse_row(row: object, *, source: str, number: int, image_root: str) -> Exam
             f"{name}: has the keys {sorted(row)}; expected image_path, problem, solution, key_steps (RL) or messages, "
             "images (ShareGPT)"
         )
-    images = _images(row.get(image_field), f"{name}, {image_field}", image_root)
     placeholders = question.count(PLACEHOLDER)
+    if image_field not in row and (image_field == "image_path" or placeholders):
+        # A misspelt key would train on questions about pictures that nobody sees.
+        raise RowError(
+            f"{name}, {image_field}: missing; expected a path, a list of paths, or null for a text-only question"
+        )
+    images = _images(row.get(image_field), f"{name}, {image_field}", image_root)
     if placeholders == 0:
         question = PLACEHOLDER * len(images) + question
     elif placeholders != len(images):
@@ -147,7 +152,7 @@ def _single_turn(messages: object, name: str) -> tuple[str, str]:
 
 
 def _images(value: object, name: str, root: str) -> tuple[str, ...]:
-    """Absolute image paths; none for null, a missing field and an empty list."""
+    """Absolute image paths; none for null and an empty list."""
     paths = [] if value is None else value if isinstance(value, list) else [value]
     for path in paths:
         if not isinstance(path, str) or not path.strip() or "://" in path or path.startswith("data:"):
@@ -157,20 +162,23 @@ def _images(value: object, name: str, root: str) -> tuple[str, ...]:
 
 
 def _key_steps(value: object, name: str) -> tuple[tuple[str, ...], ...] | None:
-    """Groups of alternatives; a group that is one text becomes a group of one. None for null and a missing field."""
-    if value is None:
+    """Groups of alternatives; a group that is one text becomes a group of one. None for null, {} and a missing field.
+
+    The groups may also be given without the object around them.
+    """
+    if isinstance(value, dict) and value:
+        if "Steps" not in value:
+            raise RowError(f'{name}: {_short(value)}; expected {{"Steps": [...]}} or a list of groups')
+        name, value = f"{name}.Steps", value["Steps"]
+    if value is None or value == {}:
         return None
-    if not isinstance(value, dict) or "Steps" not in value:
-        raise RowError(f'{name}: {_short(value)}; expected {{"Steps": [...]}}')
-    if value["Steps"] is None:
-        return None
-    if not isinstance(value["Steps"], list):
-        raise RowError(f"{name}.Steps: {_short(value['Steps'])}; expected a list of groups")
+    if not isinstance(value, list):
+        raise RowError(f"{name}: {_short(value)}; expected a list of groups")
     groups = []
-    for i, group in enumerate(value["Steps"]):
+    for i, group in enumerate(value):
         alternatives = [group] if isinstance(group, str) else group
         if not isinstance(alternatives, list) or not all(isinstance(text, str) for text in alternatives):
-            raise RowError(f"{name}.Steps[{i}]: {_short(group)}; expected a text or a list of texts")
+            raise RowError(f"{name}[{i}]: {_short(group)}; expected a text or a list of texts")
         groups.append(tuple(alternatives))
     return tuple(groups)
 

@@ -7,9 +7,10 @@ writes a nested one (`text_config`, `rope_parameters`). Both are read here; noth
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
+
+from r1vl_jax.jsonfile import inner_object, read_object
 
 
 class CheckpointError(ValueError):
@@ -76,24 +77,34 @@ def load_config(folder: str | Path) -> ModelConfig:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; expected the folder of a Qwen2-VL checkpoint")
     try:
-        raw = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from error
+        raw = read_object(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     return parse_config(raw, path)
 
 
 def parse_config(raw: dict[str, Any], path: str | Path = "config.json") -> ModelConfig:
-    """Turns the dictionary of a config.json, flat or nested, into a ModelConfig."""
+    """Turns the dictionary of a config.json, flat or nested, into a ModelConfig. CheckpointError names `path`."""
+    try:
+        return _parse(raw, path)
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError) as error:  # a value of another kind than its key's
+        raise CheckpointError(f"{path}: not the config.json of a Qwen2-VL ({error})") from error
+
+
+def _parse(raw: dict[str, Any], path: str | Path) -> ModelConfig:
     if raw.get("model_type") != "qwen2_vl":
         raise CheckpointError(f"{path}: model_type is {raw.get('model_type')!r}, expected 'qwen2_vl'")
-    text = {**raw, **raw.get("text_config", {})}
+    text = {**raw, **inner_object(raw, "text_config", path)}
 
     def need(table: dict, key: str, where: str = "") -> Any:
         if table.get(key) is None:
             raise CheckpointError(f"{path}: {where}{key} is missing")
         return table[key]
 
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rope = inner_object(text, "rope_parameters", path) or inner_object(text, "rope_scaling", path)
+    need(raw, "vision_config")
     section = tuple(need(rope, "mrope_section", "rope_scaling / rope_parameters: "))
     if text.get("use_sliding_window"):
         raise CheckpointError(
@@ -109,11 +120,11 @@ def parse_config(raw: dict[str, Any], path: str | Path = "config.json") -> Model
         layers=need(text, "num_hidden_layers"),
         heads=need(text, "num_attention_heads"),
         kv_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
-        norm_eps=text.get("rms_norm_eps", 1e-5),  # the class default; published files say 1e-6
+        norm_eps=float(text.get("rms_norm_eps", 1e-5)),  # the class default; published files say 1e-6
         rope_theta=float(rope.get("rope_theta") or text.get("rope_theta") or 1e6),
         mrope_section=section,
         tied=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-        vision=_parse_vision(need(raw, "vision_config"), text["hidden_size"], path),
+        vision=_parse_vision(inner_object(raw, "vision_config", path), text["hidden_size"], path),
         **{key: need(raw, key) for key in _TOKEN_KEYS},
     )
     _check(cfg, path)
@@ -139,11 +150,16 @@ def _parse_vision(raw: dict[str, Any], text_width: int, path: str | Path) -> Vis
         temporal_patch_size=raw.get("temporal_patch_size", 2),
         channels=raw.get("in_channels", raw.get("in_chans", 3)),
         merge_size=raw.get("spatial_merge_size", 2),
-        rope_theta=float((raw.get("rope_parameters") or {}).get("rope_theta", 1e4)),
+        rope_theta=float(inner_object(raw, "rope_parameters", path).get("rope_theta", 1e4)),
     )
 
 
 def _check(cfg: ModelConfig, path: str | Path) -> None:
+    for part, where in ((cfg, ""), (cfg.vision, "vision: ")):
+        for field in dataclasses.fields(part):
+            value, least = getattr(part, field.name), 0 if field.name in _TOKEN_KEYS else 1
+            if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise CheckpointError(f"{path}: {where}{field.name} is {value!r}, expected a whole number from {least}")
     if cfg.width % cfg.heads or cfg.heads % cfg.kv_heads:
         raise CheckpointError(
             f"{path}: hidden_size {cfg.width}, {cfg.heads} query and {cfg.kv_heads} kv heads do not divide"

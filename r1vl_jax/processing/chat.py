@@ -10,13 +10,15 @@ weights were trained with it; else the format of Qwen2-VL (arXiv 2409.12191, sec
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
+
+from r1vl_jax.jsonfile import read_object, read_text
 
 SYSTEM = "You are a helpful assistant."
 ASSISTANT_HEADER = "<|im_start|>assistant\n"
@@ -57,9 +59,9 @@ def find_chat_template(folder: str | os.PathLike, tokenizer: PreTrainedTokenizer
     """
     jinja, as_json = Path(folder) / "chat_template.jinja", Path(folder) / "chat_template.json"
     if jinja.is_file():
-        return jinja.read_text(encoding="utf-8")
+        return read_text(jinja)
     if as_json.is_file():
-        template = json.loads(as_json.read_text(encoding="utf-8")).get("chat_template")
+        template = read_object(as_json).get("chat_template")
         if not isinstance(template, str):
             raise ValueError(f"{as_json}: no text under chat_template")
         return template
@@ -81,16 +83,21 @@ def render_chat(
       parts: the user's turn, from `split_question`.
       vision: what stands for an "image" and a "video" in the text, used where there is no template.
       template: Jinja text; None takes the format at the top of this file.
-    Raises: ValueError if the template takes text alone or does not open the assistant's turn as Qwen2-VL does.
+    Raises: ValueError, naming the checkpoint, if the template is no Jinja, takes text alone, or does not open the
+      assistant's turn as Qwen2-VL does.
     """
     if template is None:
         user = "".join(part["text"] if part["type"] == "text" else vision[part["type"]] for part in parts)
         return f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n{ASSISTANT_HEADER}"
-    turns = [{"role": "user", "content": list(parts)}]
+    turns, name = [{"role": "user", "content": list(parts)}], tokenizer.name_or_path
     try:
         text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, add_generation_prompt=True)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"{name}: the chat template cannot be used ({error}); expected Qwen2-VL's") from error
     except TypeError as error:  # Jinja adds a list to a text
-        raise ValueError(f"the chat template takes no message with images ({error}); expected Qwen2-VL's") from error
+        raise ValueError(
+            f"{name}: the chat template takes no message with images ({error}); expected Qwen2-VL's"
+        ) from error
     if not text.endswith(ASSISTANT_HEADER):
-        raise ValueError(f"the chat template ends a prompt with {text[-40:]!r}; expected {ASSISTANT_HEADER!r}")
+        raise ValueError(f"{name}: the chat template ends a prompt with {text[-40:]!r}; expected {ASSISTANT_HEADER!r}")
     return text

@@ -10,7 +10,6 @@ is temporal_patch_size equal frames.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import struct
@@ -21,6 +20,8 @@ from pathlib import Path
 import numpy as np
 from einops import rearrange
 from PIL import Image, ImageOps
+
+from r1vl_jax.jsonfile import inner_object, read_object
 
 MAX_ASPECT_RATIO = 200
 # Formats that PIL may try. EPS, for one, would run an external program on a file from a data set.
@@ -63,8 +64,9 @@ class ImageSpec:
                 f"token ({self.factor}x{self.factor} = {self.factor**2} pixels)"
             )
         for field in ("mean", "std"):
-            if len(getattr(self, field)) != 3:
-                raise ValueError(f"image {field} is {getattr(self, field)}; expected three numbers (R, G, B)")
+            values = getattr(self, field)
+            if len(values) != 3 or not all(isinstance(value, (int, float)) for value in values):
+                raise ValueError(f"image {field} is {values}; expected three numbers (R, G, B)")
         if min(self.std) <= 0:
             raise ValueError(f"image std is {self.std}; expected positive numbers")
 
@@ -84,17 +86,17 @@ class ImageSpec:
         Raises: ValueError that names the file and the field that cannot be served.
         """
         path, fields = _read_image_fields(Path(folder))
-        size = fields.get("size") or {}
+        size = inner_object(fields, "size", path)
         budget = {
             "min_pixels": (min_pixels, fields.get("min_pixels"), size.get("min_pixels"), size.get("shortest_edge")),
             "max_pixels": (max_pixels, fields.get("max_pixels"), size.get("max_pixels"), size.get("longest_edge")),
         }
         values = {key: next((v for v in given if v is not None), None) for key, given in budget.items()}
         values |= {key: fields.get(key) for key in ("patch_size", "temporal_patch_size", "merge_size")}
-        values |= {key: tuple(fields.get(f"image_{key}") or ()) or None for key in ("mean", "std")}
         try:
+            values |= {key: tuple(fields.get(f"image_{key}") or ()) or None for key in ("mean", "std")}
             return cls(**{key: value for key, value in values.items() if value is not None})
-        except ValueError as error:
+        except (TypeError, ValueError) as error:  # TypeError: a number where a list belongs
             raise ValueError(f"{path}: {error}") from error
 
 
@@ -102,16 +104,17 @@ def _read_image_fields(folder: Path) -> tuple[Path, dict]:
     """The image processor's fields and where they stand; refuses steps that this module does not do."""
     path, fields = folder / "preprocessor_config.json", {}
     if path.is_file():
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_object(path)
     elif (folder / "processor_config.json").is_file():  # where transformers 5 writes it
         path = folder / "processor_config.json"
-        fields = json.loads(path.read_text(encoding="utf-8")).get("image_processor", {})
+        fields = inner_object(read_object(path), "image_processor", path)
     served = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": int(Image.Resampling.BICUBIC)}
     for key, expected in served.items():
         if fields.get(key, expected) != expected:
             raise ValueError(f"{path}: {key} is {fields[key]!r}; only {expected!r} is supported")
-    if not math.isclose(fields.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
-        raise ValueError(f"{path}: rescale_factor is {fields['rescale_factor']!r}; only 1/255 is supported")
+    scale = fields.get("rescale_factor", 1 / 255)
+    if not isinstance(scale, (int, float)) or not math.isclose(scale, 1 / 255, rel_tol=1e-6):
+        raise ValueError(f"{path}: rescale_factor is {scale!r}; only 1/255 is supported")
     return path, fields
 
 

@@ -14,21 +14,18 @@ from collections.abc import Iterable
 import numpy as np
 
 
-def mrope_positions(
-    segments: Iterable[int | tuple[int, int, int]], merge_size: int, start: int = 0
-) -> tuple[np.ndarray, int]:
+def mrope_positions(segments: Iterable[int | tuple[int, int, int]], merge_size: int) -> tuple[np.ndarray, int]:
     """Positions of a prompt, given what stands in it, in order.
 
     Args:
       segments: a number of text tokens, or the (t, h, w) grid, in patches, of an image or a video.
       merge_size: patches on a side of one image token.
-      start: position of the first token.
     Returns:
       positions_3T (3, T) int32 and the position of the first token that follows.
     Raises: ValueError on a grid that merge_size does not divide.
     """
     blocks = [np.zeros((3, 0), np.int32)]
-    position = start
+    position = 0
     for segment in segments:
         if isinstance(segment, tuple):
             t, h, w = segment

@@ -9,7 +9,6 @@ one that is over its budget is an error that names the row, for the caller to dr
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from r1vl_jax.jsonfile import inner_object, read_object
 from r1vl_jax.processing.chat import find_chat_template, render_chat, split_question
 from r1vl_jax.processing.images import ImageSpec, image_patches, load_image, video_patches
 from r1vl_jax.processing.positions import mrope_positions
@@ -39,7 +39,6 @@ class SpecialIds:
     vision_end: int
     im_end: int
     end_of_text: int
-    pad: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +70,10 @@ class Processor:
         Raises: ValueError that names the file and the key that is missing or does not fit.
         """
         folder = Path(folder)
-        config = _read_json(folder / "config.json")
+        config = read_object(folder / "config.json")
         tokenizer = _read_tokenizer(folder)
         spec = ImageSpec.from_folder(folder, min_pixels=min_pixels, max_pixels=max_pixels)
-        vision = config.get("vision_config") or {}
+        vision = inner_object(config, "vision_config", folder / "config.json")
         for key in ("patch_size", "temporal_patch_size", "spatial_merge_size"):
             field = key.removeprefix("spatial_")
             if vision.get(key, getattr(spec, field)) != getattr(spec, field):
@@ -98,11 +97,6 @@ class Processor:
     def stop_ids(self) -> tuple[int, int]:
         """Either of these ends an answer."""
         return self.ids.im_end, self.ids.end_of_text
-
-    @property
-    def vision_ids(self) -> tuple[int, int, int, int]:
-        """Ids that an answer may never hold: sampler and log-softmax mask them."""
-        return self.ids.image, self.ids.video, self.ids.vision_start, self.ids.vision_end
 
     def encode_prompt(self, example: Example, *, max_tokens: int | None = None) -> EncodedPrompt:
         """Encodes the question of a row, with its images; see `encode_question`. RowError names file, row, field."""
@@ -230,31 +224,21 @@ class Processor:
         )
 
 
-def _read_json(path: Path) -> dict:
-    """A JSON object of the checkpoint; ValueError names the file if it is missing or no object."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected a checkpoint folder in Hugging Face layout")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a {type(value).__name__}; expected an object")
-    return value
-
-
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The folder's tokenizer. transformers makes an empty one where the vocabulary is missing: checked here."""
     if not (folder / "tokenizer.json").is_file():
         for path in (folder / "vocab.json", folder / "merges.txt"):
             if not path.is_file():
                 raise ValueError(f"{path}: no such file; expected tokenizer.json, or vocab.json and merges.txt")
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # what transformers and tokenizers raise here is a bare Exception, or anything
+        raise ValueError(f"{folder}: the tokenizer cannot be read ({error})") from error
 
 
 def _special_ids(folder: Path, config: dict, tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
-    """Vision ids from config.json, stop ids from the tokenizer, pad from generation_config.json or the tokenizer."""
-    text = config.get("text_config") or {}  # transformers 5 nests the text model's fields
+    """Vision ids from config.json, stop ids from the tokenizer."""
+    text = inner_object(config, "text_config", folder / "config.json")  # transformers 5 nests the text model's fields
     vocabulary = tokenizer.get_vocab()
 
     def from_config(key: str) -> int:
@@ -269,14 +253,6 @@ def _special_ids(folder: Path, config: dict, tokenizer: PreTrainedTokenizerBase)
         return vocabulary[token]
 
     known = set(vocabulary.values())
-    generation = folder / "generation_config.json"
-    pad = _read_json(generation).get("pad_token_id") if generation.is_file() else None
-    pad = tokenizer.pad_token_id if pad is None else pad
-    if pad not in known:
-        raise ValueError(
-            f"{generation}: pad_token_id is {pad!r}, counting the tokenizer's pad_token where there is none; expected "
-            "the id of one of its tokens"
-        )
     return SpecialIds(
         image=from_config("image_token_id"),
         video=from_config("video_token_id"),
@@ -284,5 +260,4 @@ def _special_ids(folder: Path, config: dict, tokenizer: PreTrainedTokenizerBase)
         vision_end=from_config("vision_end_token_id"),
         im_end=from_tokenizer(IM_END),
         end_of_text=from_tokenizer(END_OF_TEXT),
-        pad=pad,
     )

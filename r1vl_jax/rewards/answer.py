@@ -19,6 +19,7 @@ from r1vl_jax.rewards.rules import Rules
 # Unicode normalisation sorts runs of combining marks in quadratic time.
 MAX_ANSWER_CHARS = 4096
 
+_BOXED = re.compile(r"\\boxed\s*\{([^{}]*)\}")
 _CHOICE = re.compile(r"(?P<word>option\s+)?(?:\((?P<paren>[a-z])\)|(?P<bare>[a-z]))(?P<rest>.*)", re.I | re.S)
 _OPTION_TEXT = re.compile(r"\s+(?!(?:or|and)\b)[\w$\\]", re.I)
 
@@ -63,10 +64,12 @@ def is_correct(completion: str, solution: str, rules: Rules) -> bool:
 def choice_letter(text: str) -> str | None:
     """The option that a text names, as an upper-case letter; None where it names none.
 
-    Read as options: "B", "B.", "(B)", "B: 12", "B. 12", "B) 12", "(B) 12", "Option B"; a lower-case letter only in
-    "(b)" and "option b". Not options: "A triangle", "b", "A:B = 1:2", "A or B", "(x) + 1".
+    Read as options: "B", "B.", "(B)", "B: 12", "B. 12", "B) 12", "(B) 12", "Option B", and each of them in \\boxed{};
+    a lower-case letter only in "(b)" and "option b". Not options: "A triangle", "b", "A:B = 1:2", "A or B", "(x) + 1".
     """
-    match = _CHOICE.fullmatch(unicodedata.normalize("NFKC", text[:MAX_ANSWER_CHARS]).strip())
+    text = unicodedata.normalize("NFKC", text[:MAX_ANSWER_CHARS]).strip()
+    boxed = _BOXED.fullmatch(text)
+    match = _CHOICE.fullmatch(boxed[1].strip() if boxed else text)
     if match is None:
         return None
     letter, rest = match["paren"] or match["bare"], match["rest"]

@@ -24,12 +24,14 @@ class Question:
       problem: the question's text, without an image placeholder.
       solution: the reference solution.
       answer: the final answer alone, digits or yes/no.
+      hasty: another solution with the same answer, which leaps to it: no rationale, no counting.
       key_steps: groups of alternatives.
     """
 
     problem: str
     solution: str
     answer: str
+    hasty: str
     key_steps: tuple[KeyStep, ...]
 
 
@@ -64,16 +66,11 @@ def make_question(scene: Scene, rng: random.Random, cfg: ShapesConfig) -> Questi
 
 
 def _ask_count(scene: Scene, rng: random.Random, cfg: ShapesConfig) -> Question:
-    wanted = _pick_group(scene, rng, cfg)
-    style = rng.randrange(2)
-    parts = [group for group in _full_groups(cfg) if _within(group, wanted) and group.count(scene)]
-    numbers = [group.count(scene) for group in parts]
-    if len(parts) > 1:
-        steps = [_count_step(scene, parts, style), _equation_step("+", numbers, style)]
-    else:
-        steps = [_count_step(scene, [wanted], style)]
-    problem = rng.choice(("How many {} are there?", "Count the {}.")).format(wanted.name())
-    return _question(scene, cfg, problem, f"Count the {wanted.name()}.", steps, str(wanted.count(scene)))
+    wanted = _pick_group(scene, rng, cfg, both=True)
+    problem = f"How many {wanted.name()} are there?"
+    return _question(
+        scene, cfg, problem, f"Count the {wanted.name()}.", [_count_step(scene, wanted)], wanted.count(scene)
+    )
 
 
 def _ask_rest(scene: Scene, rng: random.Random, cfg: ShapesConfig) -> Question:
@@ -84,43 +81,38 @@ def _ask_rest(scene: Scene, rng: random.Random, cfg: ShapesConfig) -> Question:
         present = [g for g in _simple_groups(cfg, by_kind=removed.kind is None) if g.count(scene)]
         base = rng.choice(present)
     gone = Group(removed.colour or base.colour, removed.kind or base.kind)
-    style = rng.randrange(2)
     numbers = [base.count(scene), gone.count(scene)]
     steps = [
-        _count_step(scene, [base], style),
-        _count_step(scene, [gone], style),
-        _equation_step("-", numbers, style),
+        _count_step(scene, base),
+        _count_step(scene, gone),
+        _equation_step("-", numbers),
     ]
-    problem = rng.choice(
-        ("Remove all {}. How many {} are left?", "If all {} are taken away, how many {} are left?")
-    ).format(removed.name(), base.name())
-    return _question(scene, cfg, problem, f"Subtract the {gone.name()}.", steps, str(numbers[0] - numbers[1]))
+    problem = f"Remove all {removed.name()}. How many {base.name()} are left?"
+    return _question(scene, cfg, problem, f"Subtract the {gone.name()}.", steps, numbers[0] - numbers[1])
 
 
 def _ask_two(scene: Scene, rng: random.Random, cfg: ShapesConfig) -> Question:
     """Compare two kinds or two colours, or add them."""
     groups = _simple_groups(cfg, by_kind=rng.random() < 0.5)
     pairs = [(a, b) for a in groups for b in groups if a != b]
-    style = rng.randrange(2)
     if rng.random() < 0.5:
         # "yes" and "no" come equally often, or a model learns the more frequent word instead of counting.
         yes = rng.random() < 0.5
         fitting = [(a, b) for a, b in pairs if (a.count(scene) > b.count(scene)) == yes]
         first, second = rng.choice(fitting or pairs)
-        problem = rng.choice(("Are there more {} than {}?", "Is the number of {} greater than the number of {}?"))
+        problem = f"Are there more {first.name()} than {second.name()}?"
         rationale = "Compare the two numbers."
-        last = _compare_step(first.count(scene), second.count(scene), style)
+        last = _compare_step(first.count(scene), second.count(scene))
         answer = "yes" if first.count(scene) > second.count(scene) else "no"
     else:
         first, second = rng.choice(pairs)
-        problem = rng.choice(
-            ("How many {} and {} are there in total?", "What is the number of {} plus the number of {}?")
-        )
+        problem = f"How many {first.name()} and {second.name()} are there in total?"
         rationale = "Add the two numbers."
-        last = _equation_step("+", [first.count(scene), second.count(scene)], style)
-        answer = str(first.count(scene) + second.count(scene))
-    steps = [_count_step(scene, [first], style), _count_step(scene, [second], style), last]
-    return _question(scene, cfg, problem.format(first.name(), second.name()), rationale, steps, answer)
+        last = _equation_step("+", [first.count(scene), second.count(scene)])
+        answer = first.count(scene) + second.count(scene)
+    return _question(
+        scene, cfg, problem, rationale, [_count_step(scene, first), _count_step(scene, second), last], answer
+    )
 
 
 def _simple_groups(cfg: ShapesConfig, by_kind: bool) -> list[Group]:
@@ -134,11 +126,7 @@ def _full_groups(cfg: ShapesConfig) -> list[Group]:
     return [Group(colour, kind) for kind in cfg.kinds for colour in cfg.colour_names]
 
 
-def _within(group: Group, wider: Group) -> bool:
-    return wider.colour in (None, group.colour) and wider.kind in (None, group.kind)
-
-
-def _pick_group(scene: Scene, rng: random.Random, cfg: ShapesConfig, both: bool = True) -> Group:
+def _pick_group(scene: Scene, rng: random.Random, cfg: ShapesConfig, both: bool) -> Group:
     """A group to ask for: a colour, a kind or (where `both`) a colour of a kind; one in ten may be absent."""
     choices = [_simple_groups(cfg, by_kind=True), _simple_groups(cfg, by_kind=False)]
     groups = rng.choice(choices + [_full_groups(cfg)] if both else choices)
@@ -160,14 +148,13 @@ def _count_forms(group: Group, number: int) -> KeyStep:
     return (*forms, f"no {group.name(number)}") if number == 0 else forms
 
 
-def _count_step(scene: Scene, groups: Sequence[Group], style: int) -> Step:
-    key_steps = tuple(_count_forms(group, group.count(scene)) for group in groups)
-    verb = "is" if groups[0].count(scene) == 1 else "are"
-    opening = (f"There {verb}", "I count")[style]
-    return Step(f"{opening} {', '.join(forms[0] for forms in key_steps)}.", key_steps)
+def _count_step(scene: Scene, group: Group) -> Step:
+    number = group.count(scene)
+    forms = _count_forms(group, number)
+    return Step(f"There {'is' if number == 1 else 'are'} {forms[0]}.", (forms,))
 
 
-def _equation_step(sign: str, numbers: Sequence[int], style: int) -> Step:
+def _equation_step(sign: str, numbers: Sequence[int]) -> Step:
     """Two or more numbers added, or the second subtracted from the first."""
     word = {"+": "plus", "-": "minus"}[sign]
     result = sum(numbers) if sign == "+" else numbers[0] - numbers[1]
@@ -175,17 +162,17 @@ def _equation_step(sign: str, numbers: Sequence[int], style: int) -> Step:
     forms = [f"{f' {sign} '.join(texts)} = {result}", f"{f' {word} '.join(texts)} is {result}"]
     if sign == "+" and texts != texts[::-1]:
         forms += [f"{' + '.join(texts[::-1])} = {result}", f"{' plus '.join(texts[::-1])} is {result}"]
-    return Step(f"So {forms[style]}.", (tuple(forms),))
+    return Step(f"So {forms[0]}.", (tuple(forms),))
 
 
-def _compare_step(first: int, second: int, style: int) -> Step:
+def _compare_step(first: int, second: int) -> Step:
     if first > second:
         forms = (f"{first} is more than {second}", f"{first} > {second}", f"{second} < {first}")
     elif first < second:
         forms = (f"{first} is less than {second}", f"{first} < {second}", f"{second} > {first}")
     else:
         forms = (f"{first} is equal to {second}", f"{first} = {second}")
-    return Step(f"So {forms[style]}.", (forms,))
+    return Step(f"So {forms[0]}.", (forms,))
 
 
 def _description(scene: Scene, cfg: ShapesConfig) -> str:
@@ -196,7 +183,7 @@ def _description(scene: Scene, cfg: ShapesConfig) -> str:
 
 
 def _question(
-    scene: Scene, cfg: ShapesConfig, problem: str, rationale: str, steps: Sequence[Step], answer: str
+    scene: Scene, cfg: ShapesConfig, problem: str, rationale: str, steps: Sequence[Step], answer: str | int
 ) -> Question:
     """Puts the sections together in R1-VL's order."""
     lines = [
@@ -207,4 +194,5 @@ def _question(
         f"### The final answer is: {answer}",
     ]
     key_steps = tuple(key_step for step in steps for key_step in step.key_steps)
-    return Question(problem, "\n".join(lines), answer, key_steps)
+    hasty = [lines[0], "### Step 1: I see it.", lines[-1]]
+    return Question(problem, "\n".join(lines), str(answer), "\n".join(hasty), key_steps)

@@ -6,8 +6,9 @@
     out_dir/images/       PNG
     out_dir/task.json     the parameters that made them
 
-No two rows of the three files show the same picture. The bytes depend on the parameters alone, and the held-out rows
-on the seed and their number alone: a run with more training rows is measured on the same questions.
+No row of the training files shows a held-out picture, and no two held-out rows the same one. The bytes depend on the
+parameters alone, and the held-out rows on the seed and their number alone: a run with more training rows is measured
+on the same questions.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import dataclasses
 import json
 import random
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from r1vl_jax.data.shapes.draw import Scene, ShapesConfig, draw_scene, random_scene, scene_key
 from r1vl_jax.data.shapes.questions import Question, make_question
 
-FORMAT = 2  # counts up when the same parameters would give other files
+FORMAT = 4  # counts up when the same parameters would give other files
 MAX_REPEATS = 1000
 
 
@@ -87,28 +87,30 @@ def _already_made(out_dir: Path, parameters: dict) -> bool:
 def _write_task(out_dir: Path, seed: int, rows: dict[str, int], cfg: ShapesConfig, progress: bool) -> None:
     images = out_dir / "images"
     images.mkdir(parents=True)
-    to_row: dict[str, Callable[[str, Question], dict]] = {"heldout": _rl_row, "sft": _sft_row, "rl": _rl_row}
     seen: set = set()
     with tqdm(total=sum(rows.values()), desc="shapes", unit="picture", disable=not progress) as bar:
         for split, number in rows.items():
             rng = random.Random(f"shapes/{seed}/{split}")
             table = []
             for index in range(number):
-                scene = _new_scene(rng, cfg, seen)
+                scene = _new_scene(rng, cfg, seen, join=split == "heldout")
                 image_path = f"images/{split}-{index:05d}.png"
                 draw_scene(scene, cfg).save(out_dir / image_path, compress_level=1)
-                table.append(to_row[split](image_path, make_question(scene, rng, cfg)))
+                question = make_question(scene, rng, cfg)
+                hasty = rng.random() < cfg.hasty_share
+                table.append(_sft_row(image_path, question, hasty) if split == "sft" else _rl_row(image_path, question))
                 bar.update()
             _write_json(out_dir / f"{split}.json", table)
 
 
-def _new_scene(rng: random.Random, cfg: ShapesConfig, seen: set) -> Scene:
-    """A scene whose picture is not in `seen`, which it then joins."""
+def _new_scene(rng: random.Random, cfg: ShapesConfig, seen: set, join: bool) -> Scene:
+    """A scene whose picture is not in `seen`, which it then joins where asked to."""
     for _ in range(MAX_REPEATS):
         scene = random_scene(rng, cfg)
         key = scene_key(scene)
         if key not in seen:
-            seen.add(key)
+            if join:
+                seen.add(key)
             return scene
     raise ValueError(
         f"no new picture in {MAX_REPEATS} tries after {len(seen)} pictures: ask for fewer rows, or for more cells, "
@@ -116,11 +118,11 @@ def _new_scene(rng: random.Random, cfg: ShapesConfig, seen: set) -> Scene:
     )
 
 
-def _sft_row(image_path: str, question: Question) -> dict:
+def _sft_row(image_path: str, question: Question, hasty: bool) -> dict:
     return {
         "messages": [
             {"role": "user", "content": f"<image>{question.problem}"},
-            {"role": "assistant", "content": question.solution},
+            {"role": "assistant", "content": question.hasty if hasty else question.solution},
         ],
         "images": image_path,
     }

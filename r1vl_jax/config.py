@@ -84,7 +84,7 @@ class DataSection:
 
 @dataclasses.dataclass(frozen=True)
 class ShapesSection:
-    dir: str | None = _field(None, "make the built-in task and a tiny random model in this folder before training")
+    dir: str | None = _field(None, "make the built-in task and a tiny random model here; paths that are not set are then its")
     seed: int = _field(0, "seed of pictures, questions and initial weights")
     sft_rows: int = _field(6000, "warm-up rows")
     rl_rows: int = _field(1800, "StepGRPO rows")
@@ -231,7 +231,25 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
         raise ConfigError(f"{path}: expected a mapping of sections at the top")
     for key, value in _pairs(list(overrides)):
         _put(tree, key, value)
+    _default_to_shapes(tree)
     return _build(Config, tree, "")
+
+
+def _default_to_shapes(tree: dict) -> None:
+    """Where shapes.dir is set, paths that are not are those of the task and the model made there."""
+    shapes = tree.get("shapes")
+    if isinstance(shapes, dict) and isinstance(shapes.get("dir"), str):
+        folder = Path(shapes["dir"])
+        made = {f"data.{split}.path": folder / "task" / f"{split}.json" for split in ("sft", "rl", "heldout")}
+        for key, path in {"model.path": folder / "model", **made}.items():
+            if not _get(tree, key):
+                _put(tree, key, str(path))
+
+
+def _get(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
 
 
 def _pairs(arguments: list[str]) -> list[tuple[str, Any]]:

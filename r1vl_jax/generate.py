@@ -119,7 +119,9 @@ def generate(loaded: Loaded, encoded: EncodedPrompt, *, samples: int = 1, sampli
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m r1vl_jax.generate", description=__doc__.partition("\n")[0].split(": ", 1)[1])
+    parser = argparse.ArgumentParser(
+        prog="python -m r1vl_jax.generate", description=__doc__.partition("\n")[0].split(": ", 1)[1]
+    )
     add = partial(parser.add_argument, help="")
     defaults = Sampling()
     add("--model", required=True, help="checkpoint folder: Hugging Face layout, converted, or a run's")

@@ -1,71 +1,121 @@
-"""curves.png of a run folder, from its metrics.jsonl."""
+"""curves.png of a run folder, from its metrics.jsonl, and its held-out judgements as a table."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from pathlib import Path
 
-PANELS = {
-    "reward": ("reward", "accuracy", "validity"),
-    "answers": ("correct", "key_steps", "truncated", "zero_variance"),
-    "loss": ("loss",),
-    "KL to the reference": ("kl",),
-    "entropy": ("entropy",),
-    "answer length in tokens": ("length", "length_max"),
-    "gradient norm": ("grad_norm",),
-    "tokens per second": ("tokens_per_second",),
-}
+import numpy as np
+
+from r1vl_jax.runlog import read_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """What one panel shows: metrics by name, of one stage or of all, on a linear or logarithmic scale."""
+
+    title: str
+    names: tuple[str, ...]
+    stage: str | None = None
+    scale: str = "linear"
+
+
+PANELS = (
+    Panel("warm-up: loss", ("loss",), "sft", "log"),
+    Panel("reward", ("reward", "accuracy", "validity")),
+    Panel("share of answers", ("correct", "key_steps", "truncated")),
+    Panel("tokens per second", ("tokens_per_second",)),
+    # No panel for the loss of StepGRPO: on policy its value is beta times this one.
+    Panel("KL to the reference, per token", ("kl",)),
+    Panel("StepGRPO: share of groups with equal rewards", ("zero_variance",)),
+    Panel("answer length in tokens", ("length", "length_max")),
+    Panel("entropy, per token", ("entropy",)),
+    Panel("gradient norm", ("grad_norm",), scale="log"),
+)
+SMOOTHED_FROM = 60  # steps; a longer curve is drawn pale, under its running mean
 
 
 def read_metrics(folder: str | Path) -> list[dict]:
     """The rows of metrics.jsonl, empty where there are none yet."""
-    path = Path(folder) / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return list(read_rows(Path(folder) / "metrics.jsonl"))
 
 
 def plot_metrics(folder: str | Path) -> Path:
-    """Draws the curves of all stages behind each other; held-out judgements are dots. Returns the picture's path."""
+    """Draws the curves of all stages side by side; held-out judgements are dots. Returns the picture's path."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = read_metrics(folder)
-    stages = list(dict.fromkeys(row["stage"] for row in rows))
-    offsets, end = {}, 0
-    for stage in stages:
-        offsets[stage] = end
-        end += max(row["step"] for row in rows if row["stage"] == stage)
-    figure = Figure(figsize=(14, 6), layout="constrained")
+    lengths: dict[str, int] = {}
+    for row in rows:
+        lengths[row["stage"]] = max(row["step"], lengths.get(row["stage"], 1))
+    figure = Figure(figsize=(13, 9), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (title, names) in zip(figure.subplots(2, 4).flat, PANELS.items(), strict=True):
-        for name in names:
-            _draw(axes, rows, name, offsets)
-        for stage in stages[1:]:
-            axes.axvline(offsets[stage], color="0.8", linewidth=1, zorder=0)
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel(" | ".join(stages) + " step", fontsize=8)
-        axes.grid(alpha=0.2)
-        if len(axes.get_lines()) > len(stages[1:]):
-            axes.legend(fontsize=7)
+    for axes, panel in zip(figure.subplots(3, 3).flat, PANELS, strict=True):
+        _draw(axes, panel, rows, lengths)
+    if any(row.get("event") == "heldout" for row in rows):
+        figure.supxlabel("dots: held-out questions, answered greedily", fontsize=9, color="0.4")
     path = Path(folder) / "curves.png"
     figure.savefig(path, dpi=110)
     return path
 
 
-def _draw(axes, rows: list[dict], name: str, offsets: dict[str, int]) -> None:
-    def points(heldout: bool):
-        return [
-            (offsets[row["stage"]] + row["step"], row[name])
-            for row in rows
-            if name in row and (row.get("event") == "heldout") == heldout
-        ]
+def _draw(axes, panel: Panel, rows: list[dict], lengths: dict[str, int]) -> None:
+    """One panel. Every stage is one unit wide, whatever its number of steps."""
+    stages = list(lengths)
+    shown = set()
+    for number, name in enumerate(panel.names):
+        colour = f"C{number}"
+        for place, stage in enumerate(stages):
+            if panel.stage not in (None, stage):
+                continue
+            of_stage = [row for row in rows if row["stage"] == stage and row.get(name) is not None]
+            for heldout in (False, True):
+                points = [(r["step"], r[name]) for r in of_stage if (r.get("event") == "heldout") == heldout]
+                if not points:
+                    continue
+                shown.add(place)
+                steps, values = np.array(points, float).T
+                x = place + steps / lengths[stage]
+                if heldout:
+                    axes.plot(x, values, "o", color=colour, markersize=7, markeredgecolor="white", zorder=3)
+                    continue
+                long = len(x) >= SMOOTHED_FROM
+                axes.plot(x, values, color=colour, linewidth=1.2, alpha=0.25 if long else 1)
+                if long:
+                    axes.plot(x, _running_mean(values, len(x) // 20), color=colour, linewidth=1.8)
+        if len(panel.names) > 1:
+            axes.plot([], [], color=colour, linewidth=1.8, label=name.replace("_", " "))
+    axes.set_title(panel.title, fontsize=11)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if not shown:
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "nothing yet", transform=axes.transAxes, ha="center", color="0.6")
+        return
+    if panel.scale == "log":
+        axes.set_yscale("log")
+    _stage_ticks(axes, range(min(shown), max(shown) + 1), stages, lengths)
+    axes.grid(alpha=0.2)
+    if len(panel.names) > 1:
+        axes.legend(fontsize=8, frameon=False)
 
-    steps, dots = points(False), points(True)
-    if steps:
-        colour = axes.plot(*zip(*steps, strict=True), linewidth=1, label=name)[0].get_color()
-    else:
-        colour = axes._get_lines.get_next_color()
-    if dots:
-        axes.plot(*zip(*dots, strict=True), "o", color=colour, markersize=5, label=f"{name}, held out")
+
+def _stage_ticks(axes, places: range, stages: list[str], lengths: dict[str, int]) -> None:
+    """Ticks in each stage's own steps, its name below them, and a line between stages."""
+    halves = [(place + part, round(part * lengths[stages[place]])) for place in places for part in (0.5, 1)]
+    ticks = [(places[0], 0), *halves]
+    axes.set_xticks([x for x, _ in ticks], [str(step) for _, step in ticks], fontsize=8)
+    axes.set_xlabel("   |   ".join(f"{stages[place]} step" for place in places), fontsize=9)
+    axes.set_xlim(places[0] - 0.04, places[-1] + 1.04)
+    for place in places[1:]:
+        axes.axvline(place, color="0.6", linewidth=1, zorder=0)
+
+
+def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """The mean over a window around each point, shorter at both ends."""
+    kernel = np.ones(width + 1 - width % 2)
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 
 
 def heldout_table(folder: str | Path) -> str:

@@ -56,7 +56,7 @@ class RunLog:
                     f"output_dir: {self.folder} holds a run; add --resume, or --overwrite to start it anew"
                 )
             else:
-                self._report_changes(config)
+                self._check_changes(config)
         elif self.folder.exists() and not self._config_file.exists() and any(self.folder.iterdir()):
             raise ConfigError(f"output_dir: {self.folder} is not empty and not a run folder; choose another")
         elif resume:
@@ -65,10 +65,16 @@ class RunLog:
         self._config_file.write_text(configs.dump(config))
         self._bar: tqdm | None = None
 
-    def _report_changes(self, config: Config) -> None:
+    def _check_changes(self, config: Config) -> None:
+        """A resumed run goes on with the settings it was started with, but for those that change no result so far."""
         old, new = yaml.safe_load(self._config_file.read_text()), yaml.safe_load(configs.dump(config))
+        free = ["checkpoint.", "scoring.", "eval.", "mesh.", "output_dir", "rl.steps"]
+        if not (self.folder / "checkpoints" / "step_grpo").exists():
+            free += ["sft.steps", "sft.epochs"]
         for key, *_ in configs.describe():
             before, after = _dig(old, key), _dig(new, key)
+            if before != after and not key.startswith(tuple(free)):
+                raise ConfigError(f"{key} was {before!r} in this run and is now {after!r}; --resume goes on as it began")
             if before != after:
                 self.say(f"{key} was {before!r} in this run and is now {after!r}")
 

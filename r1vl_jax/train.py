@@ -325,7 +325,7 @@ def check_inputs(config: Config):
         needed["data.heldout.path"], sizes["eval.batch_size"] = config.data.heldout.path, config.eval.batch_size
     for key, path in needed.items():
         if not Path(path).exists():
-            raise ConfigError(f"{key}: {path} does not exist")
+            raise ConfigError(f"{key}: {path}: no such {'folder' if key == 'model.path' else 'file'}")
         if Path(path).resolve().is_relative_to(Path(config.output_dir).resolve()):
             raise ConfigError(f"{key}: {path} lies in output_dir {config.output_dir}, which holds what a run writes")
     files = find_model(config.model.path).files

@@ -237,11 +237,8 @@ def test_missing_parts_of_a_checkpoint(tmp_path):
     refused("config.json: image_token_id is None", without="image_token_id")
     refused("config.json: vision_end_token_id is 99999", vision_end_token_id=99_999)
     refused("vision_config.patch_size is 16, .* patch_size is 14", vision_config={"patch_size": 16})
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    generation = (tmp_path / "generation_config.json").read_text()
-    (tmp_path / "generation_config.json").write_text(json.dumps({"pad_token_id": 99_999}))
-    refused("generation_config.json: pad_token_id is 99999")
-    (tmp_path / "generation_config.json").write_text(generation)
+    refused(r"config.json: text_config is \[\]; expected an object", text_config=[])
+    refused("config.json: vision_config is 3; expected an object", vision_config=3)
     tokenizer = json.loads((tmp_path / "tokenizer.json").read_text().replace("<|im_end|>", "<|other|>"))
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     settings = (tmp_path / "tokenizer_config.json").read_text().replace("<|im_end|>", "<|other|>")
@@ -252,6 +249,38 @@ def test_missing_parts_of_a_checkpoint(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match="config.json: no such file"):
         Processor.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("config.json", b"[]", "config.json: holds a list; expected an object"),
+        ("config.json", b"\xff", "config.json: not UTF-8"),
+        ("tokenizer.json", b"[]", "the tokenizer or its chat template cannot be read"),
+        ("tokenizer.json", b"{", "the tokenizer or its chat template cannot be read"),
+        ("tokenizer.json", b"{}", "the tokenizer or its chat template cannot be read"),
+        ("tokenizer_config.json", b"\xff", "the tokenizer or its chat template cannot be read"),
+        ("preprocessor_config.json", b"[]", "preprocessor_config.json: holds a list; expected an object"),
+        ("preprocessor_config.json", b"{", "preprocessor_config.json: not JSON"),
+        ("chat_template.json", b"[]", "chat_template.json: holds a list; expected an object"),
+        ("chat_template.json", b"{", "chat_template.json: not JSON"),
+        ("chat_template.jinja", b"\xff", "the tokenizer or its chat template cannot be read .*utf-8"),
+    ],
+)
+def test_damaged_files_of_a_checkpoint(tmp_path, file, content, message):
+    write_checkpoint(tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        Processor.from_folder(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "template", ["{% for %}", "{{ messages[0]['content'] | nothing }}", "{{ raise_exception('no') }}"]
+)
+def test_a_chat_template_that_is_no_jinja(tmp_path, template):
+    with pytest.raises(ValueError, match=f"{tmp_path}: the chat template cannot be used"):
+        Processor.from_folder(write_checkpoint(tmp_path, chat_template=template))
 
 
 @needs_geometry

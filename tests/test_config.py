@@ -116,6 +116,13 @@ def test_wrong_types(read, key, value, expected):
         ("stages", "[]"),
         ("model.path", "''"),
         ("data.rl.path", "''"),
+        ("eval.batch_size", "0"),
+        ("eval.max_new_tokens", "0"),
+        ("rl.max_new_tokens", "1"),
+        ("sft.max_pixels", "100"),
+        ("seed", "-1"),
+        ("mesh.data", "0"),
+        ("mesh.fsdp", "-2"),
         ("eval.rows", "8"),  # and no held-out file
     ],
 )
@@ -195,3 +202,11 @@ def test_shipped_configurations(path):
 
 def test_there_are_shipped_configurations():
     assert "quickstart.yaml" in {path.name for path in CONFIGS}
+
+
+def test_paths_default_to_the_shapes_folder(read):
+    """The built-in task fills what is not set; what is set stays."""
+    empty = ["--model.path", "''", "--data.sft.path", "''", "--data.rl.path", "mine.json"]
+    config = read("", "--shapes.dir", "made", *empty)
+    assert (config.model.path, config.data.sft.path) == ("made/model", "made/task/sft.json")
+    assert (config.data.rl.path, config.data.heldout.path) == ("mine.json", "made/task/heldout.json")

@@ -7,25 +7,28 @@ import sys
 from pathlib import Path
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import yaml
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from r1vl_jax import convert
 from r1vl_jax.checkpoint import folder as folders
 from r1vl_jax.checkpoint.hf import INDEX, WEIGHTS, load_hf, save_hf
+from r1vl_jax.checkpoint.state import StageCheckpoints
 from r1vl_jax.checkpoint.store import find_model, load_model, load_params, save_params
 from r1vl_jax.model.config import CheckpointError, load_config
 from r1vl_jax.model.spec import param_spec
 from r1vl_jax.parallel.sharding import make_mesh, param_shardings
+from r1vl_jax.types import TrainState
 
 torch = pytest.importorskip("torch")
 
 COMPANIONS = ("tokenizer.json", "chat_template.jinja", "merges.txt", "generation_config.json")
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+DTYPES = {"float32": np.float32, "bfloat16": jnp.bfloat16, "float16": np.float16}
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +123,7 @@ def test_export_loads_in_transformers(models, nested, tmp_path):
 def test_nested_config_becomes_the_published_one(models, tmp_path):
     source = tiny.save_tiny(models[True], tmp_path / "hf", nested=True)
     params, cfg, _ = load_model(source)
-    save_hf(params, cfg, tmp_path / "out", source=source, dtype=ml_dtypes.bfloat16)
+    save_hf(params, cfg, tmp_path / "out", source=source, dtype=jnp.bfloat16)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert not {"text_config", "rope_parameters", "dtype", "layer_types"} & written.keys()
     published = tiny.config_dict(tied=True) | {"torch_dtype": "bfloat16"}
@@ -189,6 +192,77 @@ def test_run_folder(folder, tmp_path):
     folder_copy = broken(folder, run / "export", lambda tensors: None)
     assert find_model(run).files == folder_copy
     assert convert.main(["to-hf", str(run), str(tmp_path / "out")]) == 0
+
+
+def unfinished_run(folder: Path, run: Path, stages: dict[str, tuple[int, ...]]) -> dict:
+    """A run folder cut off after these steps. Returns the weights of each state: those of `folder` plus the step."""
+    params, _, _ = load_model(folder)
+    saved = {}
+    for stage, steps in stages.items():
+        checkpoints = StageCheckpoints(run / "checkpoints" / stage, keep=5)
+        for step in steps:
+            moved = jax.tree.map(lambda leaf, step=step: jnp.asarray(leaf) + step, params)
+            moments = jax.tree.map(jnp.zeros_like, moved)
+            checkpoints.save(step, TrainState(jnp.int32(step), moved, (moments,)), {"position": 0})
+            saved[stage, step] = jax.tree.map(np.asarray, moved)
+        checkpoints.close()
+    (run / "config.yaml").write_text(yaml.safe_dump({"model": {"path": str(folder)}}))
+    return saved
+
+
+@pytest.mark.parametrize(
+    "stages, newest",
+    [({"sft": (2, 10)}, ("sft", 10)), ({"sft": (30,), "step_grpo": (9, 11)}, ("step_grpo", 11))],
+)
+def test_run_that_has_not_finished(folder, stages, newest, tmp_path, capsys, monkeypatch):
+    """The last stage's newest parameters, without the optimizer's moments, on a mesh or not; and it is said."""
+    from orbax.checkpoint import Checkpointer
+
+    read, restore = [], Checkpointer.restore
+
+    def seen(self, *args, **kwargs):
+        read.append(restore(self, *args, **kwargs))
+        return read[-1]
+
+    saved = unfinished_run(folder, tmp_path / "run", stages)[newest]
+    monkeypatch.setattr(Checkpointer, "restore", seen)
+    (tmp_path / "run" / "checkpoints" / newest[0] / "99.orbax-checkpoint-tmp").mkdir()  # one that was cut off
+    found = find_model(tmp_path / "run")
+    assert found.files == folder and found.note.endswith(f"the parameters are those of {newest[0]} step {newest[1]}")
+    shardings = param_shardings(param_spec(load_config(folder)), make_mesh(data=2, fsdp=2, tensor=2))
+    for places in (None, shardings):
+        params, cfg, files = load_model(
+            tmp_path / "run", dtype=jnp.bfloat16, shardings=None if places is None else lambda _: shardings
+        )
+        assert files == folder and cfg == load_config(folder)
+        for leaf, expected in zip(jax.tree.leaves(params), jax.tree.leaves(saved), strict=True):
+            np.testing.assert_array_equal(np.asarray(leaf), expected.astype(jnp.bfloat16))
+            assert places is None or isinstance(leaf, jax.Array)
+    assert [tree.keys() for tree in read] == [{"params"}] * 2
+    assert convert.main(["to-hf", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    assert f"{newest[0]} step {newest[1]}" in capsys.readouterr().err
+    back, _, _ = load_model(tmp_path / "out")
+    assert all(map(np.array_equal, jax.tree.leaves(back), jax.tree.leaves(saved)))
+
+
+def test_run_that_has_not_finished_and_is_damaged(folder, tmp_path):
+    run = tmp_path / "run"
+    unfinished_run(folder, run, {"sft": (1,)})
+    for text, said in [
+        ("model: {path: nowhere}", r"run/config.yaml: model\.path, where the run started: .*nowhere: no such folder"),
+        ("[]", "config.yaml: says no model.path"),
+        ("model: null", "config.yaml: says no model.path"),
+        ("a: [", "config.yaml: says no model.path"),
+    ]:
+        (run / "config.yaml").write_text(text)
+        with pytest.raises(CheckpointError, match=said):
+            find_model(run)
+    (run / "config.yaml").write_text(yaml.safe_dump({"model": {"path": str(folder)}}))
+    for file in (run / "checkpoints").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="sft/1/state"):
+        load_model(run)
 
 
 # Faults.
@@ -301,6 +375,18 @@ def _other_model(folder):
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
 
 
+def _config(text):
+    return lambda folder: (folder / "config.json").write_bytes(text)
+
+
+def _config_value(key, value):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {key: value}))
+
+    return change
+
+
 def _no_config(folder):
     (folder / "config.json").unlink()
 
@@ -315,10 +401,22 @@ def _no_config(folder):
         (_truncate, "model-00001-of-00003.safetensors: truncated or not a safetensors file"),
         (_empty_file, "model-00001-of-00003.safetensors: truncated or not a safetensors file"),
         (_no_weights, "holds neither model.safetensors nor model.safetensors.index.json"),
-        (_bad_index, "model.safetensors.index.json: not an index"),
+        (_bad_index, "model.safetensors.index.json: not JSON"),
         (_index_says_more, "missing: model.embed_tokens.weight (the index places it in model-00001-of-00003"),
         (_other_model, "config.json: model_type is 'llama', expected 'qwen2_vl'"),
         (_no_config, "not a checkpoint; expected a Hugging Face folder"),
+        (_config(b"[]"), "config.json: holds a list; expected an object"),
+        (_config(b"{"), "config.json: not JSON"),
+        (_config(b'{"a": "\xff"}'), "config.json: not UTF-8"),
+        (_config(b"[" * 100_000), "config.json: not JSON"),
+        (_config_value("text_config", []), "config.json: text_config is []; expected an object"),
+        (_config_value("vision_config", 3), "config.json: vision_config is 3; expected an object"),
+        (_config_value("vision_config", None), "config.json: vision_config is missing"),
+        (_config_value("rope_scaling", "mrope"), "config.json: rope_scaling is 'mrope'; expected an object"),
+        (_config_value("rope_scaling", {"mrope_section": 3}), "config.json: not the config.json of a Qwen2-VL"),
+        (_config_value("vocab_size", "many"), "config.json: vocab is 'many', expected a whole number"),
+        (_config_value("num_attention_heads", 0), "config.json: heads is 0, expected a whole number from 1"),
+        (_config_value("rms_norm_eps", "x"), "config.json: not the config.json of a Qwen2-VL"),
     ],
 )
 def test_damaged_folder(folder, damage, said, tmp_path, capsys):
@@ -332,6 +430,13 @@ def test_damaged_folder(folder, damage, said, tmp_path, capsys):
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("convert: ") and said in line and str(bad) in line
     assert not (tmp_path / "out").exists()
+
+
+def test_text_config_of_null_is_none(folder, tmp_path):
+    copy = broken(folder, tmp_path / "copy", lambda tensors: None)
+    _config_value("text_config", None)(copy)
+    assert load_config(copy) == load_config(folder)
+    assert convert.main(["to-hf", str(copy), str(tmp_path / "out")]) == 0
 
 
 def test_damaged_orbax(folder, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -10,7 +11,8 @@ import pytest
 from PIL import Image
 from tiny_jax import write_run_inputs
 
-from r1vl_jax.generate import main
+import r1vl_jax.generate as generate_module
+from r1vl_jax.generate import encode, main
 from r1vl_jax.processing.processor import Processor
 
 
@@ -112,6 +114,49 @@ def test_wrong_input(command, arguments, named):
     assert code == 2 and out == ""
     lines = [line for line in err.splitlines() if "parameters loaded in" not in line]
     assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0]
+
+
+def test_larger_images_are_shrunk_and_it_is_said(command, inputs, tmp_path):
+    """To 1,003,520 pixels unless --max-pixels says otherwise; never above the checkpoint's own limit."""
+    processor = Processor.from_folder(inputs / "model")
+    large = dataclasses.replace(processor.image_spec, max_pixels=12_845_056)
+    published = dataclasses.replace(processor, image_spec=large)
+    path = str(tmp_path / "large.png")
+    Image.new("RGB", (1400, 1120), "red").save(path)
+    tokens = {None: 1280, 5_000_000: 2000, 28 * 28 * 10: 6}
+    for limit, count in tokens.items():
+        assert encode(published, "How many?", [path], max_pixels=limit).num_image_tokens == count
+    for limit, says in ((None, "1003520"), (28 * 28 * 10, "7840")):
+        with pytest.MonkeyPatch.context() as patch:
+            said = []
+            patch.setattr(generate_module, "say", said.append)
+            encode(published, "How many?", [path], max_pixels=limit)
+            encode(published, "How many?", [path], max_pixels=5_000_000)
+        assert len(said) == 1 and path in said[0] and "1400 x 1120" in said[0]
+        assert f"--max-pixels {says} (the checkpoint itself allows 12,845,056)" in said[0]
+    lower = dataclasses.replace(processor, image_spec=dataclasses.replace(large, max_pixels=50_000))
+    assert encode(lower, "How many?", [path]).num_image_tokens <= 50_000 // 784
+    for limit in (0, 1):
+        code, _, err = command("--prompt", "How many?", "--max-pixels", limit)
+        assert code == 2 and "max_pixels is" in err.splitlines()[-1]
+
+
+def test_greedy_samples_are_the_same(command):
+    code, out, err = command("--json", "--prompt", "How many?", "--samples", 2, "--max-new-tokens", 4)
+    assert code == 0 and "--temperature 0 is greedy: all 2 answers will be the same" in err
+    first, second = json.loads(out)["samples"]
+    assert first == second
+
+
+def test_a_bug_shows_its_traceback(command, monkeypatch):
+    """Only what the user can put right is one line."""
+
+    def broken(*_, **__):
+        raise ValueError("shapes do not match")
+
+    monkeypatch.setattr(generate_module, "rollout", broken)
+    with pytest.raises(ValueError, match="shapes do not match"):
+        command("--prompt", "How many?")
 
 
 def test_no_such_model(command, tmp_path):

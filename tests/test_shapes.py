@@ -160,9 +160,9 @@ def test_answers_descriptions_and_counts_agree_with_the_pixels(task, solved):
         cells = [part for row in described.split("; ") for part in row.split(", ")]
         seen = {cell: tuple(part.split()) for cell, part in enumerate(cells) if part != "no shape"}
         assert len(cells) == 4 and seen == scene
-        stated = re.findall(r"(\d+) ((?:\w+ )?(?:shape|circle|square|triangle)s?)\b", _step_bodies(solution))
+        stated = re.findall(r"the number of ((?:\w+ )?(?:shape|circle|square|triangle)s) is (\d+)\.", _step_bodies(solution))
         assert stated
-        for number, name in stated:
+        for name, number in stated:
             assert int(number) == _count(scene, name), row
 
 
@@ -331,7 +331,7 @@ def test_transformers_reads_the_checkpoint_files(checkpoint, tokenizer):
     assert type(config).__name__ == "Qwen2VLConfig"
     assert (text.hidden_size, text.num_hidden_layers, text.num_key_value_heads) == (128, 4, 2)
     assert text.vocab_size == len(tokenizer) and text.rms_norm_eps == 1e-6 and config.tie_word_embeddings
-    assert text.rope_parameters["mrope_section"] == [4, 6, 6] and text.rope_parameters["rope_theta"] == 10.0
+    assert text.rope_parameters["mrope_section"] == [4, 6, 6] and text.rope_parameters["rope_theta"] == 300.0
     assert (vision.depth, vision.embed_dim, vision.num_heads, vision.hidden_size) == (2, 64, 4, 128)
     assert tokenizer.convert_ids_to_tokens(
         [config.vision_start_token_id, config.vision_end_token_id, config.image_token_id, config.video_token_id]

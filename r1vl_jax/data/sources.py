@@ -34,7 +34,7 @@ def read_examples(
     Returns:
       the good rows in order, and one error for each bad row, whose message names file, row and field. In JSONL a row's
       number is its line's, from 0.
-    Raises: ValueError if the file is missing, empty or not JSON.
+    Raises: RowError if the file is missing, empty or not JSON: it has no usable row.
     """
     source = os.fspath(path)
     root = os.path.abspath(os.path.dirname(source) if image_root is None else image_root)
@@ -90,25 +90,25 @@ def parse_row(row: object, *, source: str, number: int, image_root: str) -> Exam
 def _read_rows(source: str) -> list[tuple[int, object]]:
     """(number, row) of each row; a line that is not JSON comes as the RowError that says so."""
     if not os.path.isfile(source):
-        raise ValueError(f"{source}: no such file; expected a JSON array or JSONL file")
+        raise RowError(f"{source}: no such file; expected a JSON array or JSONL file")
     try:
         with open(source, encoding="utf-8-sig") as file:
             text = file.read()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{source}: not UTF-8 text ({error}); expected a JSON array or JSONL file") from error
+        raise RowError(f"{source}: not UTF-8 text ({error}); expected a JSON array or JSONL file") from error
     if text.lstrip().startswith("["):
         try:
             rows = list(enumerate(json.loads(text)))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{source}: not JSON ({error}); expected one array of objects") from error
+            raise RowError(f"{source}: not JSON ({error}); expected one array of objects") from error
     else:
         # Not splitlines(): JSON texts may hold U+2028 and the like, which are no line ends in JSONL.
         lines = enumerate(text.split("\n"))
         rows = [(number, _parse_line(line, source, number)) for number, line in lines if line.strip()]
     if not rows:
-        raise ValueError(f"{source}: empty; expected at least one row")
+        raise RowError(f"{source}: empty; expected at least one row")
     if all(isinstance(row, RowError) for _, row in rows):
-        raise ValueError(f"{source}: not JSON ({rows[0][1]}); expected a JSON array or one JSON object a line")
+        raise RowError(f"{source}: not JSON ({rows[0][1]}); expected a JSON array or one JSON object a line")
     return rows
 
 

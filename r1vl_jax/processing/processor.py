@@ -71,7 +71,6 @@ class Processor:
         """
         folder = Path(folder)
         config = read_object(folder / "config.json")
-        tokenizer = _read_tokenizer(folder)
         spec = ImageSpec.from_folder(folder, min_pixels=min_pixels, max_pixels=max_pixels)
         vision = inner_object(config, "vision_config", folder / "config.json")
         for key in ("patch_size", "temporal_patch_size", "spatial_merge_size"):
@@ -81,17 +80,22 @@ class Processor:
                     f"{folder / 'config.json'}: vision_config.{key} is {vision[key]}, the image processor's {field} is "
                     f"{getattr(spec, field)}; expected the same"
                 )
-        ids = _special_ids(folder, config, tokenizer)
+        text = inner_object(config, "text_config", folder / "config.json")  # transformers 5 nests its fields
+        tokenizer = _read_tokenizer(folder)
+        ids = _special_ids(folder, text | config, tokenizer)
         # The structural tokens too: a tokenizer that was saved again may no longer mark them as special.
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         special |= set(tokenizer.convert_ids_to_tokens(list(dataclasses.astuple(ids))))
-        return cls(
+        processor = cls(
             tokenizer=tokenizer,
             ids=ids,
             image_spec=spec,
             chat_template=find_chat_template(folder, tokenizer),
             reserved=tuple(sorted(special)),
         )
+        # A template that does not serve shows here, before a run has begun.
+        render_chat(tokenizer, [{"type": "image"}], vision=processor._vision_text(), template=processor.chat_template)
+        return processor
 
     @property
     def stop_ids(self) -> tuple[int, int]:
@@ -233,16 +237,15 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # what transformers and tokenizers raise here is a bare Exception, or anything
-        raise ValueError(f"{folder}: the tokenizer cannot be read ({error})") from error
+        raise ValueError(f"{folder}: the tokenizer or its chat template cannot be read ({error})") from error
 
 
 def _special_ids(folder: Path, config: dict, tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
     """Vision ids from config.json, stop ids from the tokenizer."""
-    text = inner_object(config, "text_config", folder / "config.json")  # transformers 5 nests the text model's fields
     vocabulary = tokenizer.get_vocab()
 
     def from_config(key: str) -> int:
-        value = config.get(key, text.get(key))
+        value = config.get(key)
         if not isinstance(value, int) or value not in known:
             raise ValueError(f"{folder / 'config.json'}: {key} is {value!r}; expected the id of one of its tokens")
         return value

@@ -135,23 +135,14 @@ def _pick_group(scene: Scene, rng: random.Random, cfg: ShapesConfig, both: bool)
     return rng.choice(groups)
 
 
-def _count_forms(group: Group, number: int) -> KeyStep:
-    """Ways to state a count. The solution uses the first."""
-    if group.colour is None and group.kind is None:
-        return f"{number} {group.name(number)} in all", f"{number} {group.name(number)} in total"
-    if group.colour is None:
-        other = f"1 is a {group.kind}" if number == 1 else f"{number} are {group.name(number)}"
-    else:
-        noun = Group(kind=group.kind).name(number)
-        other = f"{number} {noun} {'is' if number == 1 else 'are'} {group.colour}"
-    forms = (f"{number} {group.name(number)}", other)
-    return (*forms, f"no {group.name(number)}") if number == 0 else forms
-
-
 def _count_step(scene: Scene, group: Group) -> Step:
+    """Names the group before its number: a small model then counts what it has just named."""
     number = group.count(scene)
-    forms = _count_forms(group, number)
-    return Step(f"There {'is' if number == 1 else 'are'} {forms[0]}.", (forms,))
+    stated = f"number of {group.name()} is {number}"
+    forms = (stated, f"{number} {group.name(number)}")
+    if number == 0:
+        forms += (f"no {group.name()}",)
+    return Step(f"The {stated}.", (forms,))
 
 
 def _equation_step(sign: str, numbers: Sequence[int]) -> Step:

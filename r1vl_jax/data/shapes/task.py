@@ -24,7 +24,7 @@ from tqdm import tqdm
 from r1vl_jax.data.shapes.draw import Scene, ShapesConfig, draw_scene, random_scene, scene_key
 from r1vl_jax.data.shapes.questions import Question, make_question
 
-FORMAT = 4  # counts up when the same parameters would give other files
+FORMAT = 5  # counts up when the same parameters would give other files
 MAX_REPEATS = 1000
 
 

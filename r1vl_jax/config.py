@@ -84,12 +84,12 @@ class DataSection:
 
 @dataclasses.dataclass(frozen=True)
 class ShapesSection:
-    dir: str | None = _field(None, "make the built-in task and a tiny random model here; paths that are not set are then its")
+    dir: str | None = _field(None, "make the built-in task and a tiny random model here; paths not set are then its")
     seed: int = _field(0, "seed of pictures, questions and initial weights")
     sft_rows: int = _field(6000, "warm-up rows")
     rl_rows: int = _field(1800, "StepGRPO rows")
     heldout_rows: int = _field(200, "held-out rows")
-    hasty_share: float = _field(0.6, "share of the warm-up answers that leap to the answer, with no steps")
+    careless_share: float = _field(0.6, "share of the warm-up answers with no rationale and a guess at the end")
 
 
 @dataclasses.dataclass(frozen=True)

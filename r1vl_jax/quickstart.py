@@ -1,7 +1,7 @@
 """The built-in task with a model to train on it: pictures, questions, a tokenizer and a tiny random Qwen2-VL.
 
-    DIR/task/    sft.json, rl.json, heldout.json and the pictures
-    DIR/model/   a Qwen2-VL of about 1M parameters in Hugging Face layout
+DIR/task/    sft.json, rl.json, heldout.json and the pictures
+DIR/model/   a Qwen2-VL of about 1M parameters in Hugging Face layout
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def make_shapes(config: ShapesSection) -> None:
     folder = Path(config.dir)
     task, model = folder / "task", folder / "model"
     rows = {"sft_rows": config.sft_rows, "rl_rows": config.rl_rows, "heldout_rows": config.heldout_rows}
-    make = partial(make_task, task, seed=config.seed, cfg=ShapesConfig(hasty_share=config.hasty_share), **rows)
+    make = partial(make_task, task, seed=config.seed, cfg=ShapesConfig(careless_share=config.careless_share), **rows)
     try:
         make()
     except FileExistsError:

@@ -74,7 +74,7 @@ class RunLog:
         for key, *_ in configs.describe():
             before, after = _dig(old, key), _dig(new, key)
             if before != after and not key.startswith(tuple(free)):
-                raise ConfigError(f"{key} was {before!r} in this run and is now {after!r}; --resume goes on as it began")
+                raise ConfigError(f"{key} was {before!r} in this run and is now {after!r}; expected no change")
             if before != after:
                 self.say(f"{key} was {before!r} in this run and is now {after!r}")
 

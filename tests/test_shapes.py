@@ -32,14 +32,14 @@ def task(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(task) -> list[dict]:
-    """All rows as (image, question, solution, key steps or None); hasty ones are in `hasty`, not in solution."""
+    """All rows as (image, question, solution, key steps or None); careless ones are in `careless`, not in solution."""
     table = []
     for row in _read(task / "sft.json"):
         user, assistant = row["messages"]
         assert (user["role"], assistant["role"]) == ("user", "assistant")
         assert user["content"].startswith("<image>") and user["content"].count("<image>") == 1
         row = {"image": row["images"], "problem": user["content"][7:], "keys": None}
-        kind = "hasty" if "I see it" in assistant["content"] else "solution"
+        kind = "solution" if "### Rationales:" in assistant["content"] else "careless"
         table.append({**row, kind: assistant["content"]})
     for name in ("rl", "heldout"):
         for row in _read(task / f"{name}.json"):
@@ -160,19 +160,21 @@ def test_answers_descriptions_and_counts_agree_with_the_pixels(task, solved):
         cells = [part for row in described.split("; ") for part in row.split(", ")]
         seen = {cell: tuple(part.split()) for cell, part in enumerate(cells) if part != "no shape"}
         assert len(cells) == 4 and seen == scene
-        stated = re.findall(r"the number of ((?:\w+ )?(?:shape|circle|square|triangle)s) is (\d+)\.", _step_bodies(solution))
+        stated = re.findall(
+            r"the number of ((?:\w+ )?(?:shape|circle|square|triangle)s) is (\d+)\.", _step_bodies(solution)
+        )
         assert stated
         for name, number in stated:
             assert int(number) == _count(scene, name), row
 
 
-def test_hasty_answers_are_right_and_leap(task, rows):
-    hasty = [row for row in rows if "hasty" in row]
-    assert 0.45 < len(hasty) / ROWS["sft_rows"] < 0.75
-    for row in hasty:
-        start, _, answer = row["hasty"].rpartition("### The final answer is: ")
-        assert answer == _recompute(row["problem"], _see(task / row["image"]))
-        assert re.fullmatch(r"### Image Description: .*\.\n### Step 1: I see it\.\n", start)
+def test_careless_answers_leap_to_a_guess(rows):
+    careless = [row for row in rows if "careless" in row]
+    assert 0.45 < len(careless) / ROWS["sft_rows"] < 0.75
+    for row in careless:
+        start, _, answer = row["careless"].rpartition("### The final answer is: ")
+        assert answer in (("yes", "no") if row["problem"].startswith("Are ") else ("0", "1", "2", "3", "4"))
+        assert re.fullmatch(r"### Image Description: .*\.\n(### Step \d: .*\n)+", start)
 
 
 def test_equations_are_true(solved):
@@ -331,7 +333,7 @@ def test_transformers_reads_the_checkpoint_files(checkpoint, tokenizer):
     assert type(config).__name__ == "Qwen2VLConfig"
     assert (text.hidden_size, text.num_hidden_layers, text.num_key_value_heads) == (128, 4, 2)
     assert text.vocab_size == len(tokenizer) and text.rms_norm_eps == 1e-6 and config.tie_word_embeddings
-    assert text.rope_parameters["mrope_section"] == [4, 6, 6] and text.rope_parameters["rope_theta"] == 300.0
+    assert text.rope_parameters["mrope_section"] == [4, 6, 6] and text.rope_parameters["rope_theta"] == 10.0
     assert (vision.depth, vision.embed_dim, vision.num_heads, vision.hidden_size) == (2, 64, 4, 128)
     assert tokenizer.convert_ids_to_tokens(
         [config.vision_start_token_id, config.vision_end_token_id, config.image_token_id, config.video_token_id]

@@ -14,7 +14,15 @@ from tiny_jax import batch_of, questions, random_params, tiny_config
 
 from r1vl_jax.config import OptimizerSection
 from r1vl_jax.model.spec import param_spec
-from r1vl_jax.optim import abstract_state, accumulate, gradient_step, init_state, make_optimizer, make_update, zero_grads
+from r1vl_jax.optim import (
+    abstract_state,
+    accumulate,
+    gradient_step,
+    init_state,
+    make_optimizer,
+    make_update,
+    zero_grads,
+)
 from r1vl_jax.parallel.sharding import ROLLOUT_RULES, batch_shards, make_mesh, param_shardings, put_batch
 from r1vl_jax.rollout.generate import rollout
 from r1vl_jax.step_grpo.loss import answer_weights, step_grpo_loss

@@ -1,6 +1,6 @@
 """The warm-up loss: cross-entropy on the answer and its closing tokens, not on the prompt (R1-VL, section 3.1).
 
-    L = -1/|tokens| sum_t log pi(c_t | Q, c_<t)     over the answer tokens of the whole update
+L = -1/|tokens| sum_t log pi(c_t | Q, c_<t)     over the answer tokens of the whole update
 """
 
 from __future__ import annotations

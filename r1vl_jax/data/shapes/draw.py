@@ -32,8 +32,8 @@ class ShapesConfig:
       kinds: names of the shapes, a selection of KINDS.
       colours: (name, (red, green, blue)) pairs.
       min_shapes, max_shapes: number of shapes in a picture, both ends included.
-      hasty_share: share of the warm-up answers that leap to the answer, as some of any machine-written set do. Warm-up
-        imitates both ways of answering; StepGRPO has to find out which of them pays.
+      careless_share: share of the warm-up answers that leave out the rationale and end in a guess: the flaws of
+        machine-written sets, made large. Warm-up imitates both kinds; StepGRPO has to find out which of them pays.
       min_size, max_size: width and height of a shape, both ends included; one pixel of the cell stays free around it.
 
     Raises ValueError, naming the field, where the values cannot be drawn.
@@ -47,11 +47,11 @@ class ShapesConfig:
     max_shapes: int = 4
     min_size: int = 18
     max_size: int = 24
-    hasty_share: float = 0.6
+    careless_share: float = 0.6
 
     def __post_init__(self) -> None:
-        if not 0 <= self.hasty_share <= 1:
-            raise ValueError(f"hasty_share = {self.hasty_share}: expected 0 to 1")
+        if not 0 <= self.careless_share <= 1:
+            raise ValueError(f"careless_share = {self.careless_share}: expected 0 to 1")
         if self.grid < 1 or self.picture_size < 1 or self.picture_size % self.grid:
             raise ValueError(f"picture_size = {self.picture_size}: expected a positive multiple of grid = {self.grid}")
         unknown = [kind for kind in self.kinds if kind not in KINDS]

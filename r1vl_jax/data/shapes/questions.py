@@ -24,14 +24,14 @@ class Question:
       problem: the question's text, without an image placeholder.
       solution: the reference solution.
       answer: the final answer alone, digits or yes/no.
-      hasty: another solution with the same answer, which leaps to it: no rationale, no counting.
+      careless: a worse solution: no rationale, and the answer is a guess that forgets the steps.
       key_steps: groups of alternatives.
     """
 
     problem: str
     solution: str
     answer: str
-    hasty: str
+    careless: str
     key_steps: tuple[KeyStep, ...]
 
 
@@ -69,7 +69,7 @@ def _ask_count(scene: Scene, rng: random.Random, cfg: ShapesConfig) -> Question:
     wanted = _pick_group(scene, rng, cfg, both=True)
     problem = f"How many {wanted.name()} are there?"
     return _question(
-        scene, cfg, problem, f"Count the {wanted.name()}.", [_count_step(scene, wanted)], wanted.count(scene)
+        scene, rng, cfg, problem, f"Count the {wanted.name()}.", [_count_step(scene, wanted)], wanted.count(scene)
     )
 
 
@@ -88,7 +88,7 @@ def _ask_rest(scene: Scene, rng: random.Random, cfg: ShapesConfig) -> Question:
         _equation_step("-", numbers),
     ]
     problem = f"Remove all {removed.name()}. How many {base.name()} are left?"
-    return _question(scene, cfg, problem, f"Subtract the {gone.name()}.", steps, numbers[0] - numbers[1])
+    return _question(scene, rng, cfg, problem, f"Subtract the {gone.name()}.", steps, numbers[0] - numbers[1])
 
 
 def _ask_two(scene: Scene, rng: random.Random, cfg: ShapesConfig) -> Question:
@@ -111,7 +111,7 @@ def _ask_two(scene: Scene, rng: random.Random, cfg: ShapesConfig) -> Question:
         last = _equation_step("+", [first.count(scene), second.count(scene)])
         answer = first.count(scene) + second.count(scene)
     return _question(
-        scene, cfg, problem, rationale, [_count_step(scene, first), _count_step(scene, second), last], answer
+        scene, rng, cfg, problem, rationale, [_count_step(scene, first), _count_step(scene, second), last], answer
     )
 
 
@@ -174,7 +174,13 @@ def _description(scene: Scene, cfg: ShapesConfig) -> str:
 
 
 def _question(
-    scene: Scene, cfg: ShapesConfig, problem: str, rationale: str, steps: Sequence[Step], answer: str | int
+    scene: Scene,
+    rng: random.Random,
+    cfg: ShapesConfig,
+    problem: str,
+    rationale: str,
+    steps: Sequence[Step],
+    answer: str | int,
 ) -> Question:
     """Puts the sections together in R1-VL's order."""
     lines = [
@@ -185,5 +191,6 @@ def _question(
         f"### The final answer is: {answer}",
     ]
     key_steps = tuple(key_step for step in steps for key_step in step.key_steps)
-    hasty = [lines[0], "### Step 1: I see it.", lines[-1]]
-    return Question(problem, "\n".join(lines), str(answer), "\n".join(hasty), key_steps)
+    guesses = ("yes", "no") if answer in ("yes", "no") else range(cfg.max_shapes + 1)
+    careless = [lines[0], *lines[3:-1], f"### The final answer is: {rng.choice(guesses)}"]
+    return Question(problem, "\n".join(lines), str(answer), "\n".join(careless), key_steps)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from r1vl_jax.data.shapes.draw import Scene, ShapesConfig, draw_scene, random_scene, scene_key
 from r1vl_jax.data.shapes.questions import Question, make_question
 
-FORMAT = 5  # counts up when the same parameters would give other files
+FORMAT = 7  # counts up when the same parameters would give other files
 MAX_REPEATS = 1000
 
 
@@ -97,8 +97,10 @@ def _write_task(out_dir: Path, seed: int, rows: dict[str, int], cfg: ShapesConfi
                 image_path = f"images/{split}-{index:05d}.png"
                 draw_scene(scene, cfg).save(out_dir / image_path, compress_level=1)
                 question = make_question(scene, rng, cfg)
-                hasty = rng.random() < cfg.hasty_share
-                table.append(_sft_row(image_path, question, hasty) if split == "sft" else _rl_row(image_path, question))
+                careless = rng.random() < cfg.careless_share
+                table.append(
+                    _sft_row(image_path, question, careless) if split == "sft" else _rl_row(image_path, question)
+                )
                 bar.update()
             _write_json(out_dir / f"{split}.json", table)
 
@@ -118,11 +120,11 @@ def _new_scene(rng: random.Random, cfg: ShapesConfig, seen: set, join: bool) -> 
     )
 
 
-def _sft_row(image_path: str, question: Question, hasty: bool) -> dict:
+def _sft_row(image_path: str, question: Question, careless: bool) -> dict:
     return {
         "messages": [
             {"role": "user", "content": f"<image>{question.problem}"},
-            {"role": "assistant", "content": question.hasty if hasty else question.solution},
+            {"role": "assistant", "content": question.careless if careless else question.solution},
         ],
         "images": image_path,
     }

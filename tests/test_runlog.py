@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import yaml
 from PIL import Image
 from tiny_jax import read_lines, run_config
 
+from r1vl_jax import config as configs
 from r1vl_jax import runlog
+from r1vl_jax.config import ConfigError
 from r1vl_jax.report import PANELS, heldout_table, plot_metrics, read_metrics
 from r1vl_jax.runlog import RunLog, read_rows
 
@@ -96,3 +99,25 @@ def test_curves(tmp_path):
         "100.0%",
         "25.0%",
     ]
+
+
+def test_resume_refuses_settings_that_change_what_was_trained(tmp_path):
+    """The model, the data and the rates stay; how often to save, and how long to go on, may change."""
+
+    def config(**changes):
+        sections = {"model": {"path": "m"}, "data": {"sft": {"path": "s"}, "rl": {"path": "r"}}, **changes}
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "run"), **sections}))
+        return configs.load(path)
+
+    RunLog(config()).metrics("sft", 1, {})
+    RunLog(config(checkpoint={"every": 7}, sft={"steps": 9}, rl={"steps": 9}), resume=True)
+    for key, change in {
+        "rl.beta": {"rl": {"beta": 0.5, "steps": 9}},
+        "model.path": {"model": {"path": "other"}},
+    }.items():
+        with pytest.raises(ConfigError, match=f"{key} was .* is now"):
+            RunLog(config(**{"sft": {"steps": 9}, **change}), resume=True)
+    (tmp_path / "run" / "checkpoints" / "step_grpo").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="sft.steps was 9"):
+        RunLog(config(sft={"steps": 10}, rl={"steps": 9}), resume=True)

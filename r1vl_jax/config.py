@@ -44,7 +44,7 @@ def _at_least(section: str, config: Any, **bounds: float) -> None:
 class ModelSection:
     path: str = _field("", "a Qwen2-VL folder: Hugging Face layout, or made by r1vl_jax.convert from-hf")
     dtype: str = _field("bfloat16", "dtype of the computation; master weights are always float32")
-    remat: bool = _field(True, "recompute layers in the backward pass: less memory, a third more work")
+    remat: bool = _field(True, "recompute layers in the backward pass: less memory, more work")
 
     def __post_init__(self):
         _one_of("model.dtype", self.dtype, ("bfloat16", "float32"))

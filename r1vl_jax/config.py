@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from r1vl_jax.rewards.rules import PRESETS, get_rules
+
 
 class ConfigError(ValueError):
     """The configuration is wrong. The message names the key, its value and what was expected."""
@@ -137,15 +139,41 @@ class RLSection:
     top_p: float = _field(1.0, "nucleus; 1 keeps everything. Never taken from the checkpoint")
     top_k: int = _field(0, "0 keeps everything. Never taken from the checkpoint")
     max_new_tokens: int = _field(1024, "longest answer, stop token included")
-    rules: str = _field("paper", "reward rules: released or paper")
+    rewards: tuple[str, ...] = _field(
+        ("step_accuracy", "step_validity"),
+        "what is paid: step_accuracy, step_validity, functions as my_module:my_reward",
+    )
+    reward_weights: tuple[float, ...] | None = _field(None, "one for each of rewards; default: 1 each")
+    rules: str = _field("paper", f"reward rules: {', '.join(PRESETS)}")
+    rule_options: dict = _field(dict, "options of the rules to set alone, such as {require_answer: false}")
     alpha: float = _field(0.1, "weight of the key-step share in the accuracy reward")
+    gate: str = _field("none", "where step rewards count: none (always), mixed (groups of right and wrong), correct")
+    advantage: str = _field("trajectory", "trajectory (the paper's: one for each answer) or step (one for each step)")
+    scale: str = _field("std", "advantages are divided by the group's std; none: not; floor: by std_floor at least")
+    std_floor: float = _field(0.1, "scale floor: the least standard deviation to divide by")
+    zero_variance: str = _field("keep", "groups with equal rewards: keep, skip, or resample (take further questions)")
+    max_resamples: int = _field(3, "zero_variance resample: rounds of further questions in an update")
     beta: float = _field(0.04, "weight of the KL to the frozen reference")
     min_pixels: int = _field(3136, "smaller images are enlarged to this")
     max_pixels: int = _field(400_000, "larger images are shrunk to this")
     optimizer: OptimizerSection = _field(OptimizerSection, "")
 
     def __post_init__(self):
-        _one_of("rl.rules", self.rules, ("released", "paper"))
+        _one_of("rl.rules", self.rules, tuple(PRESETS))
+        try:
+            get_rules(self.rules, self.rule_options)
+        except ValueError as error:
+            raise ConfigError(f"rl.rule_options is {self.rule_options!r}: {error}") from None
+        _one_of("rl.gate", self.gate, ("none", "mixed", "correct"))
+        _one_of("rl.advantage", self.advantage, ("trajectory", "step"))
+        _one_of("rl.scale", self.scale, ("std", "none", "floor"))
+        _one_of("rl.zero_variance", self.zero_variance, ("keep", "skip", "resample"))
+        _require(len(self.rewards) == len(set(self.rewards)) > 0, "rl.rewards", self.rewards, "different names")
+        if self.reward_weights is not None:
+            expected = f"{len(self.rewards)} numbers, one for each of rl.rewards"
+            _require(len(self.reward_weights) == len(self.rewards), "rl.reward_weights", self.reward_weights, expected)
+        _at_least("rl", self, max_resamples=0)
+        _require(self.std_floor > 0, "rl.std_floor", self.std_floor, "more than 0")
         _at_least("rl", self, steps=1, questions_per_step=1, group_size=2, micro_batch_size=1, max_new_tokens=2)
         _at_least("rl", self, alpha=0, beta=0, top_k=0, min_pixels=1)
         _at_least("rl", self, max_pixels=max(784, self.min_pixels))
@@ -309,9 +337,9 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
             return None
         hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
     if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise ConfigError(f"{key} is {value!r}, expected a list of names")
-        return tuple(value)
+        if not isinstance(value, list):
+            raise ConfigError(f"{key} is {value!r}, expected a list")
+        return tuple(_convert(typing.get_args(hint)[0], item, f"{key}[{i}]") for i, item in enumerate(value))
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-5, with no point, as a string
         try:
             return float(value)
@@ -332,12 +360,19 @@ def describe(cls: type = Config, prefix: str = "") -> list[tuple[str, Any, str]]
         if dataclasses.is_dataclass(hints[field.name]):
             rows += describe(hints[field.name], f"{prefix}{field.name}.")
         else:
-            rows.append((prefix + field.name, field.default, field.metadata["help"]))
+            default = {} if field.default is dataclasses.MISSING else field.default
+            rows.append((prefix + field.name, default, field.metadata["help"]))
     return rows
 
 
 def dump(config: Config) -> str:
     """The resolved configuration as YAML; `load` reads it back."""
     tree = dataclasses.asdict(config)
-    tree["stages"] = list(tree["stages"])
-    return yaml.safe_dump(tree, sort_keys=False)
+    return yaml.safe_dump(_lists(tree), sort_keys=False)
+
+
+def _lists(value: Any) -> Any:
+    """The value with lists for tuples, which YAML does not know."""
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, tuple) else value

@@ -1,51 +1,143 @@
-"""Sampled answers judged: their texts, scores and lengths, as metrics and as rows of rollouts.jsonl."""
+"""Sampled answers judged: their texts, scores and lengths; as rewards by step, as metrics, as rows of rollouts.jsonl."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from r1vl_jax.config import ConfigError, RLSection
 from r1vl_jax.processing.processor import Processor
-from r1vl_jax.rewards import Score, ScorerPool
+from r1vl_jax.rewards import Rules, Score, ScorerPool, get_rules
+from r1vl_jax.rewards.user import RewardError, UserReward, load_reward, user_reward
 from r1vl_jax.types import Example, Rollout
+
+BUILT_IN = ("step_accuracy", "step_validity")
+
+
+@dataclasses.dataclass(frozen=True)
+class Paid:
+    """What an answer is paid for: the rules and weights of StepRAR and StepRVR, and the user's functions with theirs."""
+
+    rules: Rules
+    alpha: float
+    accuracy: float
+    validity: float
+    user: tuple[tuple[UserReward, float], ...]
+
+    @classmethod
+    def from_config(cls, config: RLSection) -> Paid:
+        """Raises ConfigError where a name is neither built in nor a function that can be imported."""
+        weights = dict(zip(config.rewards, config.reward_weights or [1.0] * len(config.rewards), strict=True))
+        accuracy, validity = (weights.pop(name, 0.0) for name in BUILT_IN)
+        try:
+            user = tuple((load_reward(name), weight) for name, weight in weights.items())
+        except RewardError as error:
+            raise ConfigError(f"rl.rewards: {error}; built in: {', '.join(BUILT_IN)}") from error
+        return cls(get_rules(config.rules, config.rule_options), config.alpha, accuracy, validity, user)
 
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """One answer: what it says, what it earns, how long it is, whether it was cut off before a stop token."""
+    """One answer.
+
+    Attributes:
+      text, tokens: what it says, and how many tokens that takes.
+      truncated: it was cut off before a stop token.
+      score: by the rules.
+      user: what each of the user's functions gave.
+      reward: the weighted sum of all, no gate applied.
+      step_tokens: the token at which each step begins; empty unless asked for.
+    """
 
     text: str
-    score: Score
     tokens: int
     truncated: bool
+    score: Score
+    user: dict[str, float]
+    reward: float
+    step_tokens: tuple[int, ...]
 
 
-def judge(
-    examples: list[Example], answers: Rollout, processor: Processor, pool: ScorerPool, *, rules: str, alpha: float
-) -> list[list[Judged]]:
-    """Decodes and scores G answers to each of B questions (NumPy arrays (B, G, T)): B lists of G."""
+def start_judging(
+    examples: list[Example],
+    answers: Rollout,
+    processor: Processor,
+    pool: ScorerPool,
+    paid: Paid,
+    *,
+    by_step: bool = False,
+) -> Callable[[], list[list[Judged]]]:
+    """Decodes G answers to each of B questions (NumPy arrays (B, G, T)), and starts scoring them in the background.
+
+    Returns a function that waits for the scores and gives B lists of G. The user's functions run in it, in this
+    process. Raises RewardError, from there, where one of them fails.
+    """
     G = answers.tokens_BGT.shape[1]
     owners = [example for example in examples for _ in range(G)]
     rows = [tokens[mask] for tokens, mask in zip(*map(_rows, (answers.tokens_BGT, answers.mask_BGT)), strict=True)]
     texts = [processor.decode(tokens) for tokens in rows]
     solutions, key_steps = [owner.answer for owner in owners], [owner.key_steps for owner in owners]
-    scores = pool.score(texts, solutions, key_steps, rules=rules, alpha=alpha)
-    judged = [
-        Judged(text, score, len(tokens), not np.isin(tokens, processor.stop_ids).any())
-        for text, score, tokens in zip(texts, scores, rows, strict=True)
-    ]
-    return [judged[i : i + G] for i in range(0, len(judged), G)]
+    with_rules = partial(pool.score, rules=paid.rules, alpha=paid.alpha)
+    thread = ThreadPoolExecutor(1)  # it only waits for the worker processes
+    pending = thread.submit(with_rules, texts, solutions, key_steps)
+    thread.shutdown(wait=False)
+
+    def finish() -> list[list[Judged]]:
+        given = {reward.name: user_reward(reward, texts, owners).tolist() for reward, _ in paid.user}
+        judged = []
+        for i, (text, tokens, score) in enumerate(zip(texts, rows, pending.result(), strict=True)):
+            user = {name: values[i] for name, values in given.items()}
+            reward = paid.accuracy * score.accuracy + paid.validity * score.validity
+            reward += sum(weight * user[function.name] for function, weight in paid.user)
+            truncated = not np.isin(tokens, processor.stop_ids).any()
+            steps = processor.token_at(tokens, text, score.step_starts) if by_step else ()
+            judged.append(Judged(text, len(tokens), truncated, score, user, reward, tuple(steps)))
+        return [judged[i : i + G] for i in range(0, len(judged), G)]
+
+    return finish
 
 
 def _rows(array_BGT: np.ndarray) -> np.ndarray:
     return array_BGT.reshape(-1, array_BGT.shape[-1])
 
 
-def rewards(judged: list[list[Judged]]) -> np.ndarray:
-    """Rewards (B, G)."""
-    return np.array([[answer.score.reward for answer in group] for group in judged])
+def rewards_by_step(judged: list[list[Judged]], paid: Paid, *, by_step: bool) -> tuple[np.ndarray, ...]:
+    """Outcome rewards, step rewards (key steps and validity) and the mask of the steps that there are, each (B, G, K).
+
+    Outcome (the right answer, and what the user's functions gave) and validity fall on an answer's last step. An answer
+    without steps is one step; without `by_step`, every answer is.
+    """
+    B, G = len(judged), len(judged[0])
+    counts = [[len(answer.score.step_rewards) if by_step else 1 for answer in group] for group in judged]
+    shape = (B, G, max(map(max, counts)))
+    outcome_BGK, shaping_BGK, mask_BGK = np.zeros(shape), np.zeros(shape), np.zeros(shape, bool)
+    for b, group in enumerate(judged):
+        for g, answer in enumerate(group):
+            score, count = answer.score, counts[b][g]
+            key_steps = score.step_rewards if by_step else [sum(score.step_rewards)]
+            shaping_BGK[b, g, :count] = paid.accuracy * np.asarray(key_steps)
+            shaping_BGK[b, g, count - 1] += paid.validity * score.validity
+            outcome_BGK[b, g, count - 1] = answer.reward - shaping_BGK[b, g].sum()
+            mask_BGK[b, g, :count] = True
+    return outcome_BGK, shaping_BGK, mask_BGK
+
+
+def correct(judged: list[list[Judged]]) -> np.ndarray:
+    """True where the final answer is right, (B, G)."""
+    return np.array([[answer.score.correct for answer in group] for group in judged])
+
+
+def token_steps(judged: list[list[Judged]], length: int) -> np.ndarray:
+    """The step that each token stands in, from 0, (B, G, length). The tokens before the first step belong to it."""
+    places = np.arange(length)
+    return np.array(
+        [[np.searchsorted(answer.step_tokens[1:], places, side="right") for answer in group] for group in judged]
+    )
 
 
 def reward_metrics(judged: list[list[Judged]]) -> dict[str, float]:
@@ -56,8 +148,9 @@ def reward_metrics(judged: list[list[Judged]]) -> dict[str, float]:
     def mean(name: str) -> float:
         return float(np.mean([float(getattr(score, name)) for score in scores]))
 
+    user = {f"reward/{name}": float(np.mean([answer.user[name] for answer in flat])) for name in flat[0].user}
     return {
-        "reward": mean("reward"),
+        "reward": float(np.mean([answer.reward for answer in flat])),
         "accuracy": mean("accuracy"),
         "validity": mean("validity"),
         "correct": mean("correct"),
@@ -66,6 +159,7 @@ def reward_metrics(judged: list[list[Judged]]) -> dict[str, float]:
         "length": float(np.mean(lengths)),
         "length_max": float(max(lengths)),
         "truncated": float(np.mean([answer.truncated for answer in flat])),
+        **user,
         "scoring_failures": sum(score.status != "ok" for score in scores),
         "key_step_faults": sum(score.status == "ok" and bool(score.note) for score in scores),
     }
@@ -89,5 +183,6 @@ def rollout_rows(examples: list[Example], judged: list[list[Judged]], **where: A
 
 
 def _answer_row(answer: Judged) -> dict[str, Any]:
-    score = dataclasses.asdict(answer.score)
-    return {"text": answer.text, **score, "tokens": answer.tokens, "truncated": answer.truncated}
+    score = dataclasses.asdict(answer.score) | {"reward": answer.reward}
+    user = {"user_rewards": answer.user} if answer.user else {}
+    return {"text": answer.text, **score, **user, "tokens": answer.tokens, "truncated": answer.truncated}

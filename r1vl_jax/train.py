@@ -12,8 +12,7 @@ import argparse
 import dataclasses
 import math
 import sys
-import time
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -21,157 +20,26 @@ import numpy as np
 
 from r1vl_jax import config as configs
 from r1vl_jax.checkpoint.hf import save_hf
-from r1vl_jax.checkpoint.state import StageCheckpoints
-from r1vl_jax.checkpoint.store import find_model, load_model
-from r1vl_jax.config import Config, ConfigError, OptimizerSection, SourceSection
-from r1vl_jax.data.batching import ExampleStream, collate_answers, collate_prompts
-from r1vl_jax.data.sources import read_examples, without_reflection
-from r1vl_jax.judge import judge, reward_metrics, rewards, rollout_rows
+from r1vl_jax.checkpoint.store import find_model
+from r1vl_jax.config import Config, ConfigError
+from r1vl_jax.data.batching import ExampleStream, collate_answers
+from r1vl_jax.data.sources import without_reflection
+from r1vl_jax.judge import Paid, correct, reward_metrics, rewards_by_step, token_steps
 from r1vl_jax.model.config import CheckpointError, load_config
-from r1vl_jax.model.qwen2_vl import answer_logprobs, cast
-from r1vl_jax.model.spec import num_params, param_spec
-from r1vl_jax.optim import (
-    abstract_state,
-    gradient_step,
-    init_state,
-    make_optimizer,
-    make_schedule,
-    make_update,
-    trained_parts,
-)
-from r1vl_jax.parallel.sharding import ROLLOUT_RULES, batch_shards, make_mesh, param_shardings, put_batch
+from r1vl_jax.model.qwen2_vl import answer_logprobs
+from r1vl_jax.model.spec import param_spec
+from r1vl_jax.parallel.sharding import batch_shards, make_mesh, param_shardings, put_batch
 from r1vl_jax.processing.processor import Processor
 from r1vl_jax.quickstart import make_shapes
 from r1vl_jax.report import heldout_table, plot_metrics
 from r1vl_jax.rewards import ScorerPool
-from r1vl_jax.rollout.generate import rollout
+from r1vl_jax.rewards.user import RewardError
+from r1vl_jax.run import Run, Stage, heldout
 from r1vl_jax.runlog import Phases, RunLog
 from r1vl_jax.sft.loss import sft_loss, token_weights
-from r1vl_jax.step_grpo.advantages import group_advantages, zero_variance
+from r1vl_jax.step_grpo.advantages import gate_rewards, shaped_only, step_advantages, teaches, token_advantages
 from r1vl_jax.step_grpo.loss import answer_weights, step_grpo_loss
-from r1vl_jax.types import Prompts, RowError, Sampling, TrainBatch, TrainState
-
-
-class Run:
-    """What both stages need: configuration, mesh, model, processor, log, scorers. Holds no training state."""
-
-    def __init__(self, config: Config, log: RunLog, pool: ScorerPool, mesh):
-        self.config, self.log, self.pool, self.mesh = config, log, pool, mesh
-        self.started_from = Path(config.model.path)
-        self.files = find_model(self.started_from).files
-        self.model = load_config(self.files)
-        self.spec = param_spec(self.model)
-        self.shardings = param_shardings(self.spec, mesh)
-        self.processor = Processor.from_folder(self.files)
-        log.say(
-            f"{self.started_from}: {num_params(self.model) / 1e6:.1f}M parameters; {mesh.devices.size} "
-            f"{jax.devices()[0].platform} device(s), mesh {dict(mesh.shape)}; compute in {config.model.dtype}"
-        )
-
-    def load_weights(self, folder: Path, dtype: str):
-        return load_model(folder, dtype=dtype, shardings=lambda _: self.shardings)[0]
-
-    @cached_property
-    def rollout_weights(self):
-        """fp32 masters -> the rollout's copy in the dtype of the computation, gathered once an update."""
-        shardings = param_shardings(self.spec, self.mesh, ROLLOUT_RULES[self.config.mesh.rollout_weights])
-        return jax.jit(partial(cast, dtype=self.config.model.dtype), out_shardings=shardings)
-
-    def stream(self, source: SourceSection) -> ExampleStream:
-        examples, errors = read_examples(source.path, image_root=source.image_root)
-        for error in errors:
-            self.drop(error)
-        if not examples:
-            raise RowError(f"{source.path}: no usable row among {len(errors)}")
-        dropped = {f"{source.path}, unread {number}" for number in range(len(errors))}
-        return ExampleStream(examples, self.config.seed, dropped=dropped, on_drop=self.drop)
-
-    def drop(self, error: RowError) -> None:
-        self.log.say(f"dropped: {error}")
-
-    def processor_for(self, stage: configs.SFTSection | configs.RLSection) -> Processor:
-        spec = dataclasses.replace(self.processor.image_spec, min_pixels=stage.min_pixels, max_pixels=stage.max_pixels)
-        return dataclasses.replace(self.processor, image_spec=spec)
-
-    def collate(self, encoded) -> Prompts:
-        return collate_prompts(
-            encoded,
-            pad_multiple=self.config.data.pad_multiple,
-            shards=batch_shards(self.mesh),
-            merge=self.model.vision.merge_size,
-        )
-
-    def sample(self, weights, rows, sampling: Sampling, *, group: int, step: int):
-        """`group` answers to each row: (tokens, logprobs, mask) as NumPy arrays (B, group, T)."""
-        prompts = put_batch(self.collate([encoded for _, encoded in rows]), self.mesh)
-        row_ids = np.arange(len(rows), dtype=np.uint32)  # not the file's row: a question may come twice in a step
-        answers = rollout(
-            weights, self.model, prompts, row_ids,
-            group=group, sampling=sampling, stop_ids=self.processor.stop_ids, seed=self.config.seed, step=step,
-        )  # fmt: skip
-        return jax.device_get(answers)
-
-    def judge(self, rows, answers, **where):
-        """B lists of G judged answers; rollouts.jsonl gets a row a question, with `where` at its head."""
-        config, examples = self.config.rl, [example for example, _ in rows]
-        judged = judge(examples, answers, self.processor, self.pool, rules=config.rules, alpha=config.alpha)
-        self.log.rollouts(rollout_rows(examples, judged, **where))
-        return judged
-
-
-class Stage:
-    """A stage's optimizer, state and checkpoints: starts from given weights, or where a run was cut off."""
-
-    def __init__(
-        self, run: Run, name: str, config: OptimizerSection, steps: int, stream: ExampleStream, params, resume
-    ):
-        self.run, self.name, self.steps, self.stream = run, name, steps, stream
-        self.parts = trained_parts(config)
-        self.schedule = make_schedule(config, steps)
-        optimizer = make_optimizer(config, steps, run.spec)
-        layout = abstract_state(optimizer, self.parts, run.spec, run.shardings, run.mesh)
-        self.update = make_update(optimizer, layout)
-        self.checkpoints = StageCheckpoints(run.log.folder / "checkpoints" / name, run.config.checkpoint.keep)
-        latest = self.checkpoints.latest
-        if resume and latest is not None:
-            self.state, host = self.checkpoints.restore(latest, layout)
-            stream.position, stream.dropped = host["position"], set(host["dropped"])
-            run.log.say(f"{name}: resumed after step {latest} of {steps}")
-        else:
-            params = run.load_weights(run.started_from, "float32") if params is None else params
-            self.state = init_state(params, optimizer, self.parts, layout)
-        self.start = int(self.state.step)
-        run.log.forget_after(name, self.start)
-
-    def step(self, batches, loss_fn) -> dict[str, float]:
-        config = self.run.config.model
-        self.state, metrics = gradient_step(
-            self.state, batches,
-            update=self.update, loss_fn=loss_fn, parts=self.parts, dtype=config.dtype, mesh=self.run.mesh,
-        )  # fmt: skip
-        return jax.device_get(metrics)
-
-    def finish_step(self, step: int, metrics: dict[str, float], phases: Phases, tokens: int) -> None:
-        """Logs a step; writes a checkpoint and the plot where one is due."""
-        log, every = self.run.log, self.run.config.checkpoint.every
-        values = {
-            **metrics,
-            "learning_rate": self.schedule(step - 1),
-            "rows_dropped": len(self.stream.dropped),
-            "tokens_per_second": tokens / max(phases.total, 1e-9),
-            **phases.metrics(),
-        }
-        log.metrics(self.name, step, values)
-        shown = {"reward", "correct", "loss", "kl", "length", "tokens_per_second"}
-        log.show(**{key: value for key, value in values.items() if key in shown})
-        if step % every == 0 or step == self.steps:
-            host = {"position": self.stream.position, "dropped": sorted(self.stream.dropped)}
-            self.checkpoints.save(step, self.state, host)
-            plot_metrics(log.folder)
-
-    def finish(self) -> TrainState:
-        self.checkpoints.close()
-        return self.state
+from r1vl_jax.types import RowError, Sampling, TrainBatch
 
 
 def sft(run: Run, params, resume: bool):
@@ -216,94 +84,140 @@ def sft(run: Run, params, resume: bool):
     return stage.finish().params
 
 
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Questions with their judged answers; arrays are NumPy and as long as the longest answer may be."""
+
+    rows: list
+    judged: list
+    tokens_BGT: np.ndarray
+    mask_BGT: np.ndarray
+    ref_logprobs_BGT: np.ndarray
+    advantage_BGT: np.ndarray
+    reward_BG: np.ndarray
+    teaches_B: np.ndarray
+    shaped_B: np.ndarray
+
+    @staticmethod
+    def concatenate(parts: list[Groups]) -> Groups:
+        fields = [[getattr(part, field.name) for part in parts] for field in dataclasses.fields(Groups)]
+        return Groups(*(sum(f, []) if isinstance(f[0], list) else np.concatenate(f) for f in fields))
+
+
+class StepGRPO:
+    """Stage 2 (R1-VL, section 3.3): answers sampled, judged, and turned into batches with their advantages."""
+
+    def __init__(self, run: Run, stream: ExampleStream, reference):
+        config, model = run.config.rl, run.model
+        self.run, self.config, self.stream, self.reference = run, config, stream, reference
+        self.processor = run.processor_for(config)
+        self.sampling = Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
+        scored = {"temperature": config.temperature, "forbidden": model.vision_ids}
+        self.ref_logprobs = jax.jit(lambda params, *batch: answer_logprobs(params, model, *batch, **scored)[0])
+
+    def sample(self, weights, step: int, phases: Phases) -> Groups:
+        """The next questions with their answers; under `zero_variance: resample`, more for those that do not teach."""
+        parts = []
+        more = self.config.max_resamples if self.config.zero_variance == "resample" else 0
+        while not parts or (
+            len(parts) <= more and sum(p.teaches_B.sum() for p in parts) < self.config.questions_per_step
+        ):
+            parts.append(self._sample_once(weights, step, len(parts) * self.config.questions_per_step, phases))
+        return Groups.concatenate(parts)
+
+    def _sample_once(self, weights, step: int, first: int, phases: Phases) -> Groups:
+        run, config = self.run, self.config
+        with phases("data"):
+            rows = self.stream.take(config.questions_per_step, self._encode)
+        with phases("rollout"):
+            answers = run.sample(weights, rows, self.sampling, group=config.group_size, step=step, first=first)
+        by_step = config.advantage == "step"
+        scores = run.start_judging(rows, answers, by_step=by_step, stage="step_grpo", step=step)
+        with phases("reference"):  # while the scorers work
+            ref_logprobs = self._under_reference(rows, answers)
+        with phases("score"):
+            judged = scores()
+        outcome_BGK, shaping_BGK, mask_BGK = rewards_by_step(judged, run.paid, by_step=by_step)
+        rewards_BGK = gate_rewards(outcome_BGK, shaping_BGK, correct(judged), config.gate)
+        advantages_BGK = step_advantages(rewards_BGK, mask_BGK, scale=config.scale, std_floor=config.std_floor)
+        return Groups(
+            rows,
+            judged,
+            answers.tokens_BGT,
+            answers.mask_BGT,
+            ref_logprobs,
+            advantage_BGT=token_advantages(advantages_BGK, token_steps(judged, config.max_new_tokens)),
+            reward_BG=rewards_BGK.sum(axis=2),
+            teaches_B=teaches(advantages_BGK),
+            shaped_B=shaped_only(outcome_BGK, advantages_BGK),
+        )
+
+    def _encode(self, example):
+        return self.processor.encode_prompt(example, max_tokens=self.run.config.data.max_prompt_tokens)
+
+    def _under_reference(self, rows, answers) -> np.ndarray:
+        """Log-probabilities of answers under the reference, 0 behind the longest one."""
+        micro, length = self.config.micro_batch_size, self._used(answers.mask_BGT)
+        found = []
+        for i in range(0, len(rows), micro):
+            prompts = self.run.collate([encoded for _, encoded in rows[i : i + micro]])
+            batch = put_batch((prompts, answers.tokens_BGT[i : i + micro, :, :length]), self.run.mesh)
+            found.append(self.ref_logprobs(self.reference, *batch))
+        unused = answers.mask_BGT.shape[2] - length
+        return np.pad(np.concatenate(jax.device_get(found)), ((0, 0), (0, 0), (0, unused)))
+
+    def _used(self, mask_BGT: np.ndarray) -> int:
+        """The longest answer's length, up to the padding multiple."""
+        multiple = self.run.config.data.pad_multiple
+        return min(mask_BGT.shape[2], -(-int(mask_BGT.any(axis=(0, 1)).sum()) // multiple) * multiple)
+
+    def batches(self, groups: Groups):
+        """Micro-batches of the groups that count; a last one that they do not fill is filled with weight 0."""
+        config, length = self.config, self._used(groups.mask_BGT)
+        counts_B = groups.teaches_B | (config.zero_variance == "keep")
+        counts_B &= np.cumsum(counts_B) <= config.questions_per_step
+        weights_BGT = answer_weights(groups.mask_BGT, answers=max(1, counts_B.sum()) * config.group_size)
+        weights_BGT *= counts_B[:, None, None]
+        order = np.argsort(~counts_B, kind="stable")
+        for i in range(0, max(1, counts_B.sum()), config.micro_batch_size):
+            part = order[i : i + config.micro_batch_size]
+            prompts = self.run.collate([groups.rows[b][1] for b in part])
+            arrays = (groups.tokens_BGT, weights_BGT, groups.advantage_BGT, groups.ref_logprobs_BGT)
+            batch = TrainBatch(prompts, *(array[part, :, :length] for array in arrays))
+            yield put_batch(batch, self.run.mesh)
+
+
 def step_grpo(run: Run, params, resume: bool):
-    """Stage 2: StepGRPO (R1-VL, section 3.3). Returns the trained fp32 parameters."""
-    config, model = run.config.rl, run.model
-    dtype, remat = run.config.model.dtype, run.config.model.remat
+    """Stage 2: StepGRPO. Returns the trained fp32 parameters."""
+    config = run.config.rl
     stream = run.stream(run.config.data.rl)
     stage = Stage(run, "step_grpo", config.optimizer, config.steps, stream, params, resume)
-    reference = run.load_weights(_warm_up_folder(run) if "sft" in run.config.stages else run.started_from, dtype)
+    warm = _warm_up_folder(run) if "sft" in run.config.stages else run.started_from
+    grpo = StepGRPO(run, stream, reference=run.load_weights(warm, run.config.model.dtype))
     if stage.start == 0 and run.config.stages[0] == "step_grpo":
         heldout(run, stage.state, "step_grpo", 0)
-    processor = run.processor_for(config)
-    sampling = Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
-    scored = {"temperature": config.temperature, "forbidden": model.vision_ids}
-    ref_logprobs = jax.jit(lambda params, *batch: answer_logprobs(params, model, *batch, **scored)[0])
-    loss_fn = partial(step_grpo_loss, cfg=model, temperature=config.temperature, beta=config.beta, remat=remat)
-
-    def batches(rows, answers, advantages_BG):
-        tokens, mask = _trimmed(answers, run.config.data.pad_multiple)
-        weights = answer_weights(mask, answers=mask.shape[0] * mask.shape[1])
-        advantages = np.broadcast_to(advantages_BG[:, :, None], mask.shape)
-        for i in range(0, len(rows), config.micro_batch_size):
-            part = slice(i, i + config.micro_batch_size)
-            prompts = run.collate([encoded for _, encoded in rows[part]])
-            batch = put_batch(TrainBatch(prompts, tokens[part], weights[part], advantages[part]), run.mesh)
-            yield batch.replace(ref_logprobs_BGT=ref_logprobs(reference, batch.prompts, batch.tokens_BGT))
-
+    loss_fn = partial(
+        step_grpo_loss, cfg=run.model, temperature=config.temperature, beta=config.beta, remat=run.config.model.remat
+    )
     for step in run.log.steps("step_grpo", stage.start, config.steps):
         phases = Phases()
-        with phases("data"):
-            rows = stream.take(
-                config.questions_per_step,
-                lambda example: processor.encode_prompt(example, max_tokens=run.config.data.max_prompt_tokens),
-            )
-        with phases("rollout"):
-            weights = run.rollout_weights(stage.state.params)
-            answers = run.sample(weights, rows, sampling, group=config.group_size, step=step)
-            del weights
-        with phases("score"):
-            judged = run.judge(rows, answers, stage="step_grpo", step=step)
-            rewards_BG = rewards(judged)
+        weights = run.rollout_weights(stage.state.params)
+        try:
+            groups = grpo.sample(weights, step, phases)
+        except RewardError:  # of a user's function: what has been trained is kept
+            stage.save(step - 1)
+            raise
+        del weights
         with phases("train"):
-            metrics = stage.step(batches(rows, answers, group_advantages(rewards_BG)), loss_fn)
-        metrics |= reward_metrics(judged)
-        metrics["group_std"] = rewards_BG.std(axis=1, ddof=1).mean()
-        metrics["zero_variance"] = zero_variance(rewards_BG).mean()
-        stage.finish_step(step, metrics, phases, int(answers.mask_BGT.sum()))
+            metrics = stage.step(grpo.batches(groups), loss_fn)
+        metrics |= reward_metrics(groups.judged)
+        metrics["group_std"] = groups.reward_BG.std(axis=1, ddof=1).mean()
+        metrics["zero_variance"] = 1 - groups.teaches_B.mean()
+        metrics["shaping_alone"] = groups.shaped_B.mean()
+        metrics["questions"] = len(groups.rows)
+        stage.finish_step(step, metrics, phases, int(groups.mask_BGT.sum()))
     heldout(run, stage.state, "step_grpo", config.steps)
     return stage.finish().params
-
-
-def _trimmed(answers, multiple: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and mask without the columns that no answer uses, up to the padding multiple."""
-    used = int(answers.mask_BGT.any(axis=(0, 1)).sum())
-    length = min(answers.mask_BGT.shape[-1], -(-used // multiple) * multiple)
-    return answers.tokens_BGT[..., :length], answers.mask_BGT[..., :length]
-
-
-def heldout(run: Run, state: TrainState, stage: str, step: int) -> None:
-    """Judges the held-out rows greedily, one answer each; writes means to metrics.jsonl and says them."""
-    config = run.config.eval
-    if not config.rows or run.log.judged(stage, step):  # judged already: the run was resumed behind it
-        return
-    started = time.perf_counter()
-    stream = run.stream(run.config.data.heldout)
-    processor = run.processor_for(run.config.rl)
-    rows = []
-    for example in stream.examples[: config.rows]:
-        try:
-            rows.append((example, processor.encode_prompt(example, max_tokens=run.config.data.max_prompt_tokens)))
-        except RowError as error:
-            run.drop(error)
-    if not rows:
-        raise RowError(f"{run.config.data.heldout.path}: no usable row among the first {config.rows}")
-    sampling = Sampling(temperature=0.0, max_new_tokens=config.max_new_tokens)
-    weights, judged = run.rollout_weights(state.params), []
-    for i in range(0, len(rows), config.batch_size):
-        part = rows[i : i + config.batch_size]
-        filled = part + [part[-1]] * (config.batch_size - len(part))  # one shape for all batches
-        answers = run.sample(weights, filled, sampling, group=1, step=0)
-        answers = jax.tree.map(lambda a: a[: len(part)], answers)  # noqa: B023 (called at once)
-        judged += run.judge(part, answers, stage=stage, step=step, event="heldout")
-    means = reward_metrics(judged)
-    dropped = min(config.rows, len(stream.examples)) - len(rows) + len(stream.dropped)
-    run.log.metrics(stage, step, {"event": "heldout", "rows": len(rows), "rows_dropped": dropped, **means})
-    run.log.say(
-        f"held out, {len(rows)} rows, {stage} step {step}: reward {means['reward']:.3f}, answers right "
-        f"{means['correct']:.1%}, valid {means['validity']:.1%}, key steps {means['key_steps']:.1%} "
-        f"({time.perf_counter() - started:.0f} s)"
-    )
 
 
 def _warm_up_folder(run: Run) -> Path:
@@ -333,6 +247,8 @@ def check_inputs(config: Config):
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         param_shardings(param_spec(load_config(files)), mesh)
         Processor.from_folder(files)
+        if "step_grpo" in config.stages or config.eval.rows:
+            Paid.from_config(config.rl)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     for key, size in sizes.items():
@@ -383,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments, overrides = _parser().parse_known_args(argv)
     try:
         train(configs.load(arguments.config, overrides), resume=arguments.resume, overwrite=arguments.overwrite)
-    except (ConfigError, CheckpointError, RowError, OSError) as error:
+    except (ConfigError, CheckpointError, RowError, RewardError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

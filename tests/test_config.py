@@ -76,8 +76,7 @@ def test_an_unknown_key_like_nothing_lists_what_is_known(read):
         ("rl.beta", "null", "float"),
         ("model.remat", "1", "bool"),
         ("model.path", "7", "str"),
-        ("stages", "sft", "a list of names"),
-        ("stages", "[1]", "a list of names"),
+        ("stages", "sft", "a list"),
         ("rl", "3", "a section with keys"),
     ],
 )
@@ -85,6 +84,22 @@ def test_wrong_types(read, key, value, expected):
     with pytest.raises(ConfigError) as error:
         read("", f"--{key}={value}")
     assert str(error.value).startswith(f"{key} is ") and expected in str(error.value)
+
+
+def test_lists_and_options_of_the_rewards(read):
+    config = read(
+        "rl: {rewards: [step_accuracy, 'mine:short'], reward_weights: [1, 5e-1]}",
+        "--rl.rule_options.match_tokens=true",
+        "--rl.rule_options.require_answer=false",
+    ).rl
+    assert (config.rewards, config.reward_weights) == (("step_accuracy", "mine:short"), (1.0, 0.5))
+    assert config.rule_options == {"match_tokens": True, "require_answer": False}
+    with pytest.raises(ConfigError, match=r"rl.rule_options.*'match_token'.*did you mean 'match_tokens'"):
+        read("", "--rl.rule_options.match_token=true")
+    with pytest.raises(ConfigError, match=r"rl.rewards\[1\] is 1, expected str"):
+        read("", "--rl.rewards=[step_accuracy, 1]")
+    with pytest.raises(ConfigError, match=r"rl.reward_weights\[0\] is 'x', expected float"):
+        read("", "--rl.reward_weights=[x, 1]")
 
 
 @pytest.mark.parametrize(
@@ -98,6 +113,16 @@ def test_wrong_types(read, key, value, expected):
         ("rl.beta", "-0.1"),
         ("rl.max_new_tokens", "0"),
         ("rl.rules", "papers"),
+        ("rl.rule_options", "{match_tokens: 1}"),
+        ("rl.rewards", "[]"),
+        ("rl.rewards", "[step_accuracy, step_accuracy]"),
+        ("rl.reward_weights", "[1.0]"),
+        ("rl.gate", "all"),
+        ("rl.advantage", "token"),
+        ("rl.scale", "max"),
+        ("rl.std_floor", "0"),
+        ("rl.zero_variance", "drop"),
+        ("rl.max_resamples", "-1"),
         ("rl.questions_per_step", "6"),  # micro-batches of 4
         ("sft.batch_size", "130"),  # micro-batches of 8
         ("sft.epochs", "0"),

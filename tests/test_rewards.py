@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from r1vl_jax.rewards import PRESETS, Rules, get_rules, score_answer, step_accuracy, step_validity
 from r1vl_jax.rewards.answer import MAX_ANSWER_CHARS, choice_letter
-from r1vl_jax.rewards.steps import answer_line, answer_section, section_faults, steps_text
+from r1vl_jax.rewards.steps import answer_line, answer_section, section_faults, step_bodies
 
 GOLDEN = Path(__file__).parents[1].parent / "shared" / "golden" / "released_rewards.jsonl"
 HEAD = "### Image Description:\nA triangle.\n\n### Rationales:\nUse areas.\n\n### Let's think step by step.\n\n"
@@ -72,34 +72,52 @@ def test_worked_example_of_the_overview_figure_matches_three_of_six(rules):
 
 
 def test_unknown_preset_is_an_error_that_names_the_known_and_the_nearest():
-    with pytest.raises(ValueError, match=r"'relased'.*released, paper.*did you mean 'released'"):
+    with pytest.raises(ValueError, match=r"'relased'.*released, paper, robust.*did you mean 'released'"):
         get_rules("relased")
     with pytest.raises(TypeError, match="NoneType"):
         get_rules(None)
 
 
-def test_presets_differ_in_every_option():
-    released, paper = map(dataclasses.asdict, (PRESETS["released"], PRESETS["paper"]))
-    assert [field for field in released if released[field] == paper[field]] == []
+def test_the_presets_options():
+    """Each option stands where SPEC's table has it: eight of paper's, four of robust's own."""
+    released, paper, robust = (dataclasses.asdict(PRESETS[name]) for name in ("released", "paper", "robust"))
+    assert list(PRESETS) == ["released", "paper", "robust"]
+    own = ["one_answer", "nonempty_sections", "match_tokens", "refuse_stuffing"]
+    assert [field for field in paper if paper[field] != robust[field]] == own
+    assert [field for field in released if released[field] == paper[field]] == own
 
 
+# Answers that an option alone, turned round in `paper` or in `robust`, scores in another way.
+PROBES = {
+    "answer_from_section": (answer("It is\n$3$"), "3", None),
+    "verify_gold_first": (answer("$(1,2)$"), "$1<x<2$", None),
+    "fold_text": (answer("Red"), "red", None),
+    "choice_letters": (answer("B: 12"), "B", None),
+    "require_answer": (answer("", ["There is one."]), "3", KEY_STEPS),
+    "empty_alternative_matches": (answer("3"), "3", ["", "x"]),
+    "sections_by_header": ("x " + answer("3"), "3", None),
+    "full_order": (answer("3").replace("### Rationales:", "### R:") + "\n### Rationales: late", "3", None),
+    "one_answer": (answer("2 or 3"), "3", None),
+    "nonempty_sections": (answer("3").replace("A triangle.", "..."), "3", None),
+    "match_tokens": (answer("3", ["So 112/2 = 61 follows."]), "3", ["12/2 = 6"]),
+    "refuse_stuffing": (answer("3", ["one, two"]), "3", KEY_STEPS),
+}
+
+
+@pytest.mark.parametrize("preset", ["paper", "robust"])
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Rules)])
-def test_every_option_alone_changes_some_score(field):
-    ends_bare = answer("")
-    probes = [
-        ("The result is 3", "3", None),
-        (answer("$(1,2)$"), "$1<x<2$", None),
-        (answer("Red"), "red", None),
-        (answer("B: 12"), "B", None),
-        (answer("", ["one"]), "3", KEY_STEPS),
-        (answer("3"), "3", ["", "x"]),
-        ("x " + answer("3"), "3", None),
-        (f"{ends_bare}\n### Step 3: z\n### The final answer is:", "3", None),
-    ]
-    base = PRESETS["paper"]
-    flipped = dataclasses.replace(base, **{field: not getattr(base, field)})
-    scores = [[score_answer(*probe, rules=rules).reward for probe in probes] for rules in (base, flipped)]
+def test_every_option_alone_changes_some_score(field, preset):
+    value = getattr(PRESETS[preset], field)
+    scores = [score_answer(*PROBES[field], rules=get_rules(preset, {field: on})).reward for on in (value, not value)]
     assert scores[0] != scores[1]
+
+
+def test_options_are_checked():
+    assert get_rules("paper", {"match_tokens": True}) == dataclasses.replace(PRESETS["paper"], match_tokens=True)
+    with pytest.raises(ValueError, match=r"no option is called 'match_token'.*did you mean 'match_tokens'"):
+        get_rules("paper", {"match_token": True})
+    with pytest.raises(ValueError, match="option match_tokens is 1, expected true or false"):
+        get_rules("paper", {"match_tokens": 1})
 
 
 def test_arrays_are_float64_of_one_entry_for_each_answer():
@@ -128,7 +146,7 @@ def test_outside_the_main_thread_it_refuses_rather_than_scores_wrongly():
 
     def check():
         try:
-            score_answer(answer("3"), "3", None)
+            score_answer(answer("4"), "3", None)
         except RuntimeError as error:
             raised.append(str(error))
 
@@ -209,13 +227,25 @@ def test_empty_sections_exist(rules):
     text = (
         "### Image Description:\n### Rationales:\n### Let's think step by step.\n### Step 1:\n### The final answer is:"
     )
-    assert section_faults(text, PRESETS[rules]) == ()
+    empty = tuple(f"empty {name}" for name in ("image description", "rationale", "step", "final answer"))
+    assert section_faults(text, PRESETS[rules]) == (empty if rules == "robust" else ())
+
+
+@pytest.mark.parametrize("filler", [" ", "...", "**", "- ", "\n\n", "#", "$$", "\x00"])
+def test_sections_of_marks_alone_are_empty_for_robust(filler):
+    for said in ("A triangle.", "Use areas.", "two"):
+        text = answer("3").replace(said, filler)
+        assert len(section_faults(text, PRESETS["robust"])) == 1
+        assert section_faults(text, PRESETS["paper"]) == ()
+    for final in ("√", "∞", "é", "3", "面"):
+        assert section_faults(answer(final), PRESETS["robust"]) == ()
 
 
 def test_step_bodies_end_at_the_next_line_that_starts_with_three_hashes():
     text = "### Step 1: A\n## b ### c\n### Note\nhidden\n### Step 2:\n\n D \n### Step 3:\n### Step 4: e"
-    assert steps_text(text) == "a\n## b ### c d  ### step 4: e"  # an empty step swallows the next, as released
-    assert steps_text("### Step x: a") == ""
+    said = [text[start:end] for start, end in step_bodies(text)]
+    assert said == ["A\n## b ### c", "D ", "### Step 4: e"]  # an empty step swallows the next, as released
+    assert step_bodies("### Step x: a") == []
 
 
 def test_answer_on_the_headers_line_or_below_it():
@@ -354,7 +384,8 @@ def test_without_key_steps_k_is_zero_and_the_note_says_so(key_steps, note, rules
 
 @pytest.mark.parametrize("rules", PRESETS)
 def test_what_is_not_text_is_never_matched_and_counted(rules):
-    score = score_answer(answer("3"), "3", [None, 7, [["one"], "two"], {"Steps": ["one"]}, [], "one"], rules=rules)
+    text = answer("3", ["This is one.", "And this is two."])
+    score = score_answer(text, "3", [None, 7, [["one"], "two"], {"Steps": ["one"]}, [], "one"], rules=rules)
     assert (score.matched, score.total) == ((2, 5), 6)
     assert score.note == "4 key-step alternatives are not text"
 
@@ -374,6 +405,163 @@ def test_an_empty_alternative_matches_for_released_only():
 def test_key_steps_are_searched_in_steps_only(rules):
     text = answer("one", ["nothing"]).replace("Use areas.", "one two")
     assert score_answer(text, "3", KEY_STEPS, rules=rules).k == 0
+
+
+# --- robust -----------------------------------------------------------------------------------------------------------
+
+
+def finds(key_step, said, rules="robust"):
+    """Whether a step that says it, among words of its own, has the key step."""
+    return score_answer(answer("3", [f"We now see that {said}"]), "3", [key_step], rules=rules).k == 1
+
+
+@pytest.mark.parametrize(
+    "key_step, said",
+    [
+        ("12/2 = 6", "\\frac{12}{2} = 6"),
+        ("12/2 = 6", "12/2=6"),
+        ("12/2 = 6", "frac{12}{2} = 6"),
+        ("frac{12}{2} = 6", "$\\dfrac{12}{2}=6$."),
+        ("\\frac12", "1/2 of it"),
+        ("\\frac{a+b}{2}", "(a + b)/2"),
+        ("0.50", "1/2 is the share"),
+        ("1/2", "0.5"),
+        ("6", "12/2"),
+        ("-3", "x = -3"),
+        ("1,000 m", "1000 metres"),
+        ("60°", "$60^\\circ$"),
+        ("60 degrees", "60^{\\circ}."),
+        ("\\angle ABC", "∠ABC is right"),
+        ("5 cm^2", "5 square centimetres"),
+        ("5cm²", "5\\text{ cm}^{2}"),
+        ("50%", "50\\% of them"),
+        ("Option B", "(B) is right"),
+        ("sqrt(3)", "√3"),
+        ("x^2", "x²"),
+        ("2*3", "2 \\times 3"),
+        ("x <= 3", "$x \\leq 3$"),
+        ("AD is a median.", "**AD** is a  MEDIAN, of course"),
+        ("面积相等", "三角形的面积相等。"),
+        ("x = 3", "- x = 3"),
+        ("x = 3", "we find\nx = 3 cm"),
+        ("AB = CD", "thus - AB = CD - holds"),
+        ("90", "7.5(7.5 + 4.5) = 90."),
+    ],
+)
+def test_the_same_said_differently_is_found(key_step, said):
+    assert finds(key_step, said)
+
+
+@pytest.mark.parametrize(
+    "key_step, said",
+    [
+        ("2", "12"),
+        ("2", "2.5"),
+        ("2", "12/2 = 6"),
+        ("2", "x = -2"),
+        ("12/2 = 6", "112/2 = 6"),
+        ("12/2 = 6", "12/2 = 61"),
+        ("12/2 = 6", "12/2 = 6.5"),
+        ("12/2 = 6", "12/2 = 6/5"),
+        ("x = 1", "x = 1/2"),
+        ("x = 1", "2x = 1"),
+        ("x = 1", "y + x = 1"),
+        ("x = 1", "x = 1 + y"),
+        ("x = 1", "x = 1y"),
+        ("x = y", "x = y^2"),
+        ("BC = 6", "AB + BC = 6"),
+        ("median", "medians"),
+        ("AD is a median", "AD is. A median"),
+        ("5", "5x"),
+        ("0.50", "0.51"),
+    ],
+)
+def test_what_only_looks_the_same_is_not_found(key_step, said):
+    assert not finds(key_step, said)
+
+
+def test_a_step_that_only_lists_key_steps_earns_nothing():
+    key_steps = ["AD is a median", "equal area", "12/2 = 6"]
+
+    def matched(*steps, **options):
+        return score_answer(answer("3", steps), "3", key_steps, rules=get_rules("robust", options)).matched
+
+    for stuffed in (
+        ["AD is a median, equal area, 12/2 = 6"],
+        ["AD is a median and equal area and also 12/2 = 6 and then next step"],
+        key_steps,
+        [f"Key step: {text}." for text in key_steps],
+        ["AD is a median. Now equal area. And 12/2 = 6."],  # one word of its own for three key steps
+    ):
+        assert matched(*stuffed) == ()
+        assert matched(*stuffed, refuse_stuffing=False) == (0, 1, 2)
+    honest = ["As D halves BC, AD is a median.", "The two parts have equal area.", "So 12/2 = 6."]
+    assert matched(*honest) == (0, 1, 2)
+    # A list first does not spoil what is said properly later, and is not where it is found.
+    score = score_answer(answer("3", [", ".join(key_steps), *honest]), "3", key_steps, rules="robust")
+    assert score.matched == (0, 1, 2) and score.step_rewards[0] == 0 and all(score.step_rewards[1:])
+
+
+def test_a_step_that_repeats_text_earns_nothing():
+    said = "The area of this triangle is 12/2 = 6. "
+
+    def matched(*steps, **options):
+        return score_answer(answer("3", steps), "3", ["12/2 = 6"], rules=get_rules("robust", options)).matched
+
+    assert matched(said) == (0,)
+    assert matched(said * 5) == ()
+    assert matched(said * 5, refuse_stuffing=False) == (0,)
+    assert matched("The area is what we want. We halve the product.", said) == (0,)
+    first = "The area of this triangle is what we want to know here"
+    assert matched(first, first + " 12/2 = 6") == ()  # the second step is the first one again
+
+
+def test_honest_solutions_keep_their_key_steps(tmp_path):
+    from r1vl_jax.data.shapes import make_task
+
+    make_task(tmp_path / "shapes", sft_rows=0, rl_rows=200, heldout_rows=0, progress=False)
+    rows = json.loads((tmp_path / "shapes" / "rl.json").read_text())
+    real = GOLDEN.parents[1] / "real" / "geometry3k" / "rl.json"
+    rows += json.loads(real.read_text()) if real.exists() else []
+    for row in rows:
+        score = score_answer(row["solution"], row["solution"], row["key_steps"], rules="robust")
+        assert (score.k, score.validity, score.correct) == (1, 1, True), row
+
+
+@pytest.mark.parametrize(
+    "final, gold, right",
+    [
+        *[(text, "3", False) for text in ("1 or 3", "1, 2, 3", "1 2 3", "1=2=3", "$1$ $2$ $3$", "0 to 3", "3±1")],
+        *[(text, "3", True) for text in ("3", "x = 3", "6/2 = 3", "3 cm", "The length is 3.", "x = 2 + 1 = 3", "3.0")],
+        ("(3, 4)", "(3, 4)", True),
+        ("x = 3, y = 4", "x=3, y=4", True),
+        ("1 or 3", "1 or 3", True),
+    ],
+)
+def test_an_answer_is_one_answer(final, gold, right):
+    assert correct(final, gold, rules="robust") is right
+
+
+@pytest.mark.parametrize("rules", PRESETS)
+def test_hits_are_where_the_text_says_them(rules):
+    """İ is two characters in lower case, so places in the lower-cased text are not those in the text."""
+    text = answer("3", ["İİ then 12/2 = 6 comes.", "Further ÄD is a Median too, and 12/2 = 6."])
+    score = score_answer(text, "3", ["äd is a median", ["zzz", "12/2 = 6"]], rules=rules)
+    assert [(hit.group, text[hit.start : hit.end]) for hit in score.hits] == [(0, "ÄD is a Median"), (1, "12/2 = 6")]
+    assert score.hits[1].start == text.index("12/2 = 6")
+    assert [text[start:].startswith(f"### Step {k}:") for k, start in enumerate(score.step_starts, 1)] == [True, True]
+    assert score.step_rewards == pytest.approx((0.05, 0.05))
+    assert sum(score.step_rewards) == pytest.approx(0.1 * score.k)
+
+
+def test_step_rewards_fall_where_the_key_step_is_complete():
+    """Of the alternatives, the one said first counts; an answer without steps is one step."""
+    text = answer("4", ["one apple", "first a pear", "second a two"])
+    score = score_answer(text, "3", [["second", "first"], "two", "zzz", "apple"], alpha=0.4)
+    assert score.step_rewards == pytest.approx((0.1, 0.1, 0.1))
+    assert score_answer("nothing", "3", ["one"]).step_rewards == (0.0,)
+    assert score_answer(answer("", ["one"]), "3", ["one"]).step_rewards == (0.0,)
+    assert score_answer(answer("", ["one"]), "3", ["one"], rules="released").step_rewards == pytest.approx((0.1,))
 
 
 # --- hostile input ----------------------------------------------------------------------------------------------------
@@ -403,7 +591,7 @@ def test_any_text_has_faults_or_all_sections(text):
     for rules in PRESETS.values():
         faults = section_faults(text, rules)
         assert bool(faults) or ("### Step 1:" in text and "### The final answer is:" in text)
-    steps_text(text), answer_line(text), answer_section(text)
+    step_bodies(text), answer_line(text), answer_section(text)
 
 
 MEGABYTE = 2**20
@@ -425,7 +613,7 @@ LONG = {
 def test_long_answers_are_parsed_in_linear_time(name, rules):
     text, rules = LONG[name], PRESETS[rules]
     start = time.perf_counter()
-    section_faults(text, rules), steps_text(text), answer_line(text), answer_section(text)
+    section_faults(text, rules), step_bodies(text), answer_line(text), answer_section(text)
     assert time.perf_counter() - start < 2  # 0.1 s or less where nothing else runs; quadratic would be minutes
 
 

@@ -16,7 +16,14 @@ from r1vl_jax.model import qwen2_vl
 from r1vl_jax.model.qwen2_vl import answer_logprobs
 from r1vl_jax.optim import accumulate, zero_grads
 from r1vl_jax.sft.loss import sft_loss, token_weights
-from r1vl_jax.step_grpo.advantages import group_advantages, zero_variance
+from r1vl_jax.step_grpo.advantages import (
+    gate_rewards,
+    group_advantages,
+    shaped_only,
+    step_advantages,
+    teaches,
+    token_advantages,
+)
 from r1vl_jax.step_grpo.loss import answer_weights, k3, policy_loss, step_grpo_loss
 from r1vl_jax.types import TrainBatch
 
@@ -54,10 +61,70 @@ def test_groups_that_teach_nothing():
     constant = np.array([[1.1, 1.1, 1.1, 1.1], [0.0, 0.0, 0.0, 0.0]])
     np.testing.assert_array_equal(group_advantages(constant), np.zeros((2, 4)))
     np.testing.assert_array_equal(group_advantages(np.array([[3.0]])), [[0.0]])
-    mixed = np.array([[1.1, 1.1], [1.1, 1.0], [0.0, 0.0]])
-    np.testing.assert_array_equal(zero_variance(mixed), [True, False, True])
     # 0.1 * 3 and 0.3 differ in the last bit only: no lesson either.
-    np.testing.assert_array_equal(zero_variance(np.array([[0.1 * 3, 0.3]])), [True])
+    mixed = group_advantages(np.array([[1.1, 1.1], [1.1, 1.0], [0.1 * 3, 0.3]]))
+    np.testing.assert_array_equal(teaches(mixed[:, :, None]), [False, True, False])
+
+
+def test_scales():
+    """[1, 0, 0, 0]: mean 1/4, std 1/2. [0.01, 0]: std 0.00707, below the floor."""
+    rewards = np.array([[1.0, 0.0, 0.0, 0.0], [0.01, 0.0, 0.0, 0.0]])
+    np.testing.assert_allclose(group_advantages(rewards, scale="none")[0], [0.75, -0.25, -0.25, -0.25])
+    floored = group_advantages(rewards, scale="floor", std_floor=0.2)
+    np.testing.assert_allclose(floored[0], group_advantages(rewards)[0])
+    np.testing.assert_allclose(floored[1], np.array([0.0075, -0.0025, -0.0025, -0.0025]) / 0.2001, rtol=1e-5)
+
+
+def test_step_advantages_by_hand():
+    """Three answers of 3, 2 and 1 steps. Returns: [2.1, 2.05, 2.05], [1.05, 1.05], [0].
+
+    Step 1: mean 1.05, deviations +-1.05 and 0, std 1.05. Step 2, the first two answers: mean 1.55, deviations +-0.5,
+    std sqrt(0.5). Step 3: one answer alone.
+    """
+    rewards = np.array([[[0.05, 0.0, 2.05], [0.0, 1.05, 0.0], [0.0, 0.0, 0.0]]])
+    mask = np.array([[[1, 1, 1], [1, 1, 0], [1, 0, 0]]], bool)
+    got = step_advantages(rewards, mask)
+    first, second = 1.05 / 1.0501, 0.5 / (math.sqrt(0.5) + 1e-4)
+    np.testing.assert_allclose(got, [[[first, second, 0], [0, -second, 0], [-first, 0, 0]]], rtol=1e-6, atol=1e-12)
+    assert got.dtype == np.float32
+    # What stands where an answer has no step does not count.
+    noise = np.where(mask, rewards, 7.0)
+    np.testing.assert_array_equal(step_advantages(noise, mask), got)
+    tokens = token_advantages(got, np.array([[[0, 0, 1, 2], [0, 1, 1, 1], [0, 0, 0, 0]]]))
+    np.testing.assert_array_equal(tokens[0, 0], got[0, 0, [0, 0, 1, 2]])
+    np.testing.assert_array_equal(tokens[0, 1], got[0, 1, [0, 1, 1, 1]])
+
+
+def test_one_step_is_the_trajectory():
+    rewards = np.random.default_rng(0).normal(size=(5, 4))
+    for scale in ("std", "none", "floor"):
+        steps = step_advantages(rewards[:, :, None], np.ones((5, 4, 1), bool), scale=scale)
+        np.testing.assert_array_equal(steps[:, :, 0], group_advantages(rewards, scale=scale))
+    # The first step's return is the whole reward, so its advantage is the trajectory's, however many steps follow.
+    split = rewards[:, :, None] * np.array([0.2, 0.3, 0.5])
+    first = step_advantages(split, np.ones((5, 4, 3), bool))[:, :, 0]
+    np.testing.assert_allclose(first, group_advantages(rewards), rtol=1e-5)
+
+
+OUTCOME = np.array([[[0.0], [0.0]], [[1.0], [0.0]], [[1.0], [1.0]]])
+SHAPING = np.array([[[1.1], [0.0]], [[0.0], [1.1]], [[1.1], [0.1]]])
+
+
+@pytest.mark.parametrize(
+    "gate, rewards, taught, shaped",
+    [
+        ("none", [[1.1, 0], [1, 1.1], [2.1, 1.1]], [True, True, True], [True, False, True]),
+        ("mixed", [[0, 0], [1, 1.1], [1, 1]], [False, True, False], [False, False, False]),
+        ("correct", [[0, 0], [1, 0], [2.1, 1.1]], [False, True, True], [False, False, True]),
+    ],
+)
+def test_gates(gate, rewards, taught, shaped):
+    """Groups of two wrong answers, one right and one wrong, and two right ones; step rewards differ in each."""
+    gated = gate_rewards(OUTCOME, SHAPING, OUTCOME[:, :, 0] > 0, gate)
+    np.testing.assert_allclose(gated[:, :, 0], rewards)
+    advantages = step_advantages(gated, np.ones(gated.shape, bool))
+    np.testing.assert_array_equal(teaches(advantages), taught)
+    np.testing.assert_array_equal(shaped_only(OUTCOME, advantages), shaped)
 
 
 def test_k3_by_hand():

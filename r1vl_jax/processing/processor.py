@@ -21,6 +21,7 @@ from r1vl_jax.jsonfile import inner_object, read_object
 from r1vl_jax.processing.chat import find_chat_template, render_chat, split_question
 from r1vl_jax.processing.images import ImageSpec, image_patches, load_image, video_patches
 from r1vl_jax.processing.positions import mrope_positions
+from r1vl_jax.processing.spans import decode, token_at
 from r1vl_jax.types import EncodedPrompt, Example, RowError
 
 IM_END = "<|im_end|>"
@@ -157,8 +158,11 @@ class Processor:
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """The text of tokens, special ones left out."""
-        ids = np.asarray(tokens).tolist()
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return decode(self.tokenizer, np.asarray(tokens).tolist())
+
+    def token_at(self, tokens: Sequence[int] | np.ndarray, text: str, chars: Sequence[int]) -> list[int]:
+        """For each of `chars`, ascending places in the decoded `text`, the index of the token that it comes from."""
+        return token_at(self.tokenizer, tokens, text, chars)
 
     def _check_text(self, text: str, name: str) -> None:
         """A special token in a text would end a turn or ask for image features that do not exist."""

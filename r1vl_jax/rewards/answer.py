@@ -1,9 +1,9 @@
 """The final answer: taking it from a text, and comparing it with the solution's.
 
-math-verify (`parse`, then `verify`) decides first, as in the functions released with R1-VL (arXiv 2503.12937); where
-it sees no equality, or fails, the two answers are compared as text. Its own limits are 5 s for each `parse` and each
-comparison, by SIGALRM: only the main thread of a process can check answers. math-verify, and SymPy with it, is
-imported at the first check.
+Answers are equal if they are equal as text, or for math-verify (`parse`, then `verify`), as in the functions released
+with R1-VL (arXiv 2503.12937). The text is looked at first, since math-verify takes milliseconds. Its own limits are 5 s
+for each `parse` and each comparison, by SIGALRM: only the main thread of a process can use it. math-verify, and SymPy
+with it, is imported when it is first needed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import threading
 import unicodedata
 
 from r1vl_jax.rewards import steps
+from r1vl_jax.rewards.normal import normal_text
 from r1vl_jax.rewards.rules import Rules
 
 # An answer taken from a section is cut here. Nothing that long is right, and comparing it could take very long:
@@ -45,7 +46,7 @@ def is_correct(completion: str, solution: str, rules: Rules) -> bool:
     """Whether the completion's final answer is the solution's.
 
     Raises:
-      RuntimeError: called outside the main thread, where math-verify cannot limit its time.
+      RuntimeError: math-verify is needed, and this is not the main thread, where alone it can limit its time.
     """
     if rules.answer_from_section:
         answer, gold = found_answer(completion, rules), expected_answer(solution, rules)
@@ -54,11 +55,14 @@ def is_correct(completion: str, solution: str, rules: Rules) -> bool:
         letters = (choice_letter(answer), choice_letter(gold)) if rules.choice_letters else (None, None)
         if None not in letters:
             return letters[0] == letters[1]
-        return _math_equal(answer, gold, rules) or _text_equal(answer, gold, rules)
-    if _math_equal(completion, solution, rules):
-        return True
+        if _text_equal(answer, gold, rules):
+            return True
+        if rules.one_answer and len(normal_text(answer).values()) > max(1, len(normal_text(gold).values())):
+            return False
+        return _math_equal(answer, gold, rules)
     line = steps.answer_line(completion)
-    return _text_equal(completion.strip() if line is None else line, expected_answer(solution, rules), rules)
+    text = completion.strip() if line is None else line
+    return _text_equal(text, expected_answer(solution, rules), rules) or _math_equal(completion, solution, rules)
 
 
 def choice_letter(text: str) -> str | None:
@@ -95,7 +99,7 @@ def _first_answer(section: str) -> str:
 
 
 def _math_equal(answer: str, gold: str, rules: Rules) -> bool:
-    """math-verify's verdict; False where it fails, and the comparison as text decides (as in the released code)."""
+    """math-verify's verdict; False where it fails (as in the released code)."""
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("answers can only be checked in the main thread (math-verify uses SIGALRM): use ScorerPool")
     from math_verify import parse, verify

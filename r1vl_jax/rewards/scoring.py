@@ -12,15 +12,16 @@ parse and comparison) stand between a hostile answer such as 10^10^10^10 and a h
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from r1vl_jax.rewards.answer import expected_answer, found_answer, is_correct
-from r1vl_jax.rewards.key_steps import key_step_groups, matched_groups
+from r1vl_jax.rewards.key_steps import Hit, key_step_groups, key_step_hits
 from r1vl_jax.rewards.rules import Rules, get_rules
-from r1vl_jax.rewards.steps import section_faults, steps_text
+from r1vl_jax.rewards.steps import section_faults, step_starts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,10 @@ class Score:
       matched: indices of the key-step groups found, ascending.
       total: number of key-step groups of the question.
       k: len(matched) / total, 0 where there are no groups.
+      hits: where each matched group is found first: (group, start, end) in characters of the completion.
+      step_starts: the character at which each step's header begins.
+      step_rewards: the key steps' part of the accuracy, alpha / total for each hit, by the step that it stands in; one
+        entry for each step, one for an answer without steps.
       faults: what keeps the answer from being valid, as short phrases.
       status: "ok"; "timeout", "error" or "crash" where the pool could not score the answer. Then all rewards are 0,
         and the other fields are empty.
@@ -50,6 +55,9 @@ class Score:
     matched: tuple[int, ...] = ()
     total: int = 0
     k: float = 0.0
+    hits: tuple[Hit, ...] = ()
+    step_starts: tuple[int, ...] = ()
+    step_rewards: tuple[float, ...] = (0.0,)
     faults: tuple[str, ...] = ()
     status: str = "ok"
     note: str = ""
@@ -77,11 +85,12 @@ def score_answer(
             raise TypeError(f"{name}: expected a text, got {type(value).__name__}")
     answer = found_answer(completion, rules)
     groups, notes = key_step_groups(key_steps)
-    matched = matched_groups(steps_text(completion), groups, rules)
-    k = len(matched) / len(groups) if groups else 0.0
+    hits = key_step_hits(completion, groups, rules)
+    k = len(hits) / len(groups) if groups else 0.0
     correct = is_correct(completion, solution, rules)
     unanswered = rules.require_answer and answer is None
     accuracy = 0.0 if unanswered else float(correct) + alpha * k
+    starts = step_starts(completion)
     faults = section_faults(completion, rules)
     validity = 0.0 if faults else 1.0
     return Score(
@@ -91,12 +100,23 @@ def score_answer(
         correct=correct,
         answer=answer,
         expected=expected_answer(solution, rules),
-        matched=matched,
+        matched=tuple(hit.group for hit in hits),
         total=len(groups),
         k=k,
+        hits=hits,
+        step_starts=starts,
+        step_rewards=_step_rewards(() if unanswered else hits, starts, alpha / max(1, len(groups))),
         faults=faults,
         note="; ".join(notes),
     )
+
+
+def _step_rewards(hits: Sequence[Hit], starts: Sequence[int], each: float) -> tuple[float, ...]:
+    """The rewards of hits by the step that each is complete in; what stands before the first step counts to it."""
+    rewards = [0.0] * max(1, len(starts))
+    for hit in hits:
+        rewards[max(0, bisect_right(starts, max(hit.start, hit.end - 1)) - 1)] += each
+    return tuple(rewards)
 
 
 def step_accuracy(

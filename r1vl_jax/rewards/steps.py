@@ -33,6 +33,7 @@ _STEP_HEADER = re.compile(r"### Step (\d+):")
 # As released: a step's text ends at the next line that starts with ###, whatever follows there; white space after
 # the header is skipped first, so an empty step swallows the step below it.
 _STEP_BODY = re.compile(r"### Step \d+:\s*(.*?)(?=\n###|\Z)", re.DOTALL)
+_STEP_LINE = re.compile(r"^### Step \d+:", re.MULTILINE)
 _ANSWER_LINE = re.compile(r"### The final answer is:\s*\n?(.*)")
 
 _NAMES = ("image description", "rationale", 'line "Let\'s think step by step."', "step", "final answer")
@@ -44,10 +45,17 @@ _HEADER = re.compile(
     re.MULTILINE,
 )
 
+_SAYS_SOMETHING = re.compile(r"[^\s.,:;!?*_#~`'\"|\\/()\[\]{}<>$&\x00-\x1f-]")
 
-def steps_text(text: str) -> str:
-    """The bodies of all steps, joined by a blank, in lower case: what key steps are searched in."""
-    return " ".join(_STEP_BODY.findall(text)).lower()
+
+def step_bodies(text: str) -> list[tuple[int, int]]:
+    """Where the bodies of the steps stand in a text, as ranges of characters: what key steps are searched in."""
+    return [match.span(1) for match in _STEP_BODY.finditer(text)]
+
+
+def step_starts(text: str) -> tuple[int, ...]:
+    """Where the lines "### Step k:" begin, in characters: the spans of per-step credit, each up to the next."""
+    return tuple(match.start() for match in _STEP_LINE.finditer(text))
 
 
 def answer_line(text: str) -> str | None:
@@ -80,8 +88,20 @@ def section_faults(text: str, rules: Rules) -> tuple[str, ...]:
     else:
         missing = [f"no {name}" for header, name in _SUBSTRINGS.items() if header not in text]
         numbers = _STEP_HEADER.findall(text)
+    empty = _empty_sections(text, headers) if rules.nonempty_sections else []
     order = _order_faults(kinds) if rules.full_order else _answer_place_faults(text)
-    return (*missing, *order, *_number_faults(numbers))
+    return (*missing, *empty, *order, *_number_faults(numbers))
+
+
+def _empty_sections(text: str, headers: list[re.Match]) -> list[str]:
+    """The kinds of section of which one has no word, number or symbol before the next header."""
+    ends = [header.start() for header in headers[1:]] + [len(text)]
+    kinds = {
+        header.lastindex - 1
+        for header, end in zip(headers, ends, strict=False)  # no header has one end, the text's
+        if not _SAYS_SOMETHING.search(text, header.end(), end)
+    }
+    return [f"empty {_NAMES[kind]}" for kind in sorted(kinds - {_OPTIONAL})]
 
 
 def _order_faults(kinds: list[int]) -> list[str]:

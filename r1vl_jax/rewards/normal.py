@@ -1,0 +1,332 @@
+"""The normal form in which `robust` compares key steps: tokens, with LaTeX, spacing, units and numbers folded.
+
+    "\\frac{12}{2} = 6"   "frac{12}{2} = 6"   "12/2=6"   "12 / 2 = 6.0"      all give   12 / 2 = 6
+    "60^\\circ"           "60°"               "60 degrees"                   all give   60 °
+
+Tokens are words (lower case), numbers (by value), symbols, and "." for the end of a sentence. A text is found on token
+borders only, and only where it is not a part of a larger expression: "2" is not in "12" or "12/2", "x = 1" not in
+"x = 1/2" or "2x = 1". A text that is nothing but a number is compared by value: "0.50" is found where "1/2" stands.
+
+One pass over the text; every token knows the characters that it came from.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+import unicodedata
+from bisect import bisect_right
+from collections.abc import Iterator
+from fractions import Fraction
+
+END = "."  # the end of a sentence; also stands between two steps
+_SEP = "\x1f"  # white space to the lexer, so in no token
+
+_LEXEME = re.compile(
+    r"""
+    (?P<space>\s+)
+  | (?P<option>\b(?:[Oo]ption|OPTION|[Cc]hoice)\s+(?:\([A-Ja-j]\)|[A-J]\b) | (?<![\w)\]])\([A-J]\))
+  | (?P<frac>\\?[dtc]?frac(?=\s*\{))
+  | (?P<digits>\\[dtc]?frac\s*\d\s*\d)
+  | (?P<degrees>\^\s*\\circ\b | \^\{\s*(?:\\circ\b|°)\s*\} | \^?° | \\degree\b)
+  | (?P<number>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\w)\.\d+)
+  | (?P<ideograph>[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff])
+  | (?P<word>[^\W\d_²³¹½¼¾⅓⅔⁰⁴-⁹₀-₉\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]+)
+  | (?P<command>\\[A-Za-z\u0370-\u04ff]+)
+  | (?P<percent>\\%)
+  | (?P<nothing>\\.? | \*\*+ | \#+ | (?<![^\n])[-*+•](?=\s))  # escapes, emphasis, headers, the bullets of lists
+  | (?P<open>\{)
+  | (?P<close>\})
+  | (?P<relation><=|>=|!=|==|=>|->|\|\|)
+  | (?P<symbol>.)
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+
+_SYMBOLS = {
+    **dict.fromkeys("×·⋅∗•", "*"),
+    **dict.fromkeys("÷⁄∕", "/"),
+    **dict.fromkeys("−–‐‑", "-"),
+    **dict.fromkeys(".;!?—。！？；\u2026", END),
+    **dict.fromkeys(",:$\"'`“”‘’，：、\u200b\u200c\u200d\u2060\ufeff\\&", ""),
+    **{"<=": "≤", ">=": "≥", "!=": "≠", "==": "=", "=>": "→", "->": "→", "⇒": "→", "||": "∥", "⟂": "⊥"},
+    **{"∠": "angle", "△": "triangle", "▵": "triangle", "√": "sqrt", "∼": "~", "％": "%"},
+    **{"½": "1 / 2", "¼": "1 / 4", "¾": "3 / 4", "⅓": "1 / 3", "⅔": "2 / 3"},
+    **{raised: f"^ {digit}" for digit, raised in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
+    **{lowered: f"_ {digit}" for digit, lowered in enumerate("₀₁₂₃₄₅₆₇₈₉")},
+}
+_FULL_WIDTH = {code + 0xFEE0: code for code in range(0x21, 0x7F)} | {0x3000: " "}
+# "mеdian" with a Cyrillic "е" is "median": else copies in other letters would pass for words of one's own.
+_CYRILLIC_LOOKALIKES = str.maketrans("авекмнорстухіјѕһԁ", "abekmhopctyxijshd")
+_GREEK_NAMES = "alpha beta gamma delta epsilon theta lambda mu pi rho sigma tau phi omega"
+_GREEK = dict(zip(_GREEK_NAMES.split(), "αβγδεθλμπρστφω", strict=True))
+# Commands that only change how their argument looks, or that are blanks.
+_APPEARANCE = (
+    "left right big Big bigg Bigg quad qquad text textbf textit textrm mathrm mathbf mathit mathsf operatorname boxed "
+    "mbox overline underline widehat hat bar vec overrightarrow overleftrightarrow displaystyle limits"
+)
+_COMMANDS = {
+    **dict.fromkeys(["times", "cdot", "ast"], "*"),
+    **dict.fromkeys(["div"], "/"),
+    **dict.fromkeys(["le", "leq", "leqslant"], "≤"),
+    **dict.fromkeys(["ge", "geq", "geqslant"], "≥"),
+    **dict.fromkeys(["ne", "neq"], "≠"),
+    **dict.fromkeys(["to", "rightarrow", "Rightarrow", "implies", "Longrightarrow"], "→"),
+    **dict(lt="<", gt=">", pm="±", approx="≈", cong="≅", sim="~", perp="⊥", parallel="∥", infty="∞", percent="%"),
+    **dict.fromkeys(_APPEARANCE.split(), ""),
+}
+_UNITS = {
+    **{f"{prefix}{unit}": sign + "m" for prefix, sign in (("", ""), ("centi", "c"), ("milli", "m"), ("kilo", "k"))
+       for unit in ("meter", "meters", "metre", "metres")},
+    **{f"{prefix}{unit}": sign + "g" for prefix, sign in (("", ""), ("milli", "m"), ("kilo", "k"))
+       for unit in ("gram", "grams")},
+    **dict(inch="in", inches="in", foot="ft", feet="ft", yard="yd", yards="yd", mile="mi", miles="mi", liter="l"),
+    **dict(liters="l", litre="l", litres="l", second="s", seconds="s", sec="s", secs="s", minute="min", minutes="min"),
+    **dict(hour="h", hours="h", hr="h", hrs="h", pound="lb", pounds="lb", lbs="lb", ounce="oz", ounces="oz"),
+    **dict(degree="°", degrees="°", deg="°", percent="%"),
+}  # fmt: skip
+_WORDS = _GREEK | _UNITS
+_UNIT_SIGNS = frozenset(_UNITS.values())
+_POWER_WORDS = {"square": "2", "sq": "2", "cubic": "3"}  # square metres = m^2
+_TAKES_GROUP = frozenset(("^", "_", "sqrt"))
+_RELATIONS = frozenset("=<>≤≥≠≈≅~")
+_TIGHT = frozenset("/^_")  # bind more tightly than any text that ends beside them
+_LOOSE = frozenset("+-*")
+_MATH = frozenset("()[]πθ") | {"sqrt"}
+
+
+class NormalText:
+    """The tokens of a text: `words[i]` came from its characters `starts[i]` to `ends[i]`."""
+
+    __slots__ = ("_joined", "_numbers", "_offsets", "ends", "starts", "words")
+
+    def __init__(self, words: list[str], starts: list[int], ends: list[int]):
+        self.words, self.starts, self.ends = words, starts, ends
+        self._joined = self._offsets = self._numbers = None
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def find(self, text: str) -> Iterator[tuple[int, int]]:
+        """Where `text` occurs, as ranges of token indices, from left to right; nowhere if it has no tokens."""
+        needle, value = _needle(text)
+        if value is not None:
+            yield from self._find_number(value)
+        elif needle:
+            yield from self._find_words(needle)
+
+    def values(self) -> set[Fraction]:
+        """The different numbers that the text names by themselves, not as the terms or factors of an expression."""
+        numbers = self._bare_numbers()
+        return {n for first, end, n in numbers if not (self._is_operator(first - 1) or self._is_operator(end))}
+
+    def _find_words(self, needle: tuple[str, ...]) -> Iterator[tuple[int, int]]:
+        if self._joined is None:
+            self._joined = f"{_SEP}{_SEP.join(self.words)}{_SEP}"
+            self._offsets = list(itertools.accumulate((len(word) + 1 for word in self.words), initial=0))
+        wanted = f"{_SEP}{_SEP.join(needle)}{_SEP}"
+        relational = not _RELATIONS.isdisjoint(needle)
+        place = self._joined.find(wanted)
+        while place >= 0:
+            first = bisect_right(self._offsets, place) - 1
+            last = first + len(needle) - 1
+            if not self._cut_from_expression(first, last, relational):
+                yield first, last + 1
+            place = self._joined.find(wanted, place + 1)
+
+    def _find_number(self, value: Fraction) -> Iterator[tuple[int, int]]:
+        if self._numbers is None:
+            self._numbers = {}
+            for first, end, number in self._bare_numbers():
+                self._numbers.setdefault(number, []).append((first, end))
+        yield from self._numbers.get(value, ())
+
+    def _bare_numbers(self) -> Iterator[tuple[int, int, Fraction]]:
+        """Every number and fraction of numbers that is not a part of a power, a product such as 3x, or an index."""
+        words, i = self.words, 0
+        while i < len(words):
+            if not words[i][0].isdecimal():
+                i += 1
+                continue
+            first, end = i, i + 1
+            if words[end : end + 1] == ["/"] and end + 1 < len(words) and words[end + 1][0].isdecimal():
+                end += 2
+            i = end
+            if self._is_unary_minus(first - 1):
+                first -= 1
+            if not self._cut_from_expression(first, end - 1, relational=False):
+                value = _value(tuple(words[first:end]))
+                if value is not None:
+                    yield first, end, value
+
+    def _cut_from_expression(self, first: int, last: int, relational: bool) -> bool:
+        """Whether the tokens around first..last make these a piece of a larger expression.
+
+        Tight operators bind to whatever mathematics ends beside them; around an equation, the loose ones do too:
+        "x = 1" is neither in "y + x = 1" nor in "x = 1 + z".
+        """
+        words = self.words
+        before = words[first - 1] if first > 0 else END
+        after = words[last + 1] if last + 1 < len(words) else END
+        if _is_math(words[first]):
+            if before in _TIGHT or self._is_unary_minus(first - 1) or self._is_factor(first - 1, first):
+                return True
+        elif relational and before == "/":
+            return True
+        if _is_math(words[last]) and (after in _TIGHT or self._is_factor(last, last + 1)):
+            return True
+        return relational and (self._is_operator(first - 1) or self._is_operator(last + 1))
+
+    def _is_factor(self, left: int, right: int) -> bool:
+        """Whether two neighbours without a blank between them are a product such as 2x, or an index such as x2."""
+        if left < 0 or right >= len(self.words) or self.ends[left] != self.starts[right]:
+            return False
+        pair = self.words[left], self.words[right]
+        if pair[0][0].isdecimal():
+            return _is_letters(pair[1]) and pair[1] not in _UNIT_SIGNS
+        return _is_letters(pair[0]) and pair[1][0].isdecimal()
+
+    def _is_operator(self, i: int) -> bool:
+        """Whether token i is +, -, * between two operands, rather than a dash between words."""
+        if not 0 < i < len(self.words) - 1 or self.words[i] not in _LOOSE:
+            return False
+        spaced = self.ends[i - 1] < self.starts[i] and self.ends[i] < self.starts[i + 1]
+        return self.words[i] != "-" or not spaced or (_is_operand(self.words[i - 1]) and _is_operand(self.words[i + 1]))
+
+    def _is_unary_minus(self, i: int) -> bool:
+        """Whether token i is the sign of the token after it."""
+        if i < 0 or self.words[i] != "-" or i + 1 >= len(self.words) or self.ends[i] != self.starts[i + 1]:
+            return False
+        return i == 0 or not (_is_operand(self.words[i - 1]) or self.ends[i - 1] == self.starts[i])
+
+
+def _is_letters(word: str) -> bool:
+    return word[0].isalpha()
+
+
+def _is_math(word: str) -> bool:
+    return word[0].isdecimal() or len(word) == 1 and word.isalpha() or word in _MATH
+
+
+def _is_operand(word: str) -> bool:
+    """Numbers, brackets, and words of up to three letters: variables, and segments such as AB or ABC."""
+    return word[0].isdecimal() or word in _MATH or (len(word) <= 3 and word.isalpha())
+
+
+@functools.lru_cache(maxsize=8192)
+def _needle(text: str) -> tuple[tuple[str, ...], Fraction | None]:
+    """The tokens of a text to find, without sentence ends around them; and its value where it is a bare number."""
+    words = normal_text(text).words
+    while words and words[-1] == END:
+        words.pop()
+    while words and words[0] == END:
+        words.pop(0)
+    return tuple(words), _value(tuple(words))
+
+
+@functools.lru_cache(maxsize=8192)
+def _value(words: tuple[str, ...]) -> Fraction | None:
+    """The value of [-] number [/ number]; None for anything else, for zero below the line, and for endless digits."""
+    sign = -1 if words[:1] == ("-",) else 1
+    words = words[1:] if sign < 0 else words
+    if len(words) not in (1, 3) or (len(words) == 3 and words[1] != "/"):
+        return None
+    if not all(word[0].isdecimal() and len(word) <= 100 for word in words[::2]):
+        return None
+    top, *rest = (Fraction(word) for word in words[::2])
+    if rest and not rest[0]:
+        return None
+    return sign * top / rest[0] if rest else sign * top
+
+
+def _number(text: str) -> str:
+    """One spelling for one value: 1,000 and 1000, 0.50 and .5, 6.0 and 6."""
+    whole, _, part = text.replace(",", "").partition(".")
+    if not whole.isascii() or not part.isascii():
+        whole, part = (unicodedata.normalize("NFKC", digits) for digits in (whole, part))
+    whole, part = whole.lstrip("0") or "0", part.rstrip("0")
+    return f"{whole}.{part}" if part else whole
+
+
+def normal_text(text: str, start: int = 0, end: int | None = None) -> NormalText:
+    """The tokens of text[start:end], with their places in `text`."""
+    words, starts, ends = [], [], []
+    for word, first, last in _lex(text, start, len(text) if end is None else end):
+        if word == ")" and words[-2:-1] == ["("]:
+            called = len(words) > 2 and ends[-3] == starts[-2] and words[-3][0].isalpha() and words[-3] != "sqrt"
+            if not called:  # brackets around one token say nothing, but for those of f(x)
+                del words[-2], starts[-2], ends[-2]
+                continue
+        if word in _UNIT_SIGNS and words and words[-1] in _POWER_WORDS:
+            words[-1:] = [word, "^", _POWER_WORDS[words[-1]]]
+            starts += [first, first]
+            ends[-1:] = [last, last, last]
+            continue
+        words.append(word)
+        starts.append(first)
+        ends.append(last)
+    return NormalText(words, starts, ends)
+
+
+def _lex(text: str, start: int, end: int) -> Iterator[tuple[str, int, int]]:
+    """Tokens with their characters. The braces that an operator takes become brackets, all others fall away."""
+    if not text.isascii():
+        text = text.translate(_FULL_WIDTH)  # a character for a character: places stay
+    opened = []  # of each open brace, what it is: a fraction's numerator, an operator's group, or only a brace
+    coming = _BRACE  # what the next brace is
+    for match in _LEXEME.finditer(text, start, end):
+        kind, lexeme = match.lastgroup, match[0]
+        if kind == "space":
+            continue
+        if kind == "open":
+            opened.append(coming)
+            found, coming = "" if coming is _BRACE else "(", _BRACE
+        elif kind == "close":
+            closed = opened.pop() if opened else _BRACE
+            found, coming = (") /", _GROUP) if closed is _NUMERATOR else ("" if closed is _BRACE else ")", _BRACE)
+        elif kind == "frac":
+            found, coming = "", _NUMERATOR
+        else:
+            found = _FOLD[kind](lexeme)
+            coming = _GROUP if found in _TAKES_GROUP else _BRACE
+        if " " not in found:
+            if found:
+                yield found, match.start(), match.end()
+            continue
+        for word in found.split():
+            yield word, match.start(), match.end()
+
+
+_BRACE, _GROUP, _NUMERATOR = range(3)
+
+
+def _word(lexeme: str) -> str:
+    word = lexeme.lower()
+    if not word.isascii():
+        word = unicodedata.normalize("NFKC", word)
+        latin = word.translate(_CYRILLIC_LOOKALIKES)
+        word = latin if latin.isascii() else word
+    return _WORDS.get(word, word)
+
+
+def _command(lexeme: str) -> str:
+    name = lexeme[1:]
+    found = _COMMANDS.get(name)
+    return _word(name) if found is None else found
+
+
+# What a lexeme of each kind becomes: tokens with blanks between them, "" for none.
+_FOLD = {
+    "word": _word,
+    "number": _number,
+    "symbol": lambda lexeme: _SYMBOLS.get(lexeme, lexeme),
+    "relation": lambda lexeme: _SYMBOLS[lexeme],
+    "command": _command,
+    "option": lambda lexeme: "option:" + lexeme.rstrip(")")[-1].lower(),
+    "digits": lambda lexeme: " / ".join(filter(str.isdecimal, lexeme)),  # \\frac12
+    "degrees": lambda lexeme: "°",
+    "percent": lambda lexeme: "%",
+    "ideograph": lambda lexeme: lexeme,
+    "nothing": lambda lexeme: "",
+}

@@ -1,0 +1,159 @@
+"""Reward functions that users write: found by "module:name", called once a batch, their results checked.
+
+A reward is a function of the completions and of the examples that they answer, and gives one number for each:
+
+    def short(completions, examples):
+        return [float(len(text) < 1000) for text in completions]
+
+In the flow: beside StepRAR and StepRVR, in the training process, on text that a model wrote. Whatever a function gets
+wrong is an error that names the function and the row; nothing is repaired, and nothing counts as 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+MAX_MESSAGE_CHARS = 500
+
+
+class RewardError(ValueError):
+    """A user's reward that cannot be loaded, that raised, or whose result is not one finite number for each row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class UserReward:
+    """A user's reward function, and the "module:name" that it was found by."""
+
+    name: str
+    function: Callable[[list[str], list[Any]], Any]
+
+
+def load_reward(text: str) -> UserReward:
+    """The function that "module:name" names; the module is imported, from wherever Python finds modules.
+
+    Raises:
+      RewardError: the text is no "module:name", the module cannot be imported, or has no such function.
+    """
+    module_name, _, name = text.partition(":")
+    if not name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
+        raise RewardError(f"reward {text!r}: expected 'module:name', as in 'my_module:my_reward'")
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # a script without a main guard may exit when it is imported
+        raise RewardError(f"reward {text!r}: module {module_name!r} cannot be imported: {_shown(error)}") from error
+    if not hasattr(module, name):
+        near = difflib.get_close_matches(name, vars(module), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise RewardError(f"reward {text!r}: module {module_name!r} has no {name!r}{hint}")
+    function = getattr(module, name)
+    if not callable(function):
+        raise RewardError(f"reward {text!r}: expected a function, {name!r} is of type {type(function).__name__}")
+    return UserReward(text, function)
+
+
+def user_reward(reward: UserReward, completions: Sequence[str], examples: Sequence[Any]) -> np.ndarray:
+    """The rewards of N completions, float64 of shape (N,), from one call of the user's function.
+
+    Args:
+      reward: what `load_reward` gave.
+      completions: N answers.
+      examples: the N examples that they answer, one for each answer; an error quotes their `name`, where they have one.
+
+    Raises:
+      RewardError: the function raised (its exception is the cause; then it is called again row by row, to name the
+        first that fails alone), or gave anything but N finite numbers.
+      ValueError: different lengths.
+    """
+    if len(completions) != len(examples):
+        raise ValueError(f"expected one example for each completion, got {len(completions)} and {len(examples)}")
+    if not completions:
+        return np.zeros(0, np.float64)
+    try:
+        result = reward.function(list(completions), list(examples))
+    except Exception as error:
+        row = _first_failing_row(reward, completions, examples)
+        where = "on the batch but on no row alone" if row is None else f"on {_row(row, examples)}"
+        raise RewardError(f"reward {reward.name!r} raised {where}: {_shown(error)}{_place(reward, error)}") from error
+    return _checked(reward, result, examples)
+
+
+def _checked(reward: UserReward, result: Any, examples: Sequence[Any]) -> np.ndarray:
+    """The result of a function as float64 of shape (N,), a copy."""
+
+    def refused(what: str) -> RewardError:
+        expected = f"expected {len(examples)} finite numbers, one for each completion"
+        return RewardError(f"reward {reward.name!r} gave {what}; {expected}")
+
+    if isinstance(result, list | tuple):
+        values = result
+        if len(values) != len(examples):
+            raise refused(f"{len(values)} entries")
+    elif hasattr(result, "__array__"):  # NumPy's, and JAX's without importing it
+        try:
+            values = np.asarray(result)
+        except Exception as error:  # its library refuses, as for an array that was donated
+            raise refused(f"an array that cannot be read ({_shown(error)})") from error
+        if values.shape != (len(examples),):
+            raise refused(f"an array of shape {values.shape}")
+    else:
+        raise refused(_kind(result))
+    odd = next((row for row, value in enumerate(values) if not _is_finite_number(value)), None)
+    if odd is not None:
+        raise refused(f"{_kind(values[odd])} for {_row(odd, examples)}")
+    if isinstance(values, np.ndarray) and not _is_real(values.dtype):
+        raise refused(f"an array of {values.dtype}")
+    return np.array(values, np.float64)
+
+
+def _is_finite_number(value: Any) -> bool:
+    try:
+        number = np.asarray(value)
+    except Exception:  # NumPy, or the library that it belongs to, refuses it: it is no number
+        return False
+    return number.shape == () and _is_real(number.dtype) and bool(np.isfinite(number.astype(np.float64)))
+
+
+def _is_real(dtype: np.dtype) -> bool:
+    return np.can_cast(dtype, np.float64, "same_kind")  # not by dtype.kind: JAX's bfloat16 has none of NumPy's
+
+
+def _kind(value: Any) -> str:
+    try:
+        text = repr(value)
+    except Exception:  # an integer of thousands of digits, or an object's own fault
+        text = "a value"
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+
+
+def _row(row: int, examples: Sequence[Any]) -> str:
+    name = getattr(examples[row], "name", None)
+    return f"row {row} of the batch" + ("" if name is None else f" ({name})")
+
+
+def _shown(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:MAX_MESSAGE_CHARS]
+
+
+def _first_failing_row(reward: UserReward, completions: Sequence[str], examples: Sequence[Any]) -> int | None:
+    for row, (completion, example) in enumerate(zip(completions, examples, strict=True)):
+        try:
+            reward.function([completion], [example])
+        except Exception:
+            return row
+    return None
+
+
+def _place(reward: UserReward, error: Exception) -> str:
+    """Where in the user's own module an exception came through; in whatever it called, where the module has no part."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is this module's call
+    file = getattr(sys.modules.get(reward.function.__module__), "__file__", None)
+    own = [frame for frame in frames if frame.filename == file] or frames
+    return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""

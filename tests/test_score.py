@@ -125,7 +125,7 @@ def test_wrong_options_end_with_usage(option, capsys):
     with pytest.raises(SystemExit, match="2"):
         score.main(["in", "out", *option])
     said = capsys.readouterr().err
-    assert option[0] in said and ("expected" in said or "'released', 'paper'" in said)
+    assert option[0] in said and ("expected" in said or "did you mean 'paper'" in said)
 
 
 def test_an_old_output_survives_a_failure(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Sampled answers judged: their texts, scores and lengths; as rewards by step, as metrics, as rows of rollouts.jsonl."""
+"""Sampled answers judged: texts, scores and lengths; as rewards by step, as metrics, as rows of rollouts.jsonl."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BUILT_IN = ("step_accuracy", "step_validity")
 
 @dataclasses.dataclass(frozen=True)
 class Paid:
-    """What an answer is paid for: the rules and weights of StepRAR and StepRVR, and the user's functions with theirs."""
+    """What an answer is paid for: rules and weights of StepRAR and StepRVR, the user's functions with theirs."""
 
     rules: Rules
     alpha: float

@@ -27,7 +27,7 @@ PANELS = (
     Panel("tokens per second", ("tokens_per_second",)),
     # No panel for the loss of StepGRPO: on policy its value is beta times this one.
     Panel("KL to the reference, per token", ("kl",)),
-    Panel("StepGRPO: share of groups with equal rewards", ("zero_variance",)),
+    Panel("StepGRPO: share of groups", ("zero_variance", "shaping_alone")),
     Panel("answer length in tokens", ("length", "length_max")),
     Panel("entropy, per token", ("entropy",)),
     Panel("gradient norm", ("grad_norm",), scale="log"),

@@ -1,0 +1,133 @@
+"""The ways of StepGRPO that are not the default, through the training loop: per-step credit, resampling, skipping,
+user rewards that fail. A tiny random model; rewards by a stand-in where its answers must differ."""
+
+from __future__ import annotations
+
+import zlib
+
+import jax
+import numpy as np
+import pytest
+from test_resume import compiled_once, cut, steps  # noqa: F401 (the fixture is used by being here)
+from tiny_jax import FakeScorerPool, read_lines, run_config, write_run_inputs
+
+import r1vl_jax.train as train_module
+from r1vl_jax.checkpoint.hf import load_hf
+from r1vl_jax.model.config import load_config
+from r1vl_jax.rewards import Score
+from r1vl_jax.rewards.user import RewardError
+from r1vl_jax.train import main, train
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return write_run_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+class SteppedScorerPool(FakeScorerPool):
+    """Two steps where the text has characters enough; each earns what its text says, often nothing."""
+
+    def score(self, completions, solutions, key_steps, rules="paper", alpha=0.1):
+        return [self.one(text) for text in completions]
+
+    def one(self, text: str) -> Score:
+        plain = [i for i, char in enumerate(text) if char.isascii()]
+        starts = (plain[len(plain) // 3], plain[2 * len(plain) // 3]) if len(plain) > 6 else ()
+        earned = [float(zlib.crc32(f"{k}{text}".encode()) % 3 == 0) for k in range(max(1, len(starts)))]
+        return Score(accuracy=sum(earned), reward=sum(earned), step_starts=starts, step_rewards=tuple(earned))
+
+
+class ConstantScorerPool(FakeScorerPool):
+    def score(self, completions, solutions, key_steps, rules="paper", alpha=0.1):
+        return [Score(accuracy=0.5, reward=0.5, step_rewards=(0.5,)) for _ in completions]
+
+
+def rl(inputs, folder, **options):
+    options = {"steps": 4, "max_new_tokens": 12} | options
+    return run_config(inputs, folder, stages=["step_grpo"], rl=options)
+
+
+def params(folder):
+    return load_hf(folder, load_config(folder))
+
+
+def test_steps_and_resampling_resume_bit_for_bit(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "ScorerPool", SteppedScorerPool)
+    options = {"advantage": "step", "zero_variance": "resample", "max_resamples": 2}
+    straight, broken = rl(inputs, tmp_path / "straight", **options), rl(inputs, tmp_path / "broken", **options)
+    whole = train(straight)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        cut(patch, "step_grpo", 3)
+        train(broken)
+    resumed = train(broken, resume=True)
+    assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+    assert read_lines(tmp_path / "straight" / "rollouts.jsonl") == read_lines(tmp_path / "broken" / "rollouts.jsonl")
+    rows = steps(tmp_path / "straight", "step_grpo")
+    questions = [row["questions"] for row in rows]
+    assert max(questions) > 4 and all(count in (4, 8, 12) for count in questions)
+    assert all(row["zero_variance"] > 0 for row in rows if row["questions"] > 4)
+    sampled = [row for row in read_lines(tmp_path / "straight" / "rollouts.jsonl") if row["step"] == 1]
+    assert len(sampled) == questions[0]
+    texts = [answer["text"] for row in sampled for answer in row["answers"]]
+    assert len(set(texts)) == len(texts)  # further questions get random numbers of their own
+
+
+def test_steps_train_otherwise_than_trajectories(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "ScorerPool", SteppedScorerPool)
+    exports = [train(rl(inputs, tmp_path / name, steps=1, advantage=name)) for name in ("trajectory", "step")]
+    first, second = ([row["answers"] for row in read_lines(export.parent / "rollouts.jsonl")] for export in exports)
+    assert first == second  # the same answers and scores
+    assert (exports[0] / "model.safetensors").read_bytes() != (exports[1] / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("mode", ["skip", "resample"])
+def test_groups_that_teach_nothing_move_nothing(inputs, tmp_path, monkeypatch, mode):
+    """Under keep, the KL of later steps still would; here, not even that. Nothing divides by no groups."""
+    monkeypatch.setattr(train_module, "ScorerPool", ConstantScorerPool)
+    export = train(rl(inputs, tmp_path / mode, steps=2, zero_variance=mode, max_resamples=1))
+    rows = steps(tmp_path / mode, "step_grpo")
+    assert [row["questions"] for row in rows] == [4, 4] if mode == "skip" else [8, 8]
+    assert all((row["loss"], row["grad_norm"], row["zero_variance"]) == (0, 0, 1) for row in rows)
+    before, after = params(inputs / "model"), params(export)
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+REWARD = """
+import os
+
+def mine(completions, examples):
+    calls = int(os.environ["R1VL_CALLS"])
+    os.environ["R1VL_CALLS"] = str(calls + 1)
+    if calls == 2 and "R1VL_FIXED" not in os.environ:
+        return [0.0] * (len(completions) - 1)
+    return [len(text) for text in completions]
+"""
+
+
+def test_a_user_reward_that_fails_loses_no_step(inputs, tmp_path, monkeypatch, capsys):
+    """The run ends with a message that names it, the steps before are saved, and --resume goes on."""
+    (tmp_path / "failing_reward.py").write_text(REWARD)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("R1VL_CALLS", "0")
+    config = rl(inputs, tmp_path / "run", rewards=["step_validity", "failing_reward:mine"], steps=3)
+    with pytest.raises(RewardError, match="failing_reward:mine"):
+        train(config)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints" / "step_grpo").glob("[0-9]*")] == ["2"]
+    file = str((tmp_path / "run").with_suffix(".yaml"))
+    monkeypatch.setenv("R1VL_CALLS", "2")
+    assert main(["--config", file, "--resume"]) == 2
+    assert "failing_reward:mine" in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.setenv("R1VL_FIXED", "1")
+    train(config, resume=True)
+    rows = steps(tmp_path / "run", "step_grpo")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["reward"] == row["reward/failing_reward:mine"] > 0 for row in rows)
+
+
+def test_a_reward_that_is_not_there_is_said_before_anything_is_written(inputs, tmp_path, capsys):
+    config = rl(inputs, tmp_path / "run", rewards=["no_such_module:mine"])
+    file = str((tmp_path / "run").with_suffix(".yaml"))
+    assert main(["--config", file]) == 2 and config
+    error = capsys.readouterr().err
+    assert "rl.rewards" in error and "no_such_module" in error and "step_accuracy, step_validity" in error
+    assert not (tmp_path / "run").exists()

@@ -21,8 +21,10 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from r1vl_jax import lab
+from r1vl_jax.lab_tables import probe_table, rescore_table
 from r1vl_jax.rewards import PRESETS, Rules, Score, ScorerPool, get_rules
 from r1vl_jax.rewards import probe as attacks
+from r1vl_jax.score_input import question_of, read_rows
 
 MAX_REPORTED = 20
 
@@ -168,15 +170,15 @@ def show_groups(rows: list[dict], args: argparse.Namespace) -> None:
         with _writing(args.output) as out:
             out.writelines(json.dumps(group) + "\n" for group in report["groups"])
     shown = report | {"alpha": args.alpha, "groups": report["groups"][: args.groups]}
-    _say(json.dumps(shown, indent=1) + "\n" if args.json else lab.rescore_table(report, args.groups))
+    _say(json.dumps(shown, indent=1) + "\n" if args.json else rescore_table(report, args.groups))
 
 
 def show_probe(rows: list[dict], args: argparse.Namespace) -> None:
     """The report of all attacks on the problems in `rows`, or on the built-in ones, on standard output."""
     if args.input is not None and not rows:
         raise _Unusable(f"{args.input}: no usable row, expected at least one problem")
-    asked = {json.dumps([_question(row), row["solution"], row.get("key_steps")]): row for row in rows}
-    problems = [attacks.problem(_question(row), row["solution"], row.get("key_steps")) for row in asked.values()]
+    asked = {json.dumps([question_of(row), row["solution"], row.get("key_steps")]): row for row in rows}
+    problems = [attacks.problem(question_of(row), row["solution"], row.get("key_steps")) for row in asked.values()]
     problems = problems or attacks.BUILT_IN
     texts, cases, owners = [], [], []
     for index, problem in enumerate(problems):
@@ -185,87 +187,13 @@ def show_probe(rows: list[dict], args: argparse.Namespace) -> None:
             cases.append((index, name))
             owners.append(problem)
     report = lab.probe(cases, _score_all(texts, owners, args), list(attacks.honest(problems[0])))
-    _say(json.dumps(report | {"alpha": args.alpha}, indent=1) + "\n" if args.json else lab.probe_table(report))
-
-
-def _question(row: dict) -> str:
-    return row.get("question", row.get("problem", ""))
+    _say(json.dumps(report | {"alpha": args.alpha}, indent=1) + "\n" if args.json else probe_table(report))
 
 
 def _say(text: str) -> None:
     """Writes to standard output, whatever characters it can take."""
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
-
-
-def read_rows(path: str, problems: bool = False) -> tuple[list[dict], list[str]]:
-    """The usable rows of a JSONL file or a file with one JSON array ("-": standard input), and one line about each
-    other row; with `problems` a row needs no answer.
-
-    Blank lines are skipped. Rows count from 0 as everywhere in this project, lines from 1 as in editors.
-    """
-    name = "standard input" if path == "-" else path
-    with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
-        filled = ((number, line) for number, line in enumerate(file, 1) if line.strip())
-        lines = [(f"row {index} (line {number})", line) for index, (number, line) in enumerate(filled)]
-    rows, faults = [], []
-    array = _array(lines)
-    for where, value in lines if array is None else ((f"row {index}", row) for index, row in enumerate(array)):
-        try:
-            row = json.loads(value.decode("utf-8-sig")) if array is None else value  # -sig: a byte-order mark first
-            _check_row(row, problems)
-        except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, bad field; nested too deep
-            faults.append(f"{name}, {where}: {error}")
-        else:
-            rows.append(row)
-    return rows, faults
-
-
-def _array(lines: list[tuple[str, bytes]]) -> list | None:
-    """The rows of a file that is one JSON array; None where it is not, and its lines say what is wrong with it."""
-    if not lines or lines[0][1].removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"[":
-        return None
-    try:
-        return json.loads(b"".join(line for _, line in lines).decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        return None
-
-
-def _check_row(row: object, problem: bool = False) -> None:
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, got {_shown(row)}")
-    run = lab.of_a_run(row)
-    for field in ("solution",) if problem or run else ("completion", "solution"):
-        if field not in row:
-            raise ValueError(f"field {field!r} is missing, expected a text")
-        if not isinstance(row[field], str):
-            raise ValueError(f"field {field!r}: expected a text, got {_shown(row[field])}")
-    if run and not problem:
-        _check_run_row(row)
-    if problem and not isinstance(_question(row), str):
-        raise ValueError(f"field 'question' or 'problem': expected a text, got {_shown(_question(row))}")
-    steps = row.get("key_steps")
-    if not isinstance(steps, dict | list | None):
-        raise ValueError(f"field 'key_steps': expected an object with Steps, a list or null, got {_shown(steps)}")
-    if isinstance(steps, dict) and not isinstance(steps.get("Steps"), list | None):
-        raise ValueError(f"field 'key_steps': expected a list under 'Steps', got {_shown(steps['Steps'])}")
-
-
-def _check_run_row(row: dict) -> None:
-    """What a row of rollouts.jsonl has beyond a problem."""
-    answers = row["answers"]
-    if not isinstance(answers, list) or not answers:
-        raise ValueError(f"field 'answers': expected a list of at least one answer, got {_shown(answers)}")
-    for index, answer in enumerate(answers):
-        if not isinstance(answer, dict) or not isinstance(answer.get("text"), str):
-            raise ValueError(f"field 'answers[{index}]': expected an object with a text 'text', got {_shown(answer)}")
-    if not isinstance(row.get("step", 0), int):
-        raise ValueError(f"field 'step': expected a whole number, got {_shown(row['step'])}")
-
-
-def _shown(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def score_rows(rows: list[dict], args: argparse.Namespace) -> list[Score]:

@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 
-from r1vl_jax import lab, score
+from r1vl_jax import lab, lab_tables, score
 from r1vl_jax.rewards import PRESETS, Score, ScorerPool
 from r1vl_jax.rewards import probe as attacks
 from r1vl_jax.rewards.key_steps import key_step_groups
@@ -162,8 +162,8 @@ def test_the_table_fits_the_terminal_whatever_the_texts_and_rules():
     group = lab.Group({"source": hostile, "row": 3}, hostile, hostile, None, ("a",) * 12)
     names = ["paper", *(f"paper,require_answer=false,option_{i}=true" for i in range(8))]
     column = [scored(index % 2, 0.5, 1, answer=hostile) for index in range(12)]
-    text = lab.rescore_table(lab.rescore([group], dict.fromkeys(names, column)), 5)
-    assert max(map(width, text.splitlines())) <= lab.WIDTH
+    text = lab_tables.rescore_table(lab.rescore([group], dict.fromkeys(names, column)), 5)
+    assert max(map(width, text.splitlines())) <= lab_tables.WIDTH
     assert "\x1b" not in text and "\x00" not in text and "\ud800" not in text
     assert all(name in text for name in names) and "三角形" in text
     assert text.count("+0.957 r") == 9 * 6  # 0.5 / (0.5 * sqrt(12 / 11)): every right answer under all rules
@@ -174,14 +174,14 @@ def test_the_table_says_what_happened():
     x = [scored(1, 0, 1, answer="3"), scored(0, 0, 1), Score(status="crash")]
     y = [scored(0, 0, 0, answer="3"), scored(0, 0, 1, answer="4"), Score(status="crash")]
     report = lab.rescore(groups, {"x": x + x, "y": y + x})
-    text = lab.rescore_table(report, 1)
+    text = lab_tables.rescore_table(report, 1)
     assert "question 0" in text and "question 1" not in text and "The 1 of 2 groups" in text
     assert re.search(r"1 +2\.000 \+1\.000 r +0\.000 -0\.577 w\* +3", text)
     assert re.search(r"2 +1\.000 \+0\.000 - +1\.000 \+1\.155 w", text)
     assert re.search(r"3 +0\.000 -1\.000 ! +0\.000 -0\.577 !\n", text)
     assert re.search(r"y +0\.333 +0\.577 .* 1  shaping alone", text)
     assert re.search(r"answers not scored +2 +2\n", text) and re.search(r"mean reward +1\.000 +0\.667\n", text)
-    assert lab.rescore_table(report, 0).count("question") == 0
+    assert lab_tables.rescore_table(report, 0).count("question") == 0
 
 
 # --- the probe --------------------------------------------------------------------------------------------------------
@@ -307,7 +307,7 @@ def test_excess_is_counted_from_validity_and_from_the_same_problem():
     assert (got["mean"], got["max"], got["excess"]) == pytest.approx((1.025, 1.05, 0.05))
     assert (got["problem"], got["exceeds"]) == (1, True)
     assert (hack["rules"]["y"]["exceeds"], hack["rules"]["y"]["failures"]) == (False, 1)
-    text = lab.probe_table(report)
+    text = lab_tables.probe_table(report)
     assert re.search(r"hack +1\.025 1\.050 \+0\.050 ! +0\.500 1\.000 \+0\.000", text)
     assert "x: 1 of 1 attacks earn more" in text and "1 completions could not be scored" in text
 
@@ -408,7 +408,7 @@ def test_the_probe_of_a_file_of_problems(tmp_path, capsys):
 def test_the_probe_of_the_built_in_problems_is_a_table(capsys):
     assert command("--probe", "--rules", "paper", "robust", "released") == 0
     text = capsys.readouterr().out
-    assert "Rewards over 5 problems" in text and max(map(width, text.splitlines())) <= lab.WIDTH
+    assert "Rewards over 5 problems" in text and max(map(width, text.splitlines())) <= lab_tables.WIDTH
     assert re.search(r"\nhonest wrong +1\.000 1\.000 \+0\.000 ", text)
     assert re.search(r"\npaper: [1-9]\d* of \d+ attacks earn more than an honest wrong answer\n", text)
 

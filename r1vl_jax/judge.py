@@ -141,7 +141,8 @@ def token_steps(judged: list[list[Judged]], length: int) -> np.ndarray:
 
 
 def reward_metrics(judged: list[list[Judged]]) -> dict[str, float]:
-    """Means over all answers; scoring_failures and key_step_faults (no key steps to find, say) are counts."""
+    """Means over all answers. Counts: scoring/... (answers that could not be scored, by the reason) and key_step_faults
+    (no key steps to find, say)."""
     flat = [answer for group in judged for answer in group]
     scores, lengths = [answer.score for answer in flat], [answer.tokens for answer in flat]
 
@@ -160,7 +161,7 @@ def reward_metrics(judged: list[list[Judged]]) -> dict[str, float]:
         "length_max": float(max(lengths)),
         "truncated": float(np.mean([answer.truncated for answer in flat])),
         **user,
-        "scoring_failures": sum(score.status != "ok" for score in scores),
+        **{f"scoring/{kind}": sum(score.status == kind for score in scores) for kind in ("timeout", "error", "crash")},
         "key_step_faults": sum(score.status == "ok" and bool(score.note) for score in scores),
     }
 

@@ -153,4 +153,5 @@ def test_a_failed_answer_is_one_step_of_no_reward(pool, processor):
     outcome, shaping, mask = rewards_by_step(groups, paid, by_step=True)
     np.testing.assert_allclose(outcome + shaping, [[[0, 0], [0, 1.05]]], atol=1e-12)
     np.testing.assert_array_equal(mask, [[[1, 0], [1, 1]]])
-    assert reward_metrics(groups)["scoring_failures"] == 1
+    metrics = reward_metrics(groups)
+    assert [metrics[f"scoring/{kind}"] for kind in ("timeout", "error", "crash")] == [1, 0, 0]

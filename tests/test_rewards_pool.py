@@ -36,11 +36,38 @@ def score(completion, solution, key_steps, **options):
     return score_answer(completion, solution, key_steps, **options)
 """
 
+# The real score_answer, in a worker whose math-verify does as the final answer says.
+VERIFIER = """
+import ctypes, os
+import math_verify
+from r1vl_jax.rewards import score_answer
+
+def arithmetic():  # runs in C, where no signal interrupts it
+    base, exponent = 10, 10**9
+    return base**exponent
+
+def memory():
+    hoard = []
+    while True:
+        hoard.append(bytearray(16 << 20))
+
+FAULTS = {"arithmetic": arithmetic, "memory": memory, "abort": os.abort, "segfault": lambda: ctypes.string_at(0)}
+real = math_verify.parse
+
+def parse(text):
+    fault = FAULTS.get(text.split()[-1])
+    return fault() if fault else real(text)
+
+math_verify.parse = parse
+score = score_answer
+"""
+
 
 @pytest.fixture(scope="module")
 def scorer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scorer")
     (folder / "pool_scorer.py").write_text(SCORER)
+    (folder / "pool_verifier.py").write_text(VERIFIER)
     sys.path.insert(0, str(folder))
     yield "pool_scorer:score"
     sys.path.remove(str(folder))
@@ -77,7 +104,7 @@ def test_order_is_kept_whatever_the_time_each_takes(pool):
     arrived = []
     scores = run(pool, completions, on_result=arrived.append)
     assert [score.answer for score in scores] == [None, "1", "2", None, "4"]
-    assert sorted(map(id, arrived)) == sorted(map(id, scores)) and arrived[0].answer == "1"
+    assert sorted(map(id, arrived)) == sorted(map(id, scores)) and arrived[0].answer in ("1", "2")
 
 
 def test_a_failing_answer_costs_only_itself(pool):
@@ -95,6 +122,26 @@ def test_a_failing_answer_costs_only_itself(pool):
     assert notes[3].startswith("ArithmeticError: no") and len(notes[3]) == 300
     assert notes[4].startswith("MemoryError")
     assert run(pool, [HEAD + "3"])[0].correct  # and the pool goes on
+
+
+FAULTS = {"arithmetic": "timeout", "abort": "crash", "memory": "error", "segfault": "crash"}
+
+
+def test_a_hang_a_crash_and_a_memory_bomb_in_the_verifier_each_cost_one_answer(scorer):
+    half = "$\\frac{6}{2}$"  # right, and not as text: the verifier is asked
+    finals = [half, "arithmetic", half, "abort", half, "memory", half, "segfault", "4", half]
+    with ScorerPool(2, 1.5, memory_gib=0.5, function="pool_verifier:score") as pool:
+        scores = run(pool, [HEAD + final for final in finals], key_steps=["one"])
+        assert run(pool, [HEAD + half])[0].correct  # and the pool goes on
+    found = dict(zip(finals, scores, strict=True))
+    assert {final: found[final].status for final in FAULTS} == FAULTS
+    for final in FAULTS:
+        assert found[final] == Score(status=FAULTS[final], note=found[final].note)
+    assert found["abort"].note == f"the worker ended with code {-signal.SIGABRT}"
+    assert found["segfault"].note == f"the worker ended with code {-signal.SIGSEGV}"
+    assert found["memory"].note.startswith("MemoryError")
+    rest = [score.reward for final, score in zip(finals, scores, strict=True) if final not in FAULTS]
+    assert rest == pytest.approx([2.1, 2.1, 2.1, 2.1, 1.1, 2.1])
 
 
 def test_workers_load_neither_jax_nor_what_the_parent_runs(pool):

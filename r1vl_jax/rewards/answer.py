@@ -52,11 +52,11 @@ def is_correct(completion: str, solution: str, rules: Rules) -> bool:
         answer, gold = found_answer(completion, rules), expected_answer(solution, rules)
         if answer is None:
             return False
+        if _text_equal(answer, gold, rules):
+            return True
         letters = (choice_letter(answer), choice_letter(gold)) if rules.choice_letters else (None, None)
         if None not in letters:
             return letters[0] == letters[1]
-        if _text_equal(answer, gold, rules):
-            return True
         if rules.one_answer and len(normal_text(answer).values()) > max(1, len(normal_text(gold).values())):
             return False
         return _math_equal(answer, gold, rules)
@@ -109,6 +109,8 @@ def _math_equal(answer: str, gold: str, rules: Rules) -> bool:
         found, wanted = parse(answer), parse(gold)
         pair = (wanted, found) if rules.verify_gold_first else (found, wanted)
         return float(verify(*pair)) > 0
+    except MemoryError:  # of an answer that is to cost its own reward, all of it
+        raise
     except (Exception, TimeoutException):  # TimeoutException is not an Exception
         return False
 

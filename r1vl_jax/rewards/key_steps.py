@@ -136,32 +136,34 @@ def _token_finder(tokens: NormalText) -> Finder:
 
 
 def _stuffed_bodies(
-    tokens: NormalText,
-    bodies: list[tuple[int, int]],
-    every: list[list[list[tuple[int, int]]]],
+    tokens: NormalText, bodies: list[tuple[int, int]], every: list[list[list[tuple[int, int]]]]
 ) -> set[int]:
-    """The bodies that repeat text, or that have fewer words of their own than key steps."""
+    """The bodies with key steps that repeat text, or that have fewer words of their own than key steps."""
     starts = [start for start, _ in bodies]
-    covered = bytearray(len(tokens))
+    depth = [0] * (len(tokens) + 1)  # +1 where a key step begins, -1 behind its end
     groups_in = [set() for _ in bodies]
     for group, alternatives in enumerate(every):
         for start, end in itertools.chain.from_iterable(alternatives):
-            first, last = bisect_right(tokens.ends, start), bisect_left(tokens.starts, end)
-            covered[first:last] = b"\1" * (last - first)
+            depth[bisect_right(tokens.ends, start)] += 1
+            depth[bisect_left(tokens.starts, end)] -= 1
             groups_in[max(0, bisect_right(starts, start) - 1)].add(group)
+    covered = list(itertools.accumulate(depth))
     stuffed, said = set(), set()
-    own = [not covered[i] and _is_word(word) for i, word in enumerate(tokens.words)]
     for body, (start, end) in enumerate(bodies):
-        here = range(bisect_left(tokens.starts, start), bisect_left(tokens.starts, end))
-        triples = [tuple(tokens.words[i : i + 3]) for i in here[:-2] if own[i] or own[i + 1] or own[i + 2]]
-        new = set(triples) - said
-        said |= new
-        words = {tokens.words[i] for i in here if own[i]} - _LIST_WORDS
-        repeats = len(triples) >= _FEW_TRIPLES and len(new) < _NEW_SHARE * len(triples)
-        if repeats or len(words) < len(groups_in[body]):
-            stuffed.add(body)
+        first, last = bisect_left(tokens.starts, start), bisect_left(tokens.starts, end)
+        words = tokens.words[first:last]
+        triples = list(zip(words, words[1:], words[2:]))  # noqa: B905 (as many as there are)
+        if groups_in[body]:
+            own = [not inside and _is_word(word) for word, inside in zip(words, covered[first:last], strict=True)]
+            own_triples = [triple for triple, *any_own in zip(triples, own, own[1:], own[2:]) if any(any_own)]  # noqa: B905
+            new = set(own_triples) - said
+            repeats = len(own_triples) >= _FEW_TRIPLES and len(new) < _NEW_SHARE * len(own_triples)
+            own_words = set(itertools.compress(words, own)) - _LIST_WORDS
+            if repeats or len(own_words) < len(groups_in[body]):
+                stuffed.add(body)
+        said.update(triples)
     return stuffed
 
 
 def _is_word(word: str) -> bool:
-    return word[0].isalpha() and (len(word) > 1 or not word.isascii())
+    return word.isalpha() and (len(word) > 1 or not word.isascii())

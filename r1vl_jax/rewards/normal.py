@@ -19,30 +19,33 @@ import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterator
 from fractions import Fraction
+from typing import NamedTuple
 
 END = "."  # the end of a sentence; also stands between two steps
 _SEP = "\x1f"  # white space to the lexer, so in no token
 
-_LEXEME = re.compile(
-    r"""
-    (?P<space>\s+)
-  | (?P<option>\b(?:[Oo]ption|OPTION|[Cc]hoice)\s+(?:\([A-Ja-j]\)|[A-J]\b) | (?<![\w)\]])\([A-J]\))
-  | (?P<frac>\\?[dtc]?frac(?=\s*\{))
-  | (?P<digits>\\[dtc]?frac\s*\d\s*\d)
-  | (?P<degrees>\^\s*\\circ\b | \^\{\s*(?:\\circ\b|°)\s*\} | \^?° | \\degree\b)
-  | (?P<number>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\w)\.\d+)
-  | (?P<ideograph>[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff])
-  | (?P<word>[^\W\d_²³¹½¼¾⅓⅔⁰⁴-⁹₀-₉\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]+)
-  | (?P<command>\\[A-Za-z\u0370-\u04ff]+)
-  | (?P<percent>\\%)
-  | (?P<nothing>\\.? | \*\*+ | \#+ | (?<![^\n])[-*+•](?=\s))  # escapes, emphasis, headers, the bullets of lists
-  | (?P<open>\{)
-  | (?P<close>\})
-  | (?P<relation><=|>=|!=|==|=>|->|\|\|)
-  | (?P<symbol>.)
-    """,
-    re.VERBOSE | re.DOTALL,
-)
+_IDEOGRAPHS = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
+_OPTION = r"(?:[Oo]ption|OPTION|[Cc]hoice)\s+(?:\([A-Ja-j]\)|[A-J]\b)"
+_FRACTION = r"[dtc]?frac\s*+\{"
+# Lexemes stand side by side: every character is in one. The most frequent kinds come first.
+_KINDS = {
+    "blank": r"\s+",
+    "word": rf"(?!{_FRACTION}|{_OPTION})[^\W\d_²³¹½¼¾⅓⅔⁰⁴-⁹₀-₉{_IDEOGRAPHS}]+",
+    "number": r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\w)\.\d+",
+    "ideograph": f"[{_IDEOGRAPHS}]",
+    "option": rf"{_OPTION}|(?<![\w)\]])\([A-J]\)",
+    "fraction": rf"\\?(?={_FRACTION})[dtc]?frac\s*\{{",
+    "digits": r"\\[dtc]?frac\s*\d\s*\d",
+    "degrees": r"\^\s*\\circ\b|\^\{\s*(?:\\circ\b|°)\s*\}|\^?°|\\degree\b",
+    "command": r"\\[A-Za-z\u0370-\u04ff]+",
+    "percent": r"\\%",
+    "nothing": r"\\.?|\*\*+|\#+|(?<![^\n])[-*+•]\s",  # escapes, emphasis, headers, the bullets of lists
+    "open": r"\{",
+    "close": r"\}",
+    "relation": r"<=|>=|!=|==|=>|->|\|\|",
+    "symbol": r"\S",
+}
+_LEXEMES = re.compile("|".join(_KINDS.values()), re.DOTALL)
 
 _SYMBOLS = {
     **dict.fromkeys("×·⋅∗•", "*"),
@@ -110,30 +113,26 @@ class NormalText:
 
     def find(self, text: str) -> Iterator[tuple[int, int]]:
         """Where `text` occurs, as ranges of token indices, from left to right; nowhere if it has no tokens."""
-        needle, value = _needle(text)
-        if value is not None:
-            yield from self._find_number(value)
-        elif needle:
-            yield from self._find_words(needle)
+        needle = _needle(text)
+        return self._find_number(needle.value) if needle.value is not None else self._find_words(needle)
 
     def values(self) -> set[Fraction]:
         """The different numbers that the text names by themselves, not as the terms or factors of an expression."""
         numbers = self._bare_numbers()
         return {n for first, end, n in numbers if not (self._is_operator(first - 1) or self._is_operator(end))}
 
-    def _find_words(self, needle: tuple[str, ...]) -> Iterator[tuple[int, int]]:
+    def _find_words(self, needle: _Needle) -> Iterator[tuple[int, int]]:
         if self._joined is None:
             self._joined = f"{_SEP}{_SEP.join(self.words)}{_SEP}"
-            self._offsets = list(itertools.accumulate((len(word) + 1 for word in self.words), initial=0))
-        wanted = f"{_SEP}{_SEP.join(needle)}{_SEP}"
-        relational = not _RELATIONS.isdisjoint(needle)
-        place = self._joined.find(wanted)
+        place = self._joined.find(needle.joined) if needle.length else -1
         while place >= 0:
+            if self._offsets is None:
+                self._offsets = list(itertools.accumulate((len(word) + 1 for word in self.words), initial=0))
             first = bisect_right(self._offsets, place) - 1
-            last = first + len(needle) - 1
-            if not self._cut_from_expression(first, last, relational):
+            last = first + needle.length - 1
+            if not self._cut_from_expression(first, last, needle.relational):
                 yield first, last + 1
-            place = self._joined.find(wanted, place + 1)
+            place = self._joined.find(needle.joined, place + 1)
 
     def _find_number(self, value: Fraction) -> Iterator[tuple[int, int]]:
         if self._numbers is None:
@@ -214,15 +213,25 @@ def _is_operand(word: str) -> bool:
     return word[0].isdecimal() or word in _MATH or (len(word) <= 3 and word.isalpha())
 
 
+class _Needle(NamedTuple):
+    """A text to find: its tokens joined, their number, whether they have a relation, its value if it is a number."""
+
+    joined: str
+    length: int
+    relational: bool
+    value: Fraction | None
+
+
 @functools.lru_cache(maxsize=8192)
-def _needle(text: str) -> tuple[tuple[str, ...], Fraction | None]:
-    """The tokens of a text to find, without sentence ends around them; and its value where it is a bare number."""
+def _needle(text: str) -> _Needle:
+    """Sentence ends around the text do not count."""
     words = normal_text(text).words
     while words and words[-1] == END:
         words.pop()
     while words and words[0] == END:
         words.pop(0)
-    return tuple(words), _value(tuple(words))
+    relational = not _RELATIONS.isdisjoint(words)
+    return _Needle(f"{_SEP}{_SEP.join(words)}{_SEP}", len(words), relational, _value(tuple(words)))
 
 
 @functools.lru_cache(maxsize=8192)
@@ -252,53 +261,51 @@ def _number(text: str) -> str:
 def normal_text(text: str, start: int = 0, end: int | None = None) -> NormalText:
     """The tokens of text[start:end], with their places in `text`."""
     words, starts, ends = [], [], []
-    for word, first, last in _lex(text, start, len(text) if end is None else end):
-        if word == ")" and words[-2:-1] == ["("]:
-            called = len(words) > 2 and ends[-3] == starts[-2] and words[-3][0].isalpha() and words[-3] != "sqrt"
-            if not called:  # brackets around one token say nothing, but for those of f(x)
-                del words[-2], starts[-2], ends[-2]
-                continue
-        if word in _UNIT_SIGNS and words and words[-1] in _POWER_WORDS:
-            words[-1:] = [word, "^", _POWER_WORDS[words[-1]]]
-            starts += [first, first]
-            ends[-1:] = [last, last, last]
+    opened = []  # of each open brace, what it is: a fraction's numerator, an operator's group, or only a brace
+    coming = _BRACE  # what the next brace is
+    if not text.isascii():
+        text = text.translate(_FULL_WIDTH)  # a character for a character: places stay
+    last = start
+    for lexeme in _LEXEMES.findall(text, start, len(text) if end is None else end):
+        first, last = last, last + len(lexeme)
+        found = _FOLDED[lexeme]
+        if found is _BLANK:
             continue
-        words.append(word)
-        starts.append(first)
-        ends.append(last)
+        if found is _OPEN:
+            opened.append(coming)
+            found, coming = () if coming is _BRACE else ("(",), _BRACE
+        elif found is _FRACTION_OPEN:
+            opened.append(_NUMERATOR)
+            found, coming, first = ("(",), _BRACE, last - 1
+        elif found is _CLOSE:
+            closed = opened.pop() if opened else _BRACE
+            found, coming = _CLOSED[closed], _GROUP if closed is _NUMERATOR else _BRACE
+        else:
+            coming = _GROUP if found and found[-1] in _TAKES_GROUP else _BRACE
+        for word in found:
+            if word in _LOOKS_BACK:
+                if word == ")" and words[-2:-1] == ["("] and not _is_call(words, starts, ends):
+                    del words[-2], starts[-2], ends[-2]  # brackets around one token say nothing
+                    continue
+                if word != ")" and words and words[-1] in _POWER_WORDS:
+                    words[-1:] = [word, "^", _POWER_WORDS[words[-1]]]
+                    starts += [first, first]
+                    ends[-1:] = [last, last, last]
+                    continue
+            words.append(word)
+            starts.append(first)
+            ends.append(last)
     return NormalText(words, starts, ends)
 
 
-def _lex(text: str, start: int, end: int) -> Iterator[tuple[str, int, int]]:
-    """Tokens with their characters. The braces that an operator takes become brackets, all others fall away."""
-    if not text.isascii():
-        text = text.translate(_FULL_WIDTH)  # a character for a character: places stay
-    opened = []  # of each open brace, what it is: a fraction's numerator, an operator's group, or only a brace
-    coming = _BRACE  # what the next brace is
-    for match in _LEXEME.finditer(text, start, end):
-        kind, lexeme = match.lastgroup, match[0]
-        if kind == "space":
-            continue
-        if kind == "open":
-            opened.append(coming)
-            found, coming = "" if coming is _BRACE else "(", _BRACE
-        elif kind == "close":
-            closed = opened.pop() if opened else _BRACE
-            found, coming = (") /", _GROUP) if closed is _NUMERATOR else ("" if closed is _BRACE else ")", _BRACE)
-        elif kind == "frac":
-            found, coming = "", _NUMERATOR
-        else:
-            found = _FOLD[kind](lexeme)
-            coming = _GROUP if found in _TAKES_GROUP else _BRACE
-        if " " not in found:
-            if found:
-                yield found, match.start(), match.end()
-            continue
-        for word in found.split():
-            yield word, match.start(), match.end()
+def _is_call(words: list[str], starts: list[int], ends: list[int]) -> bool:
+    """Whether the bracket before the last token is that of f(x)."""
+    return len(words) > 2 and ends[-3] == starts[-2] and words[-3][0].isalpha() and words[-3] != "sqrt"
 
 
 _BRACE, _GROUP, _NUMERATOR = range(3)
+_CLOSED = ((), (")",), (")", "/"))
+_LOOKS_BACK = _UNIT_SIGNS | {")"}
 
 
 def _word(lexeme: str) -> str:
@@ -316,7 +323,7 @@ def _command(lexeme: str) -> str:
     return _word(name) if found is None else found
 
 
-# What a lexeme of each kind becomes: tokens with blanks between them, "" for none.
+# What a lexeme of each kind becomes: tokens with blanks between them.
 _FOLD = {
     "word": _word,
     "number": _number,
@@ -330,3 +337,28 @@ _FOLD = {
     "ideograph": lambda lexeme: lexeme,
     "nothing": lambda lexeme: "",
 }
+# What becomes of the other kinds depends on what stands around them.
+_BLANK, _OPEN, _CLOSE, _FRACTION_OPEN = ("blank",), ("open",), ("close",), ("fraction",)
+_STRUCTURE = {"blank": _BLANK, "open": _OPEN, "close": _CLOSE, "fraction": _FRACTION_OPEN}
+
+
+class _Folded(dict):
+    """The tokens of each lexeme, found out once; a lexeme's kind shows in itself."""
+
+    _KIND = re.compile("|".join(f"(?P<{name}>{pattern})" for name, pattern in _KINDS.items()), re.DOTALL)
+
+    def __missing__(self, lexeme: str) -> tuple[str, ...]:
+        kind = self._kind(lexeme)
+        found = _STRUCTURE.get(kind) or tuple(_FOLD[kind](lexeme).split())
+        if len(self) > 50_000:  # a model that writes nonsense must not fill the memory
+            self.clear()
+        if len(lexeme) < 50:
+            self[lexeme] = found
+        return found
+
+    def _kind(self, lexeme: str) -> str:
+        # Alone, a lexeme ends where it does; the brace makes "frac" the fraction that it was.
+        return self._KIND.match(lexeme).lastgroup
+
+
+_FOLDED = _Folded()

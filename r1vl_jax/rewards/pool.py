@@ -18,13 +18,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import Pipe, connection
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from r1vl_jax.rewards.rules import Rules, get_rules
 from r1vl_jax.rewards.scoring import Score, check_lengths
 
 START_TIMEOUT_S = 120.0
+AHEAD_BYTES = 16_384  # a message that waits in a worker's pipe must fit it: sending it may not block
 MAX_FAILED_STARTS = 3  # in a row: one may be killed for memory in mid-run, three mean that none will start
+
+Job = tuple[int, tuple]  # an answer's index, and what the worker is sent
 
 
 @dataclasses.dataclass
@@ -33,13 +37,14 @@ class _Worker:
     conn: connection.Connection
     deadline: float  # time.monotonic() at which its start, or its answer, has taken too long
     ready: bool = False
-    job: int | None = None  # the answer that it is scoring
+    jobs: deque[Job] = dataclasses.field(default_factory=deque)  # the answer that it is scoring, and one that waits
 
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()  # leaves no zombie
         self.conn.close()
-        self.ready, self.job = True, None  # nothing to wait for; a dead worker is replaced when next needed
+        self.ready = True  # nothing to wait for; a dead worker is replaced when next needed
+        self.jobs.clear()
 
 
 class ScorerPool:
@@ -120,7 +125,9 @@ class ScorerPool:
         missing = len(jobs)
         try:
             while missing:
-                for index, score in [*self._hand_out(jobs), *self._collect()]:
+                if not self._workers:
+                    raise RuntimeError("the scorer pool was closed while it scored")
+                for index, score in [*self._hand_out(jobs), *self._collect(jobs)]:
                     scores[index] = score
                     missing -= 1
                     if on_result is not None:
@@ -128,7 +135,7 @@ class ScorerPool:
         except BaseException:
             # The next call would take the replies that are still to come for its own.
             for worker in self._workers:
-                if worker.job is not None:
+                if worker.jobs:
                     worker.kill()
             raise
         return scores
@@ -150,61 +157,79 @@ class ScorerPool:
             )
         return _Worker(process, ours, time.monotonic() + START_TIMEOUT_S)
 
-    def _hand_out(self, jobs: deque) -> Iterator[tuple[int, Score]]:
-        """Gives each idle worker an answer; yields the scores of those that could not be sent."""
+    def _hand_out(self, jobs: deque[Job]) -> Iterator[tuple[int, Score]]:
+        """Gives each idle worker an answer, and each busy one the next; yields the scores of those not to be sent."""
         for slot, worker in enumerate(self._workers):
-            if not jobs:
-                return
-            if worker.ready and worker.job is None and worker.process.poll() is not None:
+            if jobs and worker.ready and not worker.jobs and worker.process.poll() is not None:
                 worker.conn.close()
-                self._workers[slot] = worker = self._start()
-            if not worker.ready or worker.job is not None:
-                continue
-            index, message = jobs.popleft()
-            try:
-                worker.conn.send(message)
-            except OSError as error:
-                worker.kill()
-                yield index, Score(status="crash", note=f"the worker died: {error}")
-            except Exception as error:  # whatever pickle says of the row: it belongs to this row alone
-                yield index, Score(status="error", note=f"cannot be sent to a worker: {type(error).__name__}: {error}")
-            else:
-                worker.job, worker.deadline = index, time.monotonic() + self._timeout_s
+                self._workers[slot] = self._start()
+        for waiting in (0, 1):
+            for worker in self._workers:
+                # The last answers are left to whoever is idle first.
+                if worker.ready and len(worker.jobs) == waiting and len(jobs) > waiting * len(self._workers):
+                    yield from self._send(worker, jobs)
 
-    def _collect(self) -> Iterator[tuple[int, Score]]:
+    def _send(self, worker: _Worker, jobs: deque[Job]) -> Iterator[tuple[int, Score]]:
+        index, message = jobs.popleft()
+        try:
+            data = ForkingPickler.dumps(message)
+            if worker.jobs and len(data) > AHEAD_BYTES:
+                jobs.appendleft((index, message))
+                return
+            worker.conn.send_bytes(data)
+        except OSError as error:
+            yield from self._lose(
+                worker, jobs, Score(status="crash", note=f"the worker died: {error}"), (index, message)
+            )
+        except Exception as error:  # whatever pickle says of the row: it belongs to this row alone
+            yield index, Score(status="error", note=f"cannot be sent to a worker: {type(error).__name__}: {error}")
+        else:
+            worker.jobs.append((index, message))
+            if len(worker.jobs) == 1:
+                worker.deadline = time.monotonic() + self._timeout_s
+
+    def _lose(self, worker: _Worker, jobs: deque[Job], score: Score, *unsent: Job) -> Iterator[tuple[int, Score]]:
+        """Kills a worker: the answer that it was scoring gets this score, and what waited behind it another worker."""
+        (index, _), *rest = [*worker.jobs, *unsent]
+        worker.kill()
+        jobs.extendleft(reversed(rest))
+        yield index, score
+
+    def _collect(self, jobs: deque[Job]) -> Iterator[tuple[int, Score]]:
         """Waits for the next message or the next deadline; yields the scores that are then known."""
-        watched = [worker for worker in self._workers if worker.job is not None or not worker.ready]
+        watched = [worker for worker in self._workers if worker.jobs or not worker.ready]
         if not watched:
             return
         left = min(worker.deadline for worker in watched) - time.monotonic()
         readable = connection.wait([worker.conn for worker in watched], max(0.0, left))
         for worker in watched:
             if worker.conn in readable:
-                yield from self._receive(worker)
+                yield from self._receive(worker, jobs)
             elif time.monotonic() >= worker.deadline:
-                index, started = worker.job, worker.ready
-                worker.kill()
-                if not started:
+                if worker.ready:
+                    late = Score(status="timeout", note=f"took longer than {self._timeout_s:g} s")
+                    yield from self._lose(worker, jobs, late)
+                else:
+                    worker.kill()
                     self._start_failed(f"took longer than {START_TIMEOUT_S:g} s")
-                    continue
-                yield index, Score(status="timeout", note=f"took longer than {self._timeout_s:g} s")
 
-    def _receive(self, worker: _Worker) -> Iterator[tuple[int, Score]]:
+    def _receive(self, worker: _Worker, jobs: deque[Job]) -> Iterator[tuple[int, Score]]:
         try:
             message = worker.conn.recv()
         except (EOFError, OSError):
-            index, started = worker.job, worker.ready
-            worker.kill()
-            code = worker.process.returncode
-            if started:
-                yield index, Score(status="crash", note=f"the worker ended with code {code}")
+            worker.process.kill()
+            code = worker.process.wait()
+            if worker.ready:
+                yield from self._lose(worker, jobs, Score(status="crash", note=f"the worker ended with code {code}"))
             else:
+                worker.kill()
                 self._start_failed(f"ended with code {code}")
             return
         if not worker.ready:
             worker.ready, self._failed_starts = True, 0
             return
-        index, worker.job = worker.job, None
+        index, _ = worker.jobs.popleft()
+        worker.deadline = time.monotonic() + self._timeout_s
         kind, value = message
         yield index, value if kind == "ok" else Score(status="error", note=value)
 

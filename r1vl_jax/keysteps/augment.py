@@ -1,0 +1,201 @@
+"""More ways to say a key step: LaTeX as plain text, equations turned round, words for symbols and symbols for words.
+
+Under the rules `released` and `paper` a key step is found letter by letter, so every spelling counts; `robust` folds
+most of these itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from r1vl_jax.keysteps.formulas import equations, split_relation, top_level
+from r1vl_jax.keysteps.rows import Groups, groups_of, normal_key, with_groups
+from r1vl_jax.rewards.normal import normal_text
+
+# One relation in each row: its words, its sign, its LaTeX command.
+_RELATIONS = (
+    ("is perpendicular to", "⊥", "\\perp"),
+    ("is parallel to", "∥", "\\parallel"),
+    ("is congruent to", "≅", "\\cong"),
+    ("is similar to", "∼", "\\sim"),
+    ("is not equal to", "≠", "\\neq"),
+)
+_SHAPES = (("angle", "∠", "\\angle"), ("triangle", "△", "\\triangle"))
+_EQUALS_WORDS = re.compile(r" (?:is equal to|are equal to|equals) ")
+# A relation with its sides exchanged. What is not here is not turned round.
+_TURNED = {
+    **{sign: sign for sign in ("=", "≠", "≅", "∼", "⊥", "∥", "≈", "\\neq", "\\cong", "\\sim", "\\perp", "\\parallel")},
+    **{"<": ">", ">": "<", "≤": "≥", "≥": "≤", "<=": ">=", ">=": "<=", "\\leq": "\\geq", "\\geq": "\\leq"},
+    **{"\\le": "\\ge", "\\ge": "\\le", "\\approx": "\\approx"},
+}
+_SUM = re.compile(r"(?<=\S) ?[-+−±] ?(?=\S)")
+_PRODUCT = re.compile(r" ?(?:[*×·]|\\times(?![A-Za-z])|\\cdot(?![A-Za-z])) ?")
+_REST = re.compile(r"\s*(?:degrees?|°|%|[a-z]{1,2})?")
+_QUOTIENT = re.compile(r"[/÷^]|\\div(?![A-Za-z])")
+
+_DELIMITER = re.compile(r"\$+|\\[()\[\]]")
+_GROUP = r"\{((?:[^{}]|\{[^{}]*\})*)\}"  # braces, with braces one deep inside
+_PLAIN_WORDS = {
+    **dict(times="*", cdot="*", div="/", leq="<=", le="<=", geq=">=", ge=">=", neq="!=", ne="!=", approx="≈"),
+    **dict(pi="pi", theta="theta", alpha="alpha", beta="beta", angle="angle ", triangle="triangle "),
+    **dict(perp="⊥", parallel="∥", cong="≅", sim="∼", pm="±", sin="sin", cos="cos", tan="tan", log="log", ln="ln"),
+    **dict(left="", right="", quad=" ", degree=" degrees"),
+}
+
+
+def augment_row(row: dict[str, Any], most: int) -> dict[str, Any]:
+    """The row with more alternatives for its key steps. Raises RowFault where it has none."""
+    return with_groups(row, augmented(groups_of(row), str(row.get("problem", "")), most))
+
+
+def augmented(groups: Groups, problem: str, most: int = 8, wordings: Groups | None = None) -> Groups:
+    """Every group with more alternatives, the given ones first.
+
+    Args:
+      problem: the question; what a copy of it would contain is not added.
+      most: alternatives of a group at most; given ones are never dropped for it.
+      wordings: for each group, what to add before the alternatives by rule, and to make those from too.
+    """
+    question = normal_text(problem)
+    owner: dict[tuple[str, ...], int] = {}  # of each statement, its group: one text must not pay twice
+    for index, group in enumerate(groups):
+        for text in group:
+            owner.setdefault(normal_key(text), index)
+
+    def more(index: int, wordings: list[str]) -> list[str]:
+        texts = list(groups[index])
+        spelled = {_spelling(text) for text in texts}
+
+        def add(new: str) -> None:
+            new = " ".join(new.split())
+            key = normal_key(new)
+            if len(texts) >= most or not key or _spelling(new) in spelled or any(question.find(new)):
+                return
+            if owner.setdefault(key, index) == index:
+                spelled.add(_spelling(new))
+                texts.append(new)
+
+        for new in wordings:
+            add(new)
+        said = list(texts)
+        for variants in (_bare, plain, _in_signs, turned, _in_words, _spaced, _equals):
+            # "6 equals 12/2" is what nobody writes: only what people said is put into words
+            for text in said if variants is _equals else list(texts):
+                for new in variants(text):
+                    add(new)
+        return texts
+
+    return [more(index, extra) for index, extra in enumerate(wordings or [[]] * len(groups))]
+
+
+def _spelling(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _bare(text: str) -> Iterator[str]:
+    if _DELIMITER.search(text):
+        yield _DELIMITER.sub(" ", text)
+
+
+def plain(text: str) -> Iterator[str]:
+    """LaTeX as plain text: "\\\\frac{12}{2} \\\\times 3" as "12/2 * 3"."""
+    out = re.sub(r"\\[,;!: ]", " ", _DELIMITER.sub(" ", text))
+    for _ in range(8):  # from the inside to the outside
+        before = out
+        out = re.sub(rf"\\[dtc]?frac\s*{_GROUP}\s*{_GROUP}", _fraction, out)
+        out = re.sub(rf"\\sqrt\s*{_GROUP}", r"sqrt(\1)", out)
+        out = re.sub(rf"\\(?:text|textbf|mathrm|mathbf|overline|widehat|boxed|mbox)\s*{_GROUP}", r"\1", out)
+        if out == before:
+            break
+    out = re.sub(r"\s*\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})", " degrees", out)
+    out = re.sub(r"([\^_])\{(\w+)\}", r"\1\2", out).replace("\\%", "%")
+    out = re.sub(r"\\([A-Za-z]+)", lambda match: _PLAIN_WORDS.get(match[1], match[0]), out)
+    # A command that is not known here stays LaTeX: half of one helps nobody.
+    if out != text and "\\" not in out and "{" not in out:
+        yield out
+
+
+def _fraction(match: re.Match) -> str:
+    top, bottom = (
+        part.strip() if re.fullmatch(r"\d+(?:\.\d+)?|[^\W\d]+|sqrt\([^()]*\)", part.strip()) else f"({part.strip()})"
+        for part in match.groups()
+    )
+    after = match.string[match.end() : match.end() + 1]
+    return f"({top}/{bottom})" if after.isalnum() or after == "(" else f"{top}/{bottom}"
+
+
+def turned(text: str) -> Iterator[str]:
+    """An equation with its sides exchanged; then with the two terms or factors of a side exchanged."""
+    parts = _equation(text)
+    if parts is None or parts[1] not in _TURNED:
+        return
+    left, sign, right = parts
+    yield f"{right} {_TURNED[sign]} {left}"
+    for swapped in _swapped(left):
+        yield f"{swapped} {sign} {right}"
+    for swapped in _swapped(right):
+        yield f"{left} {sign} {swapped}"
+
+
+def _equation(text: str) -> tuple[str, str, str] | None:
+    """The sides and the sign of a text that is one equation or inequality, but for a unit at its end; else None."""
+    spans = equations(text, 0, len(text))
+    whole = len(spans) == 1 and spans[0][0] == 0 and _REST.fullmatch(text, spans[0][1])
+    return split_relation(text) if whole else None
+
+
+def _swapped(side: str) -> Iterator[str]:
+    sums, products = top_level(side, _SUM), top_level(side, _PRODUCT)
+    places = sums if sums else [] if top_level(side, _QUOTIENT) else products
+    if len(places) == 1:
+        start, end = places[0]
+        sign, first, second = side[start:end], side[:start].strip(), side[end:].strip()
+        if sign.strip() not in "-−±" and first and second and first[0] not in "-−±":
+            yield second + sign + first
+
+
+def _in_signs(text: str) -> Iterator[str]:
+    for words, sign, command in _RELATIONS:
+        if f" {words} " in text:
+            yield text.replace(words, sign)
+            yield text.replace(words, command)
+    if _EQUALS_WORDS.search(text):
+        yield _EQUALS_WORDS.sub(" = ", text)
+    for word, sign, command in _SHAPES:
+        name = re.compile(rf"(?<!\\)\b{word} (?=[A-Z]{{1,4}}\b|\d\b)", re.I)
+        if name.search(text):
+            yield name.sub(sign, text)
+            yield name.sub(lambda _, command=command: f"{command} ", text)
+    if re.search(r"\d degrees?\b", text):
+        yield re.sub(r"(?<=\d) degrees?\b", "°", text)
+        yield re.sub(r"(?<=\d) degrees?\b", r"^\\circ", text)
+
+
+def _in_words(text: str) -> Iterator[str]:
+    for words, *signs in _RELATIONS:
+        for sign in signs:
+            if sign in text and _equation(text) is not None:
+                yield re.sub(rf"\s*{re.escape(sign)}(?![A-Za-z])\s*", f" {words} ", text)
+    for word, *signs in _SHAPES:
+        for sign in signs:
+            if sign in text:
+                yield re.sub(rf"{re.escape(sign)}\s*(?=[A-Z\d])", f"{word} ", text)
+    if "°" in text:
+        yield re.sub(r"\s*°", " degrees", text)
+
+
+def _equals(text: str) -> Iterator[str]:
+    parts = _equation(text)
+    if parts is not None and parts[1] == "=" and "\\" not in text:
+        yield f"{parts[0]} equals {parts[2]}"
+        yield f"{parts[0]} is equal to {parts[2]}"
+
+
+def _spaced(text: str) -> Iterator[str]:
+    """The other way to space an equation: none around its signs, or one."""
+    if _equation(text) is None or "\\" in text or re.search("[a-z]{4}", text):
+        return
+    yield re.sub(r"\s*([-+*/=<>×·÷])\s*", r"\1", text)
+    yield re.sub(r"(?<=[\w)\]])\s*([-+*/=<>×·÷])\s*(?=[\w(\[])", r" \1 ", text)

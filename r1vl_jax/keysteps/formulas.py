@@ -1,0 +1,197 @@
+"""Equations and inequalities in running text: where they stand, as ranges of characters.
+
+    "ED = AD - AE = 27 - 12 = 15."  gives  "ED = AD - AE" and "27 - 12 = 15"
+
+A formula ends where a word stands that is no variable, function, unit or name of a quantity. Of a chain of relations
+its first and its last are taken: the setting up and the result.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+_COMMANDS_REL = "leqslant|geqslant|leq?|geq?|neq?|lt|gt|approx|cong|sim|perp|parallel|equiv"
+RELATION = re.compile(rf"<=|>=|!=|==|[=<>≤≥≠≈≅∼⊥⟂∥≡]|\\(?:{_COMMANDS_REL})(?![A-Za-z])")
+_TOKEN = re.compile(
+    rf"""
+    (?P<space>\s*\\(?:left|right|quad|qquad|[,;!:\x20])(?![A-Za-z])|[^\S\n]+)
+  | (?P<stop>=>|->|→|⇒|∴|\\(?:Rightarrow|rightarrow|implies|therefore|to)(?![A-Za-z]) | \$+ | \\[()\[\]\\]
+        | \n | [;?…] | \.(?!\d) | ,(?!\d{{3}}(?!\d)) | :(?=\s|\Z))
+  | (?P<relation>{RELATION.pattern})
+  | (?P<named>\\(?:text|mathrm|textbf)\s*\{{[^{{}}\n]*\}})
+  | (?P<number>\d{{1,3}}(?:,\d{{3}})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)
+  | (?P<post>\\%|[%°!′'²³]|\^\s*\\circ|\^\s*\{{\s*\\circ\s*\}})
+  | (?P<command>\\[A-Za-z]+|[πθαβγ∠△√])
+  | (?P<word>[^\W\d_]+)
+  | (?P<open>[(\[{{])
+  | (?P<close>[)\]}}])
+  | (?P<operator>[-+*/^_×·÷±−–:,])
+  | (?P<other>.)
+    """,
+    re.VERBOSE,
+)
+_FUNCTION = re.compile("sin|cos|tan|cot|sec|csc|log|ln|sqrt|arc(?:sin|cos|tan)|frac|pi|theta|alpha|beta")
+_NOUN = re.compile("angles?|arc|triangle|segment|side|chord|line|area|perimeter|radius|diameter")
+_UNIT = re.compile("[ckm]?m|k?g|ft|in|degrees?|units?|meters?|inch(?:es)?|feet|square|sq|dollars|percent")
+# Two letters that are English and no product of two variables; single letters that may be articles.
+_SHORT_WORD = re.compile("is|of|to|so|in|we|by|at|an|as|or|on|if|be|it|no|do|he|me|us|up|my|go|am")
+_ARTICLES = frozenset("aAI")
+
+
+class _Token(NamedTuple):
+    kind: str
+    start: int
+    end: int
+    text: str
+
+
+def equations(text: str, start: int, end: int) -> list[tuple[int, int]]:
+    """Where equations and inequalities stand in text[start:end], from left to right."""
+    tokens = [
+        _Token(match.lastgroup, *match.span(), match[0])
+        for match in _TOKEN.finditer(text, start, end)
+        if match.lastgroup != "space"
+    ]
+    partner = _partners(tokens)
+    found, run, braces = [], [], 0
+    for i, token in enumerate(tokens):
+        if _breaks(tokens, i, partner, in_braces=braces > 0):
+            found += _pairs(text, run, partner)
+            run, braces = [], 0
+        else:
+            run.append(token)
+            braces += (token.text == "{") - (token.text == "}")
+    return found + _pairs(text, run, partner)
+
+
+def split_relation(text: str) -> tuple[str, str, str] | None:
+    """Left side, relation and right side of a text that is one equation or inequality and nothing else; else None."""
+    places = top_level(text, RELATION)
+    if len(places) != 1:
+        return None
+    left, right = text[: places[0][0]].strip(), text[places[0][1] :].strip()
+    return (left, text[slice(*places[0])], right) if left and right else None
+
+
+def top_level(text: str, pattern: re.Pattern) -> list[tuple[int, int]]:
+    """Where `pattern` stands outside all brackets."""
+    depths, depth = [], 0
+    for char in text:
+        depth += char in "([{"
+        depths.append(depth)
+        depth -= char in ")]}"
+    return [match.span() for match in pattern.finditer(text) if depths[match.start()] == 0]
+
+
+def _partners(tokens: list[_Token]) -> dict[int, int]:
+    """The start of each bracket's partner, by its own start; brackets without one are left out."""
+    partner, opened = {}, []
+    for token in tokens:
+        if token.kind == "stop":
+            opened = []
+        elif token.kind == "open":
+            opened.append(token)
+        elif token.kind == "close" and opened and opened[-1].text + token.text in ("()", "[]", "{}"):
+            other = opened.pop()
+            partner[token.start], partner[other.start] = other.start, token.start
+    return partner
+
+
+def _breaks(tokens: list[_Token], i: int, partner: dict[int, int], in_braces: bool) -> bool:
+    """Whether token i ends a formula."""
+    token = tokens[i]
+    if token.kind in ("stop", "other"):
+        return True
+    if token.kind in ("open", "close"):
+        return token.start not in partner
+    return token.kind in ("word", "named") and not in_braces and not _is_operand_word(tokens, i)
+
+
+def _is_operand_word(tokens: list[_Token], i: int) -> bool:
+    token = tokens[i]
+    word, lower = token.text, token.text.lower()
+    before = tokens[i - 1] if i else None
+    after = tokens[i + 1] if i + 1 < len(tokens) else None
+    joined = before is not None and before.kind in ("number", "close", "post")
+    if _UNIT.fullmatch(lower) and joined and (before.end < token.start or len(word) > 1):
+        return after is not None and after.kind in ("operator", "relation")  # 5 cm + 3 cm = 8 cm, the last cut off
+    if token.kind == "word" and _reads_as_operand(word, lower, after):
+        return True
+    if after is not None and after.kind == "relation" and len(word) > 2:
+        return before is None or before.kind not in ("number", "close")
+    return _spaced_operator(before, token) or _spaced_operator(token, after)
+
+
+def _reads_as_operand(word: str, lower: str, after: _Token | None) -> bool:
+    if len(word) == 1 or _FUNCTION.fullmatch(lower) or (word.isupper() and len(word) <= 4):
+        return True
+    if len(word) == 2 and word.isascii() and not (_SHORT_WORD.fullmatch(lower) or _UNIT.fullmatch(lower)):
+        return True
+    named = after is not None and (after.kind == "command" or _is_name(after))
+    return named and _NOUN.fullmatch(lower) is not None
+
+
+def _is_name(token: _Token) -> bool:
+    return token.kind == "word" and token.text.isupper() and len(token.text) <= 4
+
+
+def _spaced_operator(left: _Token | None, right: _Token | None) -> bool:
+    """Whether one of two neighbours is an operator with a blank between them: "base * height", not "right-angled"."""
+    if left is None or right is None or left.end == right.start:
+        return False
+    return any(token.kind == "operator" and token.text in "+*/×·÷−" for token in (left, right))
+
+
+def _pairs(text: str, run: list[_Token], partner: dict[int, int]) -> list[tuple[int, int]]:
+    """The relations of a formula, cut at brackets whose partner is not in it."""
+    pieces: list[list[_Token]] = [[]]
+    for token in run:
+        if token.start in partner and not run[0].start <= partner[token.start] <= run[-1].start:
+            pieces.append([])
+        else:
+            pieces[-1].append(token)
+    return [pair for piece in pieces for pair in _ends_of_chain(text, piece, partner)]
+
+
+def _ends_of_chain(text: str, run: list[_Token], partner: dict[int, int]) -> list[tuple[int, int]]:
+    """The first and the last relation of a chain with both of their sides."""
+    while run and run[0].kind == "open" and partner[run[0].start] == run[-1].start:
+        run = run[1:-1]
+    sides: list[list[_Token]] = [[]]
+    depth = 0
+    for token in run:
+        depth += (token.kind == "open") - (token.kind == "close")
+        if token.kind == "relation" and depth == 0:
+            sides.append([])
+        else:
+            sides[-1].append(token)
+    trimmed = [_trimmed(side, first=i == 0) for i, side in enumerate(sides)]
+    pairs = [
+        (left[0].start, right[-1].end)
+        for left, right in zip(trimmed, trimmed[1:], strict=False)
+        if left and right and text[left[0].start : left[-1].end] != text[right[0].start : right[-1].end]
+    ]
+    return pairs if len(pairs) < 3 else [pairs[0], pairs[-1]]
+
+
+def _trimmed(side: list[_Token], first: bool) -> list[_Token]:
+    """A side of a relation without operators and articles that hang over; empty where nothing is left."""
+    while side and _hangs(side[0], side[1:2], first):
+        side = side[1:]
+    while side and (side[-1].kind == "operator" or (side[-1].text in _ARTICLES and _apart(side[-2:]))):
+        side = side[:-1]
+    return side if any(token.kind in ("number", "word", "named", "command") for token in side) else []
+
+
+def _hangs(token: _Token, following: list[_Token], first: bool) -> bool:
+    if token.kind == "operator":
+        sign = token.text in "-−+±" and bool(following) and token.end == following[0].start
+        return not sign
+    if token.kind == "post":
+        return True
+    return first and token.text in _ARTICLES and _apart([token, *following])
+
+
+def _apart(two: list[_Token]) -> bool:
+    return len(two) == 2 and two[1].kind in ("word", "number", "command") and two[0].end < two[1].start

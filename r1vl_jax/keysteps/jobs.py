@@ -1,0 +1,228 @@
+"""Runs one piece of work on every row of a file, and loses no finished row.
+
+Finished rows go at once into OUT.partial: a first line that says what they were made from and how, then one line a
+row. OUT is written from it at the end and takes its name when complete. OUT.partial stays as long as rows are missing
+(interrupted, left to --limit, or failed), and the same command then goes on with those.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from tqdm import tqdm
+
+from r1vl_jax.endpoint import EndpointStop, in_parallel
+from r1vl_jax.keysteps.rows import InputError, Row, RowFault, read_rows
+from r1vl_jax.rewards.key_steps import key_step_groups
+
+MAX_REPORTED = 20
+
+
+class Made(NamedTuple):
+    """What became of one row: the new row, and phrases that the summary counts."""
+
+    row: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        return key_step_groups(self.row.get("key_steps"))[0]
+
+
+class Job(NamedTuple):
+    """One command's work.
+
+    Attributes:
+      name: the command's.
+      settings: what its result depends on; rows made with other settings are not mixed.
+      work: makes a new row out of one, or a Made; RowFault and EndpointError fail it.
+      threads: rows at a time, for work that waits for an endpoint; 0 where there is none.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    work: Callable[[dict[str, Any]], Made | dict[str, Any]]
+    threads: int = 0
+
+
+def run(job: Job, source: str, out: str, *, limit: int | None = None, overwrite: bool = False) -> int:
+    """Works through the rows of `source` into `out`. Returns 0, 1 if rows failed, 2 if it stopped, 130 on Ctrl-C.
+
+    Raises:
+      InputError: `source` or `out` cannot be used, or the rows in OUT.partial are of another file or other settings.
+    """
+    rows, digest = read_rows(source)
+    target = Path(out)
+    _check_target(target, Path(source), overwrite)
+    chosen = rows[:limit]
+    good = [row for row in chosen if row.value is not None]
+    failed = {row.number: row.fault for row in chosen if row.value is None}
+    with _Partial(target, {"command": job.name, "input": digest, "settings": job.settings}, overwrite) as partial:
+        todo = [row for row in good if row.number not in partial.made]
+        try:
+            failed |= _work_through(job, todo, partial)
+        except (KeyboardInterrupt, EndpointStop) as error:
+            stopped = isinstance(error, EndpointStop)
+            kept = f"{len(partial.made)} finished rows are kept, and the same command goes on with the others"
+            print(f"{error if stopped else 'interrupted'}\n{job.name}: {kept}", file=sys.stderr)
+            return 2 if stopped else 130
+        made = [partial.made[row.number] for row in good if row.number in partial.made]
+        _write_rows(target, [partial.made.get(row.number, Made(row.value)).row for row in good])
+        _write_failed(target, failed)
+        if not failed and len(chosen) == len(rows):
+            partial.remove()
+    counts = {
+        "rows done": len(made),
+        "of them before": len(good) - len(todo),
+        "failed": len(failed) - len(chosen) + len(good),
+        "skipped (no JSON object)": len(chosen) - len(good),
+        "left out by --limit": len(rows) - len(chosen),
+    }
+    _report(job, failed, made, Counter({what: count for what, count in counts.items() if count}))
+    return 1 if failed else 0
+
+
+def _work_through(job: Job, todo: list[Row], partial: _Partial) -> dict[int, str]:
+    """Makes rows, each kept as soon as it is there. Returns the reasons of those that failed, by row number."""
+
+    def work(row: Row) -> RowFault | None:
+        try:
+            made = job.work(row.value)
+        except RowFault as fault:
+            return fault
+        # Here, in the thread that made it, Ctrl-C cannot come between.
+        partial.add(row.number, made if isinstance(made, Made) else Made(made))
+        return None
+
+    failed = {}
+    results = in_parallel(work, todo, min(job.threads, len(todo))) if job.threads else ((r, work(r)) for r in todo)
+    with contextlib.closing(results), tqdm(total=len(todo), unit="row", desc=job.name, file=sys.stderr) as bar:
+        for row, result in results:
+            if result is not None:
+                failed[row.number] = str(result)
+                bar.set_postfix(failed=len(failed), refresh=False)
+            bar.update()
+    return failed
+
+
+class _Partial(contextlib.AbstractContextManager):
+    """OUT.partial, open for more rows; `made` has those that it holds, by row number."""
+
+    def __init__(self, target: Path, header: dict[str, Any], overwrite: bool):
+        self.made: dict[int, Made] = {}
+        self._lock = threading.Lock()
+        self._path = target.with_name(target.name + ".partial")
+        try:
+            self._file = open(self._path, "a+b")  # noqa: SIM115 (closed by __exit__)
+        except OSError as error:
+            raise InputError(f"{self._path}: cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{self._path}: another run is writing it") from error
+        if overwrite:
+            self._file.truncate(0)
+        self._read(header)
+
+    def _read(self, header: dict[str, Any]) -> None:
+        self._file.seek(0)
+        data = self._file.read()
+        whole = data[: data.rfind(b"\n") + 1]  # a killed run may leave half a line
+        self._file.truncate(len(whole))
+        if whole.count(b"\n") < 2:  # nothing is finished: whatever it says binds nobody
+            self._file.truncate(0)
+            self._append(header)
+            return
+        try:
+            first, *records = map(json.loads, whole.splitlines())
+            self.made = {record["row"]: Made(record["made"], tuple(record["notes"])) for record in records}
+            before = {"command": first["command"], "input": first["input"], **first["settings"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self._path}: not a file of this command ({error}); --overwrite starts anew") from error
+        now = {"command": header["command"], "input": header["input"], **header["settings"]}
+        for name in now | before:
+            if now.get(name) != before.get(name):
+                what = (
+                    "is another file" if name == "input" else f"was {before.get(name)!r} and is now {now.get(name)!r}"
+                )
+                raise InputError(
+                    f"{self._path} holds {len(self.made)} finished rows of a run with other settings: {name} {what}; "
+                    "--overwrite starts anew"
+                )
+
+    def add(self, number: int, made: Made) -> None:
+        with self._lock:
+            self.made[number] = made
+            self._append({"row": number, "made": made.row, "notes": made.notes})
+
+    def _append(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record).encode() + b"\n")  # ASCII: escapes carry lone surrogates
+        self._file.flush()
+
+    def remove(self) -> None:
+        self._path.unlink()
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def _check_target(target: Path, source: Path, overwrite: bool) -> None:
+    if target.exists() and not target.is_file():
+        raise InputError(f"{target}: exists and is not a plain file")
+    if target.exists() and target.samefile(source):
+        raise InputError(f"{target}: is the input; expected another file to write")
+    if target.exists() and not overwrite and not target.with_name(target.name + ".partial").exists():
+        raise InputError(f"{target}: is there already and complete; --overwrite makes it anew")
+
+
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[TextIO]:
+    """A file that takes its name only when it is complete."""
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            yield file
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_rows(target: Path, rows: list[dict[str, Any]]) -> None:
+    array = target.suffix == ".json"
+    with _writing(target) as file:
+        lines = (",\n" if array else "\n").join(map(json.dumps, rows))
+        file.write(f"[\n{lines}\n]\n" if array else lines + "\n" * bool(lines))
+
+
+def _write_failed(target: Path, failed: dict[int, str]) -> None:
+    path = target.with_name(target.name + ".failed.jsonl")
+    if not failed:
+        path.unlink(missing_ok=True)
+        return
+    with _writing(path) as file:
+        for number, reason in sorted(failed.items()):
+            file.write(json.dumps({"row": number, "reason": reason}) + "\n")
+
+
+def _report(job: Job, failed: dict[int, str], made: list[Made], counts: Counter[str]) -> None:
+    """The rows that failed, and one line about all, on standard error."""
+    for number, reason in sorted(failed.items())[:MAX_REPORTED]:
+        print(f"row {number}: {reason}", file=sys.stderr)
+    if len(failed) > MAX_REPORTED:
+        print(f"... and {len(failed) - MAX_REPORTED} more", file=sys.stderr)
+    notes = Counter(note for one in made for note in one.notes)
+    groups = [group for one in made for group in one.groups()]
+    alternatives = sum(map(len, groups)) / max(1, len(groups))
+    parts = [f"{count} {what}" for what, count in (counts + notes).items()]
+    print(
+        f"{job.name}: {', '.join(parts) or '0 rows'}; {len(groups)} groups, {alternatives:.1f} alternatives per group",
+        file=sys.stderr,
+    )

@@ -1,0 +1,179 @@
+"""What is wrong with key steps: those that can never pay, that pay for nothing, or that pay twice.
+
+One pass over the rows; the reference solution of each is scored by the robust rules, as an answer is in training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from r1vl_jax.keysteps.rows import normal_key, shown
+from r1vl_jax.rewards.key_steps import key_step_groups, key_step_hits
+from r1vl_jax.rewards.normal import normal_text
+from r1vl_jax.rewards.rules import PRESETS
+from r1vl_jax.rewards.steps import step_bodies
+
+KINDS = {
+    "unusable": "problem or solution is missing or no text",
+    "missing": "no key steps",
+    "not_text": "an alternative that is no text",
+    "empty": "a group or an alternative without text",
+    "duplicate": "an alternative that is there twice, in one group or in two",
+    "short": "a single character or a bare small number",
+    "general": "one common word, or found in the solutions of many other rows",
+    "absent": "no alternative is found in the steps of the row's own solution",
+    "question": "found in the question: a copy of it would pay",
+    "many": "more groups than --max-groups",
+}
+_COMMON = re.compile(
+    "the|an?|is|are|answer|angles?|triangles?|circles?|lines?|sides?|equal|equals|total|number|value|step|so|therefore|image"
+    "|first|given|question|solution|figure|calculate|find|yes|no|and|option|correct|sum|length|area"
+)
+_MAX_PHRASE = 8  # longer ones are not counted in other rows
+_MIN_OTHERS = 3  # found in fewer other rows, a text is not general, however few rows there are
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing wrong with one row.
+
+    Attributes:
+      row: the row's number.
+      group: index of the group of key steps; None for the row as a whole.
+      kind: one of KINDS.
+      detail: what it is about, in words.
+    """
+
+    row: int
+    group: int | None
+    kind: str
+    detail: str
+
+
+def lint_rows(
+    rows: Iterable[tuple[int, dict[str, Any]]], *, max_groups: int = 15, common_share: float = 0.2
+) -> list[Finding]:
+    """All findings of all rows, by row and group.
+
+    Args:
+      rows: (number, row) pairs, rows as in R1-VL-10K.
+      max_groups: more groups than these in a row are a finding.
+      common_share: a text found in the solutions of more than this share of the other rows is too general.
+    """
+    findings: list[Finding] = []
+    phrases: dict[tuple[str, ...], list[tuple[int, int, str]]] = {}  # where each text is a key step
+    solutions: dict[int, list[str]] = {}
+    for number, row in rows:
+        findings += (Finding(number, *finding) for finding in _row_findings(row, max_groups))
+        solutions[number] = _step_words(row.get("solution"))
+        for index, group in enumerate(key_step_groups(row.get("key_steps"))[0]):
+            for text in group:
+                phrases.setdefault(normal_key(text), []).append((number, index, text))
+    findings += _general(phrases, solutions, common_share)
+    return sorted(findings, key=lambda one: (one.row, -1 if one.group is None else one.group))
+
+
+def counts(findings: Iterable[Finding]) -> Counter[str]:
+    """Findings of each kind, in the order of KINDS."""
+    found = Counter(finding.kind for finding in findings)
+    return Counter({kind: found[kind] for kind in KINDS})
+
+
+def _row_findings(row: dict[str, Any], max_groups: int) -> Iterator[tuple[int | None, str, str]]:
+    """(group, kind, detail) of what one row alone shows."""
+    for field in ("problem", "solution"):
+        if not isinstance(row.get(field), str) or not row[field].strip():
+            yield None, "unusable", f"field {field!r}: {shown(row.get(field))}; expected a text"
+    groups, notes = key_step_groups(row.get("key_steps"))
+    if not groups:
+        yield None, "missing", f"field 'key_steps': {'; '.join(notes)}"
+        return
+    if len(groups) > max_groups:
+        yield None, "many", f"{len(groups)} groups; expected at most {max_groups}"
+    raw = row["key_steps"]["Steps"] if isinstance(row["key_steps"], dict) else row["key_steps"]
+    for index, (group, given) in enumerate(zip(groups, raw, strict=True)):
+        others = [text for text in given if not isinstance(text, str)] if isinstance(given, list | tuple) else [given]
+        yield from ((index, "not_text", shown(other)) for other in others if not isinstance(other, str))
+        if not group or not all(normal_key(text) for text in group):
+            yield index, "empty", "no alternatives" if not group else "an alternative says nothing"
+        for text in filter(_is_short, group):
+            yield index, "short", shown(text)
+        yield from ((index, "general", f"{shown(text)} is a common word") for text in group if _is_common(text))
+    yield from _duplicates(groups)
+    yield from _out_of_place(row, groups)
+
+
+def _is_short(text: str) -> bool:
+    text = text.strip()
+    return len(text) == 1 or re.fullmatch(r"[-+]?\d{1,2}(?:\.0*)?", text) is not None
+
+
+def _is_common(text: str) -> bool:
+    return _COMMON.fullmatch(text.strip().lower()) is not None
+
+
+def _duplicates(groups: tuple[tuple[str, ...], ...]) -> Iterator[tuple[int, str, str]]:
+    """In one group spellings count, since `released` and `paper` find letters; across groups, what they mean."""
+    owner: dict[tuple[str, ...], int] = {}
+    for index, group in enumerate(groups):
+        spelled = Counter(" ".join(text.lower().split()) for text in group)
+        yield from ((index, "duplicate", f"{shown(text)} is there {n} times") for text, n in spelled.items() if n > 1)
+        for text in group:
+            first = owner.setdefault(normal_key(text), index)
+            if first != index and normal_key(text):
+                yield index, "duplicate", f"{shown(text)} is in group {first} too"
+
+
+def _out_of_place(row: dict[str, Any], groups: tuple[tuple[str, ...], ...]) -> Iterator[tuple[int, str, str]]:
+    problem, solution = row.get("problem"), row.get("solution")
+    if isinstance(solution, str):
+        robust = PRESETS["robust"]
+        loose = dataclasses.replace(robust, refuse_stuffing=False)
+        missed = set(range(len(groups))) - {hit.group for hit in key_step_hits(solution, groups, robust)}
+        listed = {hit.group for hit in key_step_hits(solution, groups, loose)} if missed else set()
+        for index in sorted(missed):
+            where = (
+                "only where the solution's step is a list of key steps" if index in listed else "not in the solution"
+            )
+            yield index, "absent", f"{shown(list(groups[index]))}: {where}"
+    if isinstance(problem, str):
+        question = normal_text(problem)
+        for index, group in enumerate(groups):
+            for text in group:
+                if any(question.find(text)):
+                    yield index, "question", shown(text)
+
+
+def _step_words(solution: Any) -> list[str]:
+    if not isinstance(solution, str):
+        return []
+    return [word for start, end in step_bodies(solution) for word in (*normal_text(solution, start, end).words, "\n")]
+
+
+def _general(
+    phrases: dict[tuple[str, ...], list[tuple[int, int, str]]], solutions: dict[int, list[str]], share: float
+) -> Iterator[Finding]:
+    """Key steps that stand in the solutions of many other rows."""
+    lengths: dict[str, set[int]] = {}
+    for phrase in phrases:
+        if 0 < len(phrase) <= _MAX_PHRASE:
+            lengths.setdefault(phrase[0], set()).add(len(phrase))
+    has: dict[tuple[str, ...], set[int]] = {phrase: set() for phrase in phrases}
+    for number, words in solutions.items():
+        here = {
+            phrase
+            for i, word in enumerate(words)
+            for length in lengths.get(word, ())
+            if (phrase := tuple(words[i : i + length])) in phrases
+        }
+        for phrase in here:
+            has[phrase].add(number)
+    for phrase, places in phrases.items():
+        for number, index, text in dict.fromkeys(places):
+            others = len(has[phrase] - {number})
+            if others >= _MIN_OTHERS and others > share * (len(solutions) - 1):
+                yield Finding(number, index, "general", f"{shown(text)} is in {others} other rows' solutions")

@@ -1,10 +1,17 @@
-"""Reading a JSON object that a checkpoint folder must hold; nothing of r1vl_jax is imported here."""
+"""Reading a JSON object that a checkpoint folder must hold, and writing files that appear when they are complete.
+
+Nothing of r1vl_jax is imported here.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 def read_text(path: Path) -> str:
@@ -35,3 +42,22 @@ def inner_object(table: dict[str, Any], key: str, path: Path | str) -> dict[str,
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"{path}: {key} is {value!r}; expected an object")
     return value or {}
+
+
+@contextlib.contextmanager
+def writing(path: Path | str, *, replace: bool = True) -> Iterator[TextIO]:
+    """A text file that takes its name only when it is complete; with `replace=False`, only whether it could be written.
+
+    Raises OSError where that cannot be, or where the name is that of a folder or a device.
+    """
+    target = Path(path)
+    if target.exists() and not target.is_file():
+        raise OSError(errno.EINVAL, "it exists and is not a plain file")
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            yield file
+        if replace:
+            os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from r1vl_jax import lab
+from r1vl_jax.jsonfile import writing
 from r1vl_jax.lab_tables import probe_table, rescore_table
 from r1vl_jax.rewards import PRESETS, Rules, Score, ScorerPool, get_rules
 from r1vl_jax.rewards import probe as attacks
@@ -149,7 +148,7 @@ def _within(row: dict, steps: tuple[float, float] | None) -> bool:
 def write_scores(rows: list[dict], args: argparse.Namespace, skipped: int) -> None:
     """OUT: the rows with their scores; a summary on standard error."""
     scores = score_rows(rows, args)
-    with _writing(args.output) as out:
+    with _output(args.output) as out:
         for row, score in zip(rows, scores, strict=True):
             # ASCII: escapes carry lone surrogates, which UTF-8 cannot
             out.write(json.dumps(row | score_fields(score)) + "\n")
@@ -167,7 +166,7 @@ def show_groups(rows: list[dict], args: argparse.Namespace) -> None:
     texts = [text for group in groups for text in group.texts]
     report = lab.rescore(groups, _score_all(texts, owners, args))
     if args.output:
-        with _writing(args.output) as out:
+        with _output(args.output) as out:
             out.writelines(json.dumps(group) + "\n" for group in report["groups"])
     shown = report | {"alpha": args.alpha, "groups": report["groups"][: args.groups]}
     _say(json.dumps(shown, indent=1) + "\n" if args.json else rescore_table(report, args.groups))
@@ -258,27 +257,12 @@ def summary(scores: list[Score], rules: str, skipped: int) -> str:
 def _check_output(path: str | None) -> None:
     """Raises OSError now, not after the scoring, where OUT cannot be written."""
     if path not in ("-", None):
-        with _writing(path, replace=False):
+        with writing(path, replace=False):
             pass
 
 
-@contextlib.contextmanager
-def _writing(path: str, replace: bool = True) -> Iterator[TextIO]:
-    """A file that takes its name only when it is complete; "-" is standard output."""
-    if path == "-":
-        yield sys.stdout
-        return
-    target = Path(path)
-    if target.exists() and not target.is_file():  # a folder; or a device, which must not be replaced
-        raise OSError(errno.EINVAL, "it exists and is not a plain file")
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            yield file
-        if replace:
-            os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _output(path: str) -> contextlib.AbstractContextManager[TextIO]:
+    return contextlib.nullcontext(sys.stdout) if path == "-" else writing(path)
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -10,17 +10,17 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from r1vl_jax.endpoint import EndpointStop, in_parallel
+from r1vl_jax.jsonfile import writing
 from r1vl_jax.keysteps.rows import InputError, Row, RowFault, read_rows
 from r1vl_jax.rewards.key_steps import key_step_groups
 
@@ -183,21 +183,9 @@ def _check_target(target: Path, source: Path, overwrite: bool) -> None:
         raise InputError(f"{target}: is there already and complete; --overwrite makes it anew")
 
 
-@contextlib.contextmanager
-def _writing(target: Path) -> Iterator[TextIO]:
-    """A file that takes its name only when it is complete."""
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            yield file
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _write_rows(target: Path, rows: list[dict[str, Any]]) -> None:
     array = target.suffix == ".json"
-    with _writing(target) as file:
+    with writing(target) as file:
         lines = (",\n" if array else "\n").join(map(json.dumps, rows))
         file.write(f"[\n{lines}\n]\n" if array else lines + "\n" * bool(lines))
 
@@ -207,7 +195,7 @@ def _write_failed(target: Path, failed: dict[int, str]) -> None:
     if not failed:
         path.unlink(missing_ok=True)
         return
-    with _writing(path) as file:
+    with writing(path) as file:
         for number, reason in sorted(failed.items()):
             file.write(json.dumps({"row": number, "reason": reason}) + "\n")
 

@@ -188,7 +188,12 @@ def start(source, out, url, *more):
         "m",
     ]
     return subprocess.Popen(
-        [*command, *more], stderr=subprocess.PIPE, text=True, env=os.environ | {"OPENAI_API_KEY": ""}
+        [*command, *more],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OPENAI_API_KEY": ""},
+        # A shell starts its background jobs, such as these tests may be, with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

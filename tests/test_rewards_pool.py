@@ -130,7 +130,7 @@ FAULTS = {"arithmetic": "timeout", "abort": "crash", "memory": "error", "segfaul
 def test_a_hang_a_crash_and_a_memory_bomb_in_the_verifier_each_cost_one_answer(scorer):
     half = "$\\frac{6}{2}$"  # right, and not as text: the verifier is asked
     finals = [half, "arithmetic", half, "abort", half, "memory", half, "segfault", "4", half]
-    with ScorerPool(2, 1.5, memory_gib=0.5, function="pool_verifier:score") as pool:
+    with ScorerPool(2, 4, memory_gib=0.5, function="pool_verifier:score") as pool:
         scores = run(pool, [HEAD + final for final in finals], key_steps=["one"])
         assert run(pool, [HEAD + half])[0].correct  # and the pool goes on
     found = dict(zip(finals, scores, strict=True))

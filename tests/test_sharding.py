@@ -127,9 +127,9 @@ def test_loss_gradients_and_update(sizes):
     got_metrics, got_grads, got_params, _ = trained(make_mesh(*sizes))
     for name, value in metrics.items():
         np.testing.assert_allclose(got_metrics[name], value, atol=1e-5, err_msg=name)
+    assert not {path: error for path, error in differences(got_grads, grads).items() if not error < 1e-5}
     # 1.06e-5 on one machine, for the keys' bias, whose gradient is a small difference of large numbers.
-    assert not {path: error for path, error in differences(got_grads, grads).items() if not error < 2e-5}
-    assert not {path: error for path, error in differences(got_params, params).items() if not error < 1e-5}
+    assert not {path: error for path, error in differences(got_params, params).items() if not error < 2e-5}
     before = jax.device_get(setting()[1])
     assert min(differences(params, before).values()) > 9e-5
 

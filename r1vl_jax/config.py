@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from pathlib import Path
@@ -168,10 +169,19 @@ class RLSection:
         _one_of("rl.advantage", self.advantage, ("trajectory", "step"))
         _one_of("rl.scale", self.scale, ("std", "none", "floor"))
         _one_of("rl.zero_variance", self.zero_variance, ("keep", "skip", "resample"))
-        _require(len(self.rewards) == len(set(self.rewards)) > 0, "rl.rewards", self.rewards, "different names")
+        _require(
+            len(self.rewards) == len(set(self.rewards)) > 0,
+            "rl.rewards",
+            self.rewards,
+            "one name or more, all different",
+        )
         if self.reward_weights is not None:
             expected = f"{len(self.rewards)} numbers, one for each of rl.rewards"
             _require(len(self.reward_weights) == len(self.rewards), "rl.reward_weights", self.reward_weights, expected)
+            finite = all(map(math.isfinite, self.reward_weights)) and any(self.reward_weights)
+            _require(finite, "rl.reward_weights", self.reward_weights, "finite numbers, not all 0")
+        for key in ("alpha", "beta", "temperature", "std_floor"):
+            _require(math.isfinite(getattr(self, key)), f"rl.{key}", getattr(self, key), "a finite number")
         _at_least("rl", self, max_resamples=0)
         _require(self.std_floor > 0, "rl.std_floor", self.std_floor, "more than 0")
         _at_least("rl", self, steps=1, questions_per_step=1, group_size=2, micro_batch_size=1, max_new_tokens=2)

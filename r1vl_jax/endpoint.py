@@ -18,6 +18,7 @@ from typing import Any
 
 # So many failures of the server in a row, no answer between them, and it is taken for gone.
 MAX_FAILURES_IN_A_ROW = 8
+MAX_FAILURES_AT_FIRST = 3  # before any answer
 _NO_MORE = object()
 _STOPPING = {
     401: "the key is wrong or missing; it is read from OPENAI_API_KEY",
@@ -122,18 +123,19 @@ def in_parallel(work: Callable[[Any], Any], jobs: Iterable, threads: int) -> Ite
     """
     rest, lock, stopped = iter(jobs), threading.Lock(), threading.Event()
     finished: queue.SimpleQueue = queue.SimpleQueue()
-    failures = 0  # of the server, in a row
+    failures, answered = 0, False  # of the server, in a row
 
     def attempt(job: Any) -> Any:
-        nonlocal failures
+        nonlocal failures, answered
         try:
             result = work(job)
         except EndpointError as error:
             result = error
         with lock:
-            failures = failures + 1 if isinstance(result, EndpointError) and result.server else 0
-            if failures == MAX_FAILURES_IN_A_ROW:
-                raise EndpointStop(f"the server has gone: {failures} requests in a row failed, the last: {result}")
+            failed = isinstance(result, EndpointError) and result.server
+            failures, answered = failures + 1 if failed else 0, answered or not failed
+            if failures >= (MAX_FAILURES_IN_A_ROW if answered else MAX_FAILURES_AT_FIRST):
+                raise EndpointStop(f"no answer from the server: {failures} requests in a row failed: {result}")
         return result
 
     def worker() -> None:

@@ -88,9 +88,12 @@ def start_judging(
     thread.shutdown(wait=False)
 
     def finish() -> list[list[Judged]]:
-        given = {reward.name: user_reward(reward, texts, owners).tolist() for reward, _ in paid.user}
+        try:
+            given = {reward.name: user_reward(reward, texts, owners).tolist() for reward, _ in paid.user}
+        finally:
+            scores = pending.result()
         judged = []
-        for i, (text, tokens, score) in enumerate(zip(texts, rows, pending.result(), strict=True)):
+        for i, (text, tokens, score) in enumerate(zip(texts, rows, scores, strict=True)):
             user = {name: values[i] for name, values in given.items()}
             reward = paid.accuracy * score.accuracy + paid.validity * score.validity
             reward += sum(weight * user[function.name] for function, weight in paid.user)

@@ -63,7 +63,7 @@ def plot_metrics(folder: str | Path) -> Path:
 def _draw(axes, panel: Panel, rows: list[dict], lengths: dict[str, int]) -> None:
     """One panel. Every stage is one unit wide, whatever its number of steps."""
     stages = list(lengths)
-    shown = set()
+    shown, positive = set(), False
     for number, name in enumerate(panel.names):
         colour = f"C{number}"
         for place, stage in enumerate(stages):
@@ -76,6 +76,7 @@ def _draw(axes, panel: Panel, rows: list[dict], lengths: dict[str, int]) -> None
                     continue
                 shown.add(place)
                 steps, values = np.array(points, float).T
+                positive |= bool((values > 0).any())
                 x = place + steps / lengths[stage]
                 if heldout:
                     axes.plot(x, values, "o", color=colour, markersize=7, markeredgecolor="white", zorder=3)
@@ -93,7 +94,7 @@ def _draw(axes, panel: Panel, rows: list[dict], lengths: dict[str, int]) -> None
         axes.set_axis_off()
         axes.text(0.5, 0.5, "nothing yet", transform=axes.transAxes, ha="center", color="0.6")
         return
-    if panel.scale == "log":
+    if panel.scale == "log" and positive:
         axes.set_yscale("log")
     _stage_ticks(axes, range(min(shown), max(shown) + 1), stages, lengths)
     axes.grid(alpha=0.2)

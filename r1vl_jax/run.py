@@ -154,6 +154,11 @@ class Stage:
         )  # fmt: skip
         return jax.device_get(metrics)
 
+    def pass_step(self) -> dict[str, float]:
+        """Counts a step that has nothing to learn from: parameters and moments stay."""
+        self.state = self.state.replace(step=self.state.step + 1)
+        return {}
+
     def finish_step(self, step: int, metrics: dict[str, float], phases: Phases, tokens: int) -> None:
         """Logs a step; writes a checkpoint and the plot where one is due."""
         log, every = self.run.log, self.run.config.checkpoint.every

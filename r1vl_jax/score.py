@@ -23,6 +23,7 @@ from r1vl_jax.jsonfile import writing
 from r1vl_jax.lab_tables import probe_table, rescore_table
 from r1vl_jax.rewards import PRESETS, Rules, Score, ScorerPool, get_rules
 from r1vl_jax.rewards import probe as attacks
+from r1vl_jax.rewards.key_steps import key_step_groups
 from r1vl_jax.score_input import question_of, read_rows
 
 MAX_REPORTED = 20
@@ -95,6 +96,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"{args.input}: cannot be read: {error.strerror}", file=sys.stderr)
         return 2
+    if args.output and args.output != "-" and os.path.realpath(args.output) == os.path.realpath(args.input):
+        print(f"{args.output}: is the input; expected another file to write", file=sys.stderr)
+        return 2
     try:
         _check_output(args.output)
     except OSError as error:
@@ -128,7 +132,8 @@ class _Unusable(ValueError):
 def select(rows: list[dict], args: argparse.Namespace) -> list[dict]:
     """The rows of the stage and steps asked for, at most as many as the limit."""
     if args.stage is None and args.steps is None:
-        return rows[: args.limit]
+        # Held-out answers are greedy, one to a question: with a stage's groups they would only be averaged away.
+        return ([row for row in rows if "event" not in row] or rows)[: args.limit]
     chosen = [row for row in rows if args.stage in (None, _stage(row)) and _within(row, args.steps)]
     if not chosen:
         there = list(dict.fromkeys(f"{_stage(row)} {row.get('step')}" for row in rows if "step" in row))
@@ -179,6 +184,8 @@ def show_probe(rows: list[dict], args: argparse.Namespace) -> None:
     asked = {json.dumps([question_of(row), row["solution"], row.get("key_steps")]): row for row in rows}
     problems = [attacks.problem(question_of(row), row["solution"], row.get("key_steps")) for row in asked.values()]
     problems = problems or attacks.BUILT_IN
+    if bare := sum(not key_step_groups(problem.key_steps)[0] for problem in problems):
+        print(f"{bare} of {len(problems)} problems have no key steps to attack with", file=sys.stderr)
     texts, cases, owners = [], [], []
     for index, problem in enumerate(problems):
         for name, text in (attacks.honest(problem) | attacks.attacks(problem)).items():
@@ -278,7 +285,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     rules = f"{', '.join(PRESETS)}; options behind commas; several to compare (default: paper)"
     parser.add_argument("--rules", metavar="PRESET[,OPTION=true|false]", type=_rules, action="append", help=rules)
     parser.add_argument("--alpha", type=_finite, default=0.1, help="weight of the key steps (default: 0.1)")
-    parser.add_argument("--stage", help="only a run's rows of this stage, or heldout")
+    parser.add_argument("--stage", help="only a run's rows of this stage, or heldout (default: all but those)")
     steps = parser.add_mutually_exclusive_group()
     steps.add_argument("--step", metavar="N", dest="steps", type=_step, help="only a run's rows of step N")
     steps.add_argument("--steps", metavar="A:B", type=_steps, help="only those from step A to step B, both included")

@@ -206,10 +206,13 @@ def step_grpo(run: Run, params, resume: bool):
             groups = grpo.sample(weights, step, phases)
         except RewardError:  # of a user's function: what has been trained is kept
             stage.save(step - 1)
+            stage.finish()
+            run.log.say(f"step_grpo: saved after step {step - 1}; --resume goes on from there")
             raise
         del weights
         with phases("train"):
-            metrics = stage.step(grpo.batches(groups), loss_fn)
+            teaches = groups.teaches_B.any() or config.zero_variance == "keep"
+            metrics = stage.step(grpo.batches(groups), loss_fn) if teaches else stage.pass_step()
         metrics |= reward_metrics(groups.judged)
         metrics["group_std"] = groups.reward_BG.std(axis=1, ddof=1).mean()
         metrics["zero_variance"] = 1 - groups.teaches_B.mean()

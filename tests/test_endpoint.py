@@ -11,7 +11,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from r1vl_jax.endpoint import MAX_FAILURES_IN_A_ROW, Endpoint, EndpointError, EndpointStop, in_parallel
+from r1vl_jax.endpoint import (
+    MAX_FAILURES_AT_FIRST,
+    MAX_FAILURES_IN_A_ROW,
+    Endpoint,
+    EndpointError,
+    EndpointStop,
+    in_parallel,
+)
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -247,11 +254,14 @@ def test_in_parallel_stops_when_the_server_has_gone():
 
     def work(job):
         tried.append(job)
-        raise EndpointError("refused", server=True)
+        if job >= answered:
+            raise EndpointError("refused", server=True)
 
-    with pytest.raises(EndpointStop, match=f"{MAX_FAILURES_IN_A_ROW} requests in a row failed, the last: refused"):
-        list(in_parallel(work, range(10_000), threads=1))
-    assert len(tried) == MAX_FAILURES_IN_A_ROW
+    for answered, limit in ((0, MAX_FAILURES_AT_FIRST), (1, MAX_FAILURES_IN_A_ROW)):
+        tried.clear()
+        with pytest.raises(EndpointStop, match=f"{limit} requests in a row failed: refused"):
+            list(in_parallel(work, range(10_000), threads=1))
+        assert len(tried) == answered + limit
 
 
 def test_in_parallel_goes_on_after_failures_with_successes_between_or_of_the_request():

@@ -446,6 +446,15 @@ def finds(key_step, said, rules="robust"):
         ("x = 3", "we find\nx = 3 cm"),
         ("AB = CD", "thus - AB = CD - holds"),
         ("90", "7.5(7.5 + 4.5) = 90."),
+        ("AB = 5", "known sides:\n   - AB = 5\n   - BC = 6"),
+        ("x = 3", "*x = 3*."),
+        ("x = 3", "x = 3 - so the first is done"),
+        ("1200", "$1{,}200$"),
+        ("\\sin\\theta = 1", "sinθ = 1"),
+        ("2\\pi r", "2πr"),
+        ("60°", "60º"),
+        ("AB = 12 cm", "AB = 12 \\mathrm{~cm}"),
+        ("ABCD is a square", "ABCD is a square in the plane"),
     ],
 )
 def test_the_same_said_differently_is_found(key_step, said):
@@ -474,6 +483,18 @@ def test_the_same_said_differently_is_found(key_step, said):
         ("AD is a median", "AD is. A median"),
         ("5", "5x"),
         ("0.50", "0.51"),
+        ("AB = CD", "AB = CD/2"),
+        ("5 cm", "5 cm^2"),
+        ("AB = 10", "2AB = 10"),
+        ("AB = 10", "-AB = 10"),
+        ("area = 9", "area = 9 \\pi"),
+        ("x = 2", "x = 2 \\sqrt{3}"),
+        ("x = 6", "\\sqrt{x} = 6"),
+        ("x = 1", "sin x = 1"),
+        ("x = 180°", "x = 180° - 140°"),
+        ("x = 5", "x = 5 \\pm 2"),
+        ("200", "$1{,}200$"),
+        ("50", "50%"),
     ],
 )
 def test_what_only_looks_the_same_is_not_found(key_step, said):
@@ -497,6 +518,8 @@ def test_a_step_that_only_lists_key_steps_earns_nothing():
         assert matched(*stuffed, refuse_stuffing=False) == (0, 1, 2)
     honest = ["As D halves BC, AD is a median.", "The two parts have equal area.", "So 12/2 = 6."]
     assert matched(*honest) == (0, 1, 2)
+    # Key steps that follow from each other, in one sentence.
+    assert matched("AD is a median, so they have equal area.", "Since AD is a median, 12/2 = 6.") == (0, 1, 2)
     # A list first does not spoil what is said properly later, and is not where it is found.
     score = score_answer(answer("3", [", ".join(key_steps), *honest]), "3", key_steps, rules="robust")
     assert score.matched == (0, 1, 2) and score.step_rewards[0] == 0 and all(score.step_rewards[1:])
@@ -512,8 +535,22 @@ def test_a_step_that_repeats_text_earns_nothing():
     assert matched(said * 5) == ()
     assert matched(said * 5, refuse_stuffing=False) == (0,)
     assert matched("The area is what we want. We halve the product.", said) == (0,)
-    first = "The area of this triangle is what we want to know here"
-    assert matched(first, first + " 12/2 = 6") == ()  # the second step is the first one again
+    first = "The area of this triangle is what we want to know here."
+    assert matched(first, first + " So 12/2 = 6.") == ()  # the second step is the first one again
+    assert matched(first, first.replace("triangle", "square") + " So 12/2 = 6.") == (0,)
+
+
+def test_steps_of_one_pattern_are_no_repetition():
+    steps = [
+        f"The height of the blue bar in {year} is {height}." for year, height in ((2003, 45), (2004, 52), (2005, 60))
+    ]
+    assert score_answer(answer("3", steps), "3", ["45", "52", "60"], rules="robust").k == 1
+
+
+@pytest.mark.parametrize("options", [{"refuse_stuffing": True}, {"refuse_stuffing": True, "match_tokens": True}])
+@pytest.mark.parametrize("text", ["", "no steps here"])
+def test_an_empty_alternative_where_there_are_no_steps(text, options):
+    assert score_answer(text, "5", ["", "  "], rules=get_rules("released", options)).k == 1
 
 
 def test_honest_solutions_keep_their_key_steps(tmp_path):
@@ -533,6 +570,16 @@ def test_honest_solutions_keep_their_key_steps(tmp_path):
     [
         *[(text, "3", False) for text in ("1 or 3", "1, 2, 3", "1 2 3", "1=2=3", "$1$ $2$ $3$", "0 to 3", "3±1")],
         *[(text, "3", True) for text in ("3", "x = 3", "6/2 = 3", "3 cm", "The length is 3.", "x = 2 + 1 = 3", "3.0")],
+        *[(text, "7", False) for text in ("3+0, 4+0, 7", "5^1 or 6^1 or 7", "7 (or 8)", "x=1 x=7")],
+        ("1x or 2x or 3x", "3x", False),
+        *[
+            (text, "40", True)
+            for text in ("$180^\\circ - 140^\\circ = 40^\\circ$", "60 cm - 20 cm = 40 cm", "$\\angle 1 = 40$")
+        ],
+        ("$6 \\sqrt{2}$", "$\\sqrt{72}$", True),
+        ("$3\\frac{1}{3}$", "$\\frac{10}{3}$", True),
+        ("$1{,}234$", "1234", True),
+        ("$f(2) = 5$", "5", True),
         ("(3, 4)", "(3, 4)", True),
         ("x = 3, y = 4", "x=3, y=4", True),
         ("1 or 3", "1 or 3", True),

@@ -87,9 +87,32 @@ def test_groups_that_teach_nothing_move_nothing(inputs, tmp_path, monkeypatch, m
     export = train(rl(inputs, tmp_path / mode, steps=2, zero_variance=mode, max_resamples=1))
     rows = steps(tmp_path / mode, "step_grpo")
     assert [row["questions"] for row in rows] == [4, 4] if mode == "skip" else [8, 8]
-    assert all((row["loss"], row["grad_norm"], row["zero_variance"]) == (0, 0, 1) for row in rows)
+    assert all(row["zero_variance"] == 1 and "loss" not in row and "grad_norm" not in row for row in rows)
+    assert [row["step"] for row in rows] == [1, 2]
     before, after = params(inputs / "model"), params(export)
     jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_a_step_without_a_lesson_leaves_parameters_and_moments(inputs, tmp_path, monkeypatch):
+    """Adam's moments of the first step would go on moving the parameters."""
+
+    class OnceScorerPool(SteppedScorerPool):
+        calls = 0
+
+        def score(self, completions, *args, **options):
+            OnceScorerPool.calls += 1
+            pool = SteppedScorerPool if OnceScorerPool.calls == 1 else ConstantScorerPool
+            return pool.score(self, completions, *args, **options)
+
+    monkeypatch.setattr(train_module, "ScorerPool", OnceScorerPool)
+    options = {"zero_variance": "skip", "optimizer": {"learning_rate": 1e-2, "schedule": "constant"}}
+    first = train(rl(inputs, tmp_path / "first", steps=1, **options))
+    OnceScorerPool.calls = 0
+    third = train(rl(inputs, tmp_path / "third", steps=3, **options))
+    assert ["loss" in row for row in steps(tmp_path / "third", "step_grpo")] == [True, False, False]
+    assert (first / "model.safetensors").read_bytes() == (third / "model.safetensors").read_bytes()
+    before = jax.tree.leaves(params(inputs / "model"))
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(params(first)), before, strict=True))
 
 
 REWARD = """

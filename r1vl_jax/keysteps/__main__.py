@@ -40,7 +40,8 @@ IN is a JSON array or JSONL of rows {"image_path", "problem", "solution", "key_s
 OUT is JSONL, or a JSON array where its name ends in .json. Image paths stay as they are, so write OUT beside IN.
 
 Finished rows are kept at once in OUT.partial. Interrupted, or with rows left by --limit or failed, the same command
-goes on with the rest. A row that fails stays in OUT as it was, and OUT.failed.jsonl says why.
+goes on with the rest. A row that fails stays in OUT as it was, and OUT.failed.jsonl says why; what is no JSON object is
+left out. Rows count from 0.
 Exit code: 0; 1 if rows failed; 2 if the input, the arguments or the endpoint are unusable; 130 on Ctrl-C.
 """
 # Of each: one line, what else there is to know, an example.

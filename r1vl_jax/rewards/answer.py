@@ -11,9 +11,9 @@ from __future__ import annotations
 import re
 import threading
 import unicodedata
+from fractions import Fraction
 
 from r1vl_jax.rewards import steps
-from r1vl_jax.rewards.normal import normal_text
 from r1vl_jax.rewards.rules import Rules
 
 # An answer taken from a section is cut here. Nothing that long is right, and comparing it could take very long:
@@ -23,6 +23,15 @@ MAX_ANSWER_CHARS = 4096
 _BOXED = re.compile(r"\\boxed\s*\{([^{}]*)\}")
 _CHOICE = re.compile(r"(?P<word>option\s+)?(?:\((?P<paren>[a-z])\)|(?P<bare>[a-z]))(?P<rest>.*)", re.I | re.S)
 _OPTION_TEXT = re.compile(r"\s+(?!(?:or|and)\b)[\w$\\]", re.I)
+
+_THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\}|\\,)(?=\d{3}(?!\d))")
+# Brackets, and what stands between the answers of a list: "or" and the like anywhere, a comma outside of brackets, a
+# blank before a number that is not the fraction of a mixed one (3 1/2), and before the next "x =".
+_BETWEEN = re.compile(
+    r"[()\[\]{}]|,|;|\n|\||±|\\pm\b|\bor\b|\band\b|(?<=\d)\s+to\s+(?=\d)|\$\s+\$"
+    r"|(?<=\d)\s+(?=[-+]?\d+(?:\.\d+)?(?!\s*/|[\d.]))|(?<=\d)\s+(?=\\?[A-Za-z]+\s*=)"
+)
+_PLAIN_NUMBER = re.compile(r"[-+]?\d{1,100}(?:\.\d{1,100})?(?:/0*[1-9]\d{0,99})?")
 
 
 def found_answer(completion: str, rules: Rules) -> str | None:
@@ -57,7 +66,7 @@ def is_correct(completion: str, solution: str, rules: Rules) -> bool:
         letters = (choice_letter(answer), choice_letter(gold)) if rules.choice_letters else (None, None)
         if None not in letters:
             return letters[0] == letters[1]
-        if rules.one_answer and len(normal_text(answer).values()) > max(1, len(normal_text(gold).values())):
+        if rules.one_answer and _alternatives(answer) > max(1, _alternatives(gold)):
             return False
         return _math_equal(answer, gold, rules)
     line = steps.answer_line(completion)
@@ -83,6 +92,27 @@ def choice_letter(text: str) -> str | None:
     separated = len(rest) > 1 and rest[0] in ".:)" and rest[1].isspace()
     in_brackets = match["paren"] is not None and _OPTION_TEXT.match(rest) is not None
     return letter if bare_end or separated or in_brackets else None
+
+
+def _alternatives(text: str) -> int:
+    """How many answers with a number a text names: the parts of a list, and different numbers that it calls equal."""
+    text = _THOUSANDS.sub("", unicodedata.normalize("NFKC", text[:MAX_ANSWER_CHARS]))
+    depth, start, parts = 0, 0, []
+    for match in _BETWEEN.finditer(text):
+        depth = max(0, depth + (match[0] in "([{") - (match[0] in ")]}"))
+        before, after = text[start : match.end()], text[match.end() : match.end() + 1]
+        if match[0].isspace() and after.isalpha() and "=" not in before:  # "20 m" of "20 m = 2000 cm"
+            continue
+        if match[0] not in "([{}])" and (depth == 0 or match[0] not in ",;"):
+            parts.append(text[start : match.start()])
+            start = match.end()
+    parts.append(text[start:])
+    count = 0
+    for part in parts:
+        sides = [side.strip(" $\t\n") for side in part.split("=")]
+        values = {Fraction(side) for side in sides if _PLAIN_NUMBER.fullmatch(side)}
+        count += max(len(values), any(map(str.isdecimal, part)))
+    return count
 
 
 def _first_answer(section: str) -> str:

@@ -19,12 +19,13 @@ from r1vl_jax.rewards.steps import step_bodies
 Groups = tuple[tuple[str, ...], ...]
 Finder = Callable[[str], Iterator[tuple[int, int]]]  # a text to find -> ranges of characters, from left to right
 
-# Words that only string key steps together.
+# Words that only string key steps together, and words that make one follow from another.
 _LIST_WORDS = frozenset(["and", "or", "also", "then", "plus", "next", "key", "step", "steps", "frac"])
-# A step repeats text if less than this share of its word triples is new. Triples inside key steps do not count, and of
-# a few others, such as "the number of", nothing can be said.
-_NEW_SHARE = 0.5
-_FEW_TRIPLES = 4
+_REASONS = frozenset(
+    ["so", "since", "because", "therefore", "thus", "hence", "as", "if", "when", "where", "which", "by"]
+)
+_REPEATED_SHARE = 0.5  # a step repeats text if more of it than this are sentences that were said before
+_SENTENCE = 4  # tokens; of fewer, nothing can be said
 
 
 class Hit(NamedTuple):
@@ -77,7 +78,7 @@ def key_step_hits(completion: str, groups: Sequence[Sequence[str]], rules: Rules
             return find(alternative)
         return iter((blank,) if rules.empty_alternative_matches else ())
 
-    if not rules.refuse_stuffing:
+    if not rules.refuse_stuffing or not bodies:
         found = [[next(places(text), None) for text in group] for group in groups]
     else:
         every = [[list(places(text)) for text in group] for group in groups]
@@ -138,32 +139,56 @@ def _token_finder(tokens: NormalText) -> Finder:
 def _stuffed_bodies(
     tokens: NormalText, bodies: list[tuple[int, int]], every: list[list[list[tuple[int, int]]]]
 ) -> set[int]:
-    """The bodies with key steps that repeat text, or that have fewer words of their own than key steps."""
+    """The bodies with key steps that repeat text, or that list key steps without other words.
+
+    Every key step that stands apart from the others wants a word of the step's own; a reason ("since") serves two.
+    """
     starts = [start for start, _ in bodies]
     depth = [0] * (len(tokens) + 1)  # +1 where a key step begins, -1 behind its end
-    groups_in = [set() for _ in bodies]
+    places = [[] for _ in bodies]  # (end, start, group) of each key step, in tokens
     for group, alternatives in enumerate(every):
         for start, end in itertools.chain.from_iterable(alternatives):
-            depth[bisect_right(tokens.ends, start)] += 1
-            depth[bisect_left(tokens.starts, end)] -= 1
-            groups_in[max(0, bisect_right(starts, start) - 1)].add(group)
+            first, last = bisect_right(tokens.ends, start), bisect_left(tokens.starts, end)
+            depth[first] += 1
+            depth[last] -= 1
+            places[max(0, bisect_right(starts, start) - 1)].append((last, first, group))
     covered = list(itertools.accumulate(depth))
     stuffed, said = set(), set()
     for body, (start, end) in enumerate(bodies):
         first, last = bisect_left(tokens.starts, start), bisect_left(tokens.starts, end)
         words = tokens.words[first:last]
-        triples = list(zip(words, words[1:], words[2:]))  # noqa: B905 (as many as there are)
-        if groups_in[body]:
-            own = [not inside and _is_word(word) for word, inside in zip(words, covered[first:last], strict=True)]
-            own_triples = [triple for triple, *any_own in zip(triples, own, own[1:], own[2:]) if any(any_own)]  # noqa: B905
-            new = set(own_triples) - said
-            repeats = len(own_triples) >= _FEW_TRIPLES and len(new) < _NEW_SHARE * len(own_triples)
-            own_words = set(itertools.compress(words, own)) - _LIST_WORDS
-            if repeats or len(own_words) < len(groups_in[body]):
+        repeated = _repeated(words, said)
+        if places[body]:
+            own = {
+                word for word, inside in zip(words, covered[first:last], strict=True) if not inside and _is_word(word)
+            }
+            own -= _LIST_WORDS
+            if repeated > _REPEATED_SHARE * len(words) or len(own) + len(own & _REASONS) < _apart(places[body]):
                 stuffed.add(body)
-        said.update(triples)
     return stuffed
 
 
+def _apart(places: list[tuple[int, int, int]]) -> int:
+    """How many key steps stand side by side rather than one in another; a group counts once."""
+    count, behind = 0, 0
+    for end, start, _ in sorted(places):
+        if start >= behind:
+            count, behind = count + 1, end
+    return min(count, len({group for *_, group in places}))
+
+
+def _repeated(words: list[str], said: set[tuple[str, ...]]) -> int:
+    """How many of the words are in sentences that are in `said`, which all of these then join."""
+    count, start = 0, 0
+    ends = [i for i, word in enumerate(words) if word == END]
+    for end in [*ends, len(words)]:
+        sentence = tuple(words[start:end])
+        if len(sentence) >= _SENTENCE:
+            count += len(sentence) if sentence in said else 0
+            said.add(sentence)
+        start = end + 1
+    return count
+
+
 def _is_word(word: str) -> bool:
-    return word.isalpha() and (len(word) > 1 or not word.isascii())
+    return word.isalpha() and (len(word) > 1 or word > "\u03ff")  # a letter, Latin or Greek, is a variable

@@ -24,22 +24,22 @@ from typing import NamedTuple
 END = "."  # the end of a sentence; also stands between two steps
 _SEP = "\x1f"  # white space to the lexer, so in no token
 
-_IDEOGRAPHS = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
+_IDEOGRAPHS = r"\u0370-\u03ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _OPTION = r"(?:[Oo]ption|OPTION|[Cc]hoice)\s+(?:\([A-Ja-j]\)|[A-J]\b)"
 _FRACTION = r"[dtc]?frac\s*+\{"
 # Lexemes stand side by side: every character is in one. The most frequent kinds come first.
 _KINDS = {
-    "blank": r"\s+",
-    "word": rf"(?!{_FRACTION}|{_OPTION})[^\W\d_²³¹½¼¾⅓⅔⁰⁴-⁹₀-₉{_IDEOGRAPHS}]+",
-    "number": r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\w)\.\d+",
+    "blank": r"\s*\n[ \t]*[-*+•](?=\s)|\s+",  # with the bullets of lists
+    "word": rf"(?!{_FRACTION}|{_OPTION})[^\W\d_º²³¹½¼¾⅓⅔⁰⁴-⁹₀-₉{_IDEOGRAPHS}]+",
+    "number": r"(?:\d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\w)\.\d+",
     "ideograph": f"[{_IDEOGRAPHS}]",
     "option": rf"{_OPTION}|(?<![\w)\]])\([A-J]\)",
     "fraction": rf"\\?(?={_FRACTION})[dtc]?frac\s*\{{",
     "digits": r"\\[dtc]?frac\s*\d\s*\d",
-    "degrees": r"\^\s*\\circ\b|\^\{\s*(?:\\circ\b|°)\s*\}|\^?°|\\degree\b",
+    "degrees": r"\^\s*\\circ\b|\^\{\s*(?:\\circ\b|°)\s*\}|\^?[°º˚]|\\degree\b",
     "command": r"\\[A-Za-z\u0370-\u04ff]+",
     "percent": r"\\%",
-    "nothing": r"\\.?|\*\*+|\#+|(?<![^\n])[-*+•]\s",  # escapes, emphasis, headers, the bullets of lists
+    "nothing": r"\\.?|\*\*+|\#+|(?<![^\n])[-*+•]\s",  # escapes, emphasis, headers, a bullet
     "open": r"\{",
     "close": r"\}",
     "relation": r"<=|>=|!=|==|=>|->|\|\|",
@@ -48,13 +48,13 @@ _KINDS = {
 _LEXEMES = re.compile("|".join(_KINDS.values()), re.DOTALL)
 
 _SYMBOLS = {
-    **dict.fromkeys("×·⋅∗•", "*"),
+    **dict.fromkeys("×·⋅∗•∙", "*"),
     **dict.fromkeys("÷⁄∕", "/"),
     **dict.fromkeys("−–‐‑", "-"),
     **dict.fromkeys(".;!?—。！？；\u2026", END),
     **dict.fromkeys(",:$\"'`“”‘’，：、\u200b\u200c\u200d\u2060\ufeff\\&", ""),
     **{"<=": "≤", ">=": "≥", "!=": "≠", "==": "=", "=>": "→", "->": "→", "⇒": "→", "||": "∥", "⟂": "⊥"},
-    **{"∠": "angle", "△": "triangle", "▵": "triangle", "√": "sqrt", "∼": "~", "％": "%"},
+    **{"∠": "angle", "△": "triangle", "▵": "triangle", "√": "sqrt", "~": "", "％": "%"},
     **{"½": "1 / 2", "¼": "1 / 4", "¾": "3 / 4", "⅓": "1 / 3", "⅔": "2 / 3"},
     **{raised: f"^ {digit}" for digit, raised in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
     **{lowered: f"_ {digit}" for digit, lowered in enumerate("₀₁₂₃₄₅₆₇₈₉")},
@@ -76,7 +76,7 @@ _COMMANDS = {
     **dict.fromkeys(["ge", "geq", "geqslant"], "≥"),
     **dict.fromkeys(["ne", "neq"], "≠"),
     **dict.fromkeys(["to", "rightarrow", "Rightarrow", "implies", "Longrightarrow"], "→"),
-    **dict(lt="<", gt=">", pm="±", approx="≈", cong="≅", sim="~", perp="⊥", parallel="∥", infty="∞", percent="%"),
+    **dict(lt="<", gt=">", pm="±", approx="≈", cong="≅", sim="∼", perp="⊥", parallel="∥", infty="∞", percent="%"),
     **dict.fromkeys(_APPEARANCE.split(), ""),
 }
 _UNITS = {
@@ -93,10 +93,13 @@ _WORDS = _GREEK | _UNITS
 _UNIT_SIGNS = frozenset(_UNITS.values())
 _POWER_WORDS = {"square": "2", "sq": "2", "cubic": "3"}  # square metres = m^2
 _TAKES_GROUP = frozenset(("^", "_", "sqrt"))
-_RELATIONS = frozenset("=<>≤≥≠≈≅~")
+_RELATIONS = frozenset("=<>≤≥≠≈≅∼")
 _TIGHT = frozenset("/^_")  # bind more tightly than any text that ends beside them
-_LOOSE = frozenset("+-*")
-_MATH = frozenset("()[]πθ") | {"sqrt"}
+_LOOSE = frozenset("+-*±")
+_FUNCTIONS = frozenset(["sqrt", "sin", "cos", "tan", "log", "ln"])
+_MATH = frozenset("()[]πθ") | _FUNCTIONS
+_LITTLE = "so it by is as we the and or to of in on at an if for let get has are now but not"
+_SHORT_WORDS = frozenset(_LITTLE.split())  # too short not to look like names
 
 
 class NormalText:
@@ -115,11 +118,6 @@ class NormalText:
         """Where `text` occurs, as ranges of token indices, from left to right; nowhere if it has no tokens."""
         needle = _needle(text)
         return self._find_number(needle.value) if needle.value is not None else self._find_words(needle)
-
-    def values(self) -> set[Fraction]:
-        """The different numbers that the text names by themselves, not as the terms or factors of an expression."""
-        numbers = self._bare_numbers()
-        return {n for first, end, n in numbers if not (self._is_operator(first - 1) or self._is_operator(end))}
 
     def _find_words(self, needle: _Needle) -> Iterator[tuple[int, int]]:
         if self._joined is None:
@@ -154,7 +152,8 @@ class NormalText:
             i = end
             if self._is_unary_minus(first - 1):
                 first -= 1
-            if not self._cut_from_expression(first, end - 1, relational=False):
+            percent = self.words[end : end + 1] == ["%"]
+            if not percent and not self._cut_from_expression(first, end - 1, relational=False):
                 value = _value(tuple(words[first:end]))
                 if value is not None:
                     yield first, end, value
@@ -162,20 +161,28 @@ class NormalText:
     def _cut_from_expression(self, first: int, last: int, relational: bool) -> bool:
         """Whether the tokens around first..last make these a piece of a larger expression.
 
-        Tight operators bind to whatever mathematics ends beside them; around an equation, the loose ones do too:
-        "x = 1" is neither in "y + x = 1" nor in "x = 1 + z".
+        Tight operators bind to whatever mathematics ends beside them; an equation is also cut by terms, factors and
+        functions: "x = 1" is neither in "y + x = 1" nor in "2 x = 1", "sin x = 1" or "x = 1 + z".
         """
         words = self.words
         before = words[first - 1] if first > 0 else END
         after = words[last + 1] if last + 1 < len(words) else END
-        if _is_math(words[first]):
-            if before in _TIGHT or self._is_unary_minus(first - 1) or self._is_factor(first - 1, first):
-                return True
-        elif relational and before == "/":
+        cut_before = before in _TIGHT or self._is_unary_minus(first - 1) or self._is_factor(first - 1, first)
+        cut_after = after in _TIGHT or self._is_factor(last, last + 1)
+        if not relational:
+            ends_open = _is_math(words[last]) or words[last] in _UNIT_SIGNS
+            return (cut_before and _is_math(words[first])) or (cut_after and ends_open)
+        if cut_before or cut_after:
             return True
-        if _is_math(words[last]) and (after in _TIGHT or self._is_factor(last, last + 1)):
+        near_before = first > 0 and self.starts[first] - self.ends[first - 1] <= 1
+        near_after = last + 1 < len(words) and self.starts[last + 1] - self.ends[last] <= 1
+        if near_before and (before[0].isdecimal() or before in _FUNCTIONS or before == "π"):
             return True
-        return relational and (self._is_operator(first - 1) or self._is_operator(last + 1))
+        if near_after and (after in _FUNCTIONS or after == "π"):
+            return True
+        if near_after and words[last][0].isdecimal() and (after == "(" or after[0].isdecimal()):
+            return True
+        return self._is_operator(first - 1) or self._is_operator(last + 1)
 
     def _is_factor(self, left: int, right: int) -> bool:
         """Whether two neighbours without a blank between them are a product such as 2x, or an index such as x2."""
@@ -187,11 +194,12 @@ class NormalText:
         return _is_letters(pair[0]) and pair[1][0].isdecimal()
 
     def _is_operator(self, i: int) -> bool:
-        """Whether token i is +, -, * between two operands, rather than a dash between words."""
+        """Whether token i is +, -, *, ± between two operands, rather than a dash or a mark of emphasis."""
         if not 0 < i < len(self.words) - 1 or self.words[i] not in _LOOSE:
             return False
-        spaced = self.ends[i - 1] < self.starts[i] and self.ends[i] < self.starts[i + 1]
-        return self.words[i] != "-" or not spaced or (_is_operand(self.words[i - 1]) and _is_operand(self.words[i + 1]))
+        if not (_is_operand(self.words[i - 1]) and _is_operand(self.words[i + 1])):
+            return False
+        return self.words[i] in "+±" or (self.ends[i - 1] < self.starts[i]) == (self.ends[i] < self.starts[i + 1])
 
     def _is_unary_minus(self, i: int) -> bool:
         """Whether token i is the sign of the token after it."""
@@ -209,8 +217,10 @@ def _is_math(word: str) -> bool:
 
 
 def _is_operand(word: str) -> bool:
-    """Numbers, brackets, and words of up to three letters: variables, and segments such as AB or ABC."""
-    return word[0].isdecimal() or word in _MATH or (len(word) <= 3 and word.isalpha())
+    """Numbers, brackets, units, and names of up to three letters: variables, and segments such as AB or ABC."""
+    if word in _SHORT_WORDS:
+        return False
+    return word[0].isdecimal() or word in _MATH or word in _UNIT_SIGNS or (len(word) <= 3 and word.isalpha())
 
 
 class _Needle(NamedTuple):
@@ -251,7 +261,9 @@ def _value(words: tuple[str, ...]) -> Fraction | None:
 
 def _number(text: str) -> str:
     """One spelling for one value: 1,000 and 1000, 0.50 and .5, 6.0 and 6."""
-    whole, _, part = text.replace(",", "").partition(".")
+    if "," in text:
+        text = text.replace("{,}", "").replace("\\,", "").replace(",", "")
+    whole, _, part = text.partition(".")
     if not whole.isascii() or not part.isascii():
         whole, part = (unicodedata.normalize("NFKC", digits) for digits in (whole, part))
     whole, part = whole.lstrip("0") or "0", part.rstrip("0")
@@ -287,7 +299,13 @@ def normal_text(text: str, start: int = 0, end: int | None = None) -> NormalText
                 if word == ")" and words[-2:-1] == ["("] and not _is_call(words, starts, ends):
                     del words[-2], starts[-2], ends[-2]  # brackets around one token say nothing
                     continue
-                if word != ")" and words and words[-1] in _POWER_WORDS:
+                if (
+                    word != ")"
+                    and words[-1:]
+                    and words[-1] in _POWER_WORDS
+                    and words[-2:-1]
+                    and words[-2][0].isdecimal()
+                ):
                     words[-1:] = [word, "^", _POWER_WORDS[words[-1]]]
                     starts += [first, first]
                     ends[-1:] = [last, last, last]
@@ -334,7 +352,7 @@ _FOLD = {
     "digits": lambda lexeme: " / ".join(filter(str.isdecimal, lexeme)),  # \\frac12
     "degrees": lambda lexeme: "°",
     "percent": lambda lexeme: "%",
-    "ideograph": lambda lexeme: lexeme,
+    "ideograph": str.lower,
     "nothing": lambda lexeme: "",
 }
 # What becomes of the other kinds depends on what stands around them.

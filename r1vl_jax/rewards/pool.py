@@ -14,6 +14,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -78,6 +79,8 @@ class ScorerPool:
         self._timeout_s = timeout_s
         self._arguments = [function, str(timeout_s), str(int(memory_gib * 2**30))]
         self._failed_starts = 0
+        self._closed = False
+        self._scoring = threading.Lock()
         self._workers: list[_Worker] = []
         try:
             for _ in range(workers):
@@ -94,6 +97,7 @@ class ScorerPool:
 
     def close(self) -> None:
         """Ends all workers, at once; the pool cannot be used again."""
+        self._closed = True
         while self._workers:
             self._workers.pop().kill()
 
@@ -115,24 +119,28 @@ class ScorerPool:
           ValueError: different lengths, or no preset has this name.
           RuntimeError: the pool is closed, or its workers cannot be started.
         """
-        if not self._workers:
-            raise RuntimeError("the scorer pool is closed")
         check_lengths(completions, solutions, key_steps)
         options = {"rules": get_rules(rules), "alpha": alpha}
         rows = zip(completions, solutions, key_steps, strict=True)
         jobs = deque((index, (row, options)) for index, row in enumerate(rows))
+        with self._scoring:  # one call at a time: a second one would take the first one's replies
+            return self._score(jobs, on_result)
+
+    def _score(self, jobs: deque[Job], on_result: Callable[[Score], None] | None) -> list[Score]:
         scores: list[Score | None] = [None] * len(jobs)
         missing = len(jobs)
         try:
             while missing:
-                if not self._workers:
-                    raise RuntimeError("the scorer pool was closed while it scored")
+                if self._closed:
+                    raise RuntimeError("the scorer pool is closed")
                 for index, score in [*self._hand_out(jobs), *self._collect(jobs)]:
                     scores[index] = score
                     missing -= 1
                     if on_result is not None:
                         on_result(score)
-        except BaseException:
+        except BaseException as error:
+            if self._closed and isinstance(error, OSError | ValueError):  # of a pipe that `close` took away
+                raise RuntimeError("the scorer pool was closed while it scored") from error
             # The next call would take the replies that are still to come for its own.
             for worker in self._workers:
                 if worker.jobs:
@@ -217,8 +225,11 @@ class ScorerPool:
         try:
             message = worker.conn.recv()
         except (EOFError, OSError):
-            worker.process.kill()
-            code = worker.process.wait()
+            try:
+                code = worker.process.wait(timeout=1)
+            except subprocess.TimeoutExpired:  # it closed its pipe and lives
+                worker.process.kill()
+                code = worker.process.wait()
             if worker.ready:
                 yield from self._lose(worker, jobs, Score(status="crash", note=f"the worker ended with code {code}"))
             else:

@@ -78,7 +78,7 @@ def user_reward(reward: UserReward, completions: Sequence[str], examples: Sequen
         return np.zeros(0, np.float64)
     try:
         result = reward.function(list(completions), list(examples))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         row = _first_failing_row(reward, completions, examples)
         where = "on the batch but on no row alone" if row is None else f"on {_row(row, examples)}"
         raise RewardError(f"reward {reward.name!r} raised {where}: {_shown(error)}{_place(reward, error)}") from error
@@ -101,6 +101,8 @@ def _checked(reward: UserReward, result: Any, examples: Sequence[Any]) -> np.nda
             values = np.asarray(result)
         except Exception as error:  # its library refuses, as for an array that was donated
             raise refused(f"an array that cannot be read ({_shown(error)})") from error
+        if isinstance(result, np.ma.MaskedArray) and np.ma.is_masked(result):
+            raise refused("an array with masked entries")
         if values.shape != (len(examples),):
             raise refused(f"an array of shape {values.shape}")
     else:
@@ -139,19 +141,23 @@ def _row(row: int, examples: Sequence[Any]) -> str:
 
 
 def _shown(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:MAX_MESSAGE_CHARS]
+    try:
+        text = str(error)
+    except Exception:  # its own fault, which must not hide it
+        text = "(no message)"
+    return f"{type(error).__name__}: {text}"[:MAX_MESSAGE_CHARS]
 
 
 def _first_failing_row(reward: UserReward, completions: Sequence[str], examples: Sequence[Any]) -> int | None:
     for row, (completion, example) in enumerate(zip(completions, examples, strict=True)):
         try:
             reward.function([completion], [example])
-        except Exception:
+        except (Exception, SystemExit):
             return row
     return None
 
 
-def _place(reward: UserReward, error: Exception) -> str:
+def _place(reward: UserReward, error: BaseException) -> str:
     """Where in the user's own module an exception came through; in whatever it called, where the module has no part."""
     frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is this module's call
     file = getattr(sys.modules.get(reward.function.__module__), "__file__", None)

@@ -43,7 +43,10 @@ def main(fd: int, function: str, timeout_s: float, memory_bytes: int) -> None:
             reply = ("ok", score(*args, **options))
         except (Exception, TimeoutException) as error:  # TimeoutException is not an Exception
             reply = ("error", f"{type(error).__name__}: {error}"[:300])
-        conn.send(reply)
+        try:
+            conn.send(reply)
+        except Exception as error:  # a score that cannot be sent
+            conn.send(("error", f"{type(error).__name__}: {error}"[:300]))
 
 
 def _limit(kind: int, value: int) -> None:

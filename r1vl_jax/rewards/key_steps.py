@@ -125,7 +125,7 @@ def _tokens(completion: str, bodies: list[tuple[int, int]]) -> NormalText:
         words += [*body.words, END]
         starts += [*body.starts, end]
         ends += [*body.ends, end]
-    return NormalText(words, starts, ends)
+    return NormalText(completion, words, starts, ends)
 
 
 def _token_finder(tokens: NormalText) -> Finder:

@@ -103,12 +103,12 @@ _SHORT_WORDS = frozenset(_LITTLE.split())  # too short not to look like names
 
 
 class NormalText:
-    """The tokens of a text: `words[i]` came from its characters `starts[i]` to `ends[i]`."""
+    """The tokens of `text`: `words[i]` came from its characters `starts[i]` to `ends[i]`."""
 
-    __slots__ = ("_joined", "_numbers", "_offsets", "ends", "starts", "words")
+    __slots__ = ("_joined", "_numbers", "_offsets", "ends", "starts", "text", "words")
 
-    def __init__(self, words: list[str], starts: list[int], ends: list[int]):
-        self.words, self.starts, self.ends = words, starts, ends
+    def __init__(self, text: str, words: list[str], starts: list[int], ends: list[int]):
+        self.text, self.words, self.starts, self.ends = text, words, starts, ends
         self._joined = self._offsets = self._numbers = None
 
     def __len__(self) -> int:
@@ -174,8 +174,7 @@ class NormalText:
             return (cut_before and _is_math(words[first])) or (cut_after and ends_open)
         if cut_before or cut_after:
             return True
-        near_before = first > 0 and self.starts[first] - self.ends[first - 1] <= 1
-        near_after = last + 1 < len(words) and self.starts[last + 1] - self.ends[last] <= 1
+        near_before, near_after = self._touch(first - 1, first), self._touch(last, last + 1)
         if near_before and (before[0].isdecimal() or before in _FUNCTIONS or before == "π"):
             return True
         if near_after and (after in _FUNCTIONS or after == "π"):
@@ -183,6 +182,13 @@ class NormalText:
         if near_after and words[last][0].isdecimal() and (after == "(" or after[0].isdecimal()):
             return True
         return self._is_operator(first - 1) or self._is_operator(last + 1)
+
+    def _touch(self, left: int, right: int) -> bool:
+        """Whether nothing but a blank, or what LaTeX groups with, stands between two neighbours."""
+        if left < 0 or right >= len(self.words):
+            return False
+        between = self.text[self.ends[left] : self.starts[right]]
+        return not between.strip("{}() \\$")
 
     def _is_factor(self, left: int, right: int) -> bool:
         """Whether two neighbours without a blank between them are a product such as 2x, or an index such as x2."""
@@ -313,7 +319,7 @@ def normal_text(text: str, start: int = 0, end: int | None = None) -> NormalText
             words.append(word)
             starts.append(first)
             ends.append(last)
-    return NormalText(words, starts, ends)
+    return NormalText(text, words, starts, ends)
 
 
 def _is_call(words: list[str], starts: list[int], ends: list[int]) -> bool:

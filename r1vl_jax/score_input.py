@@ -58,6 +58,8 @@ def _check_row(row: object, problem: bool = False) -> None:
     steps = row.get("key_steps")
     if not isinstance(steps, dict | list | None):
         raise ValueError(f"field 'key_steps': expected an object with Steps, a list or null, got {_shown(steps)}")
+    if isinstance(steps, dict) and steps and "Steps" not in steps:
+        raise ValueError(f"field 'key_steps': expected 'Steps' in it, got {_shown(list(steps))}")
     if isinstance(steps, dict) and not isinstance(steps.get("Steps"), list | None):
         raise ValueError(f"field 'key_steps': expected a list under 'Steps', got {_shown(steps['Steps'])}")
 

@@ -175,25 +175,15 @@ def test_failed_rows_are_kept_and_only_they_are_tried_again(files, capsys):
 
 
 def start(source, out, url, *more):
-    command = [
-        sys.executable,
-        "-m",
-        "r1vl_jax.keysteps",
-        "extract",
-        str(source),
-        str(out),
-        "--url",
-        url,
-        "--model",
-        "m",
-    ]
+    # A shell starts its background jobs, such as these tests may be, with SIGINT ignored.
+    heard = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heard}; runpy.run_module('r1vl_jax.keysteps', run_name='__main__', alter_sys=True)"
+    arguments = ["extract", str(source), str(out), "--url", url, "--model", "m", *more]
     return subprocess.Popen(
-        [*command, *more],
+        [sys.executable, "-c", code, *arguments],
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OPENAI_API_KEY": ""},
-        # A shell starts its background jobs, such as these tests may be, with SIGINT ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -67,6 +67,10 @@ BAD = {
     "null": (GOOD | {"solution": None}, "field 'solution': expected a text, got null"),
     "key steps": (GOOD | {"key_steps": "one"}, "field 'key_steps': expected an object with Steps, a list or null"),
     "steps": (GOOD | {"key_steps": {"Steps": 5}}, "field 'key_steps': expected a list under 'Steps', got 5"),
+    "misspelt": (
+        GOOD | {"key_steps": {"steps": ["one"]}},
+        "field 'key_steps': expected 'Steps' in it, got [\"steps\"]",
+    ),
     "deep": ("[" * 100_000 + "\n", "recursion"),
     "digits": ('{"completion": ' + "1" * 5000 + "}\n", "integer string"),
 }

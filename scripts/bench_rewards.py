@@ -24,6 +24,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 
+from r1vl_jax.arguments import at_least_one
 from r1vl_jax.rewards import PRESETS, Rules, ScorerPool
 from r1vl_jax.rewards.key_steps import key_step_groups, key_step_hits
 from r1vl_jax.rewards.steps import section_faults
@@ -271,19 +272,15 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help=f"of {known} (default: all)",
     )
-    parser.add_argument("--answers", type=_count, default=1000, help="answers in each repeat (default: 1000)")
-    parser.add_argument("--repeats", type=_count, default=5, help="the median is taken of these (default: 5)")
-    parser.add_argument("--workers", type=_count, default=cores, help=f"processes (default: {cores}, the cores)")
-    parser.add_argument("--hang-limit", type=_count, default=2, metavar="S", help="seconds for one answer (default: 2)")
+    parser.add_argument("--answers", type=at_least_one, default=1000, help="answers in each repeat (default: 1000)")
+    parser.add_argument("--repeats", type=at_least_one, default=5, help="the median is taken of these (default: 5)")
+    parser.add_argument("--workers", type=at_least_one, default=cores, help=f"processes (default: {cores}, the cores)")
+    parser.add_argument(
+        "--hang-limit", type=at_least_one, default=2, metavar="S", help="seconds for one answer (default: 2)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the answers (default: 0)")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     return parser.parse_args(argv)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,11 @@ from typing import Any
 import numpy as np
 
 from r1vl_jax.rewards import Score
-from r1vl_jax.step_grpo.advantages import group_advantages
+from r1vl_jax.step_grpo.advantages import EQUAL, group_advantages
 
 PARTS = ("outcome", "key_steps", "validity")
 PLACE = ("stage", "step", "event", "row", "source")  # fields of a run's row that say where it comes from
 _NOISE = 1e-6  # an advantage below this is the rounding of an answer at the group's mean, and has no sign
-_EQUAL = 1e-9  # rewards that lie closer are the same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Judgement:
     @property
     def flat(self) -> bool:
         """All rewards are equal."""
-        return bool(np.ptp(self.rewards_G) < _EQUAL)
+        return bool(np.ptp(self.rewards_G) < EQUAL)
 
     @property
     def shaping_only(self) -> bool:
@@ -254,7 +253,7 @@ def probe(cases: Sequence[tuple[int, str]], scores: dict[str, Sequence[Score]], 
                 "max": max(score.reward for score, _ in own),
                 "excess": excess,
                 "problem": -worst,
-                "exceeds": row["attack"] and excess > _EQUAL,
+                "exceeds": row["attack"] and excess > EQUAL,
                 "failures": sum(score.status != "ok" for score, _ in own),
             }
     return {"rules": list(scores), "problems": len(places[honest[-1]]), "completions": rows}

@@ -32,8 +32,12 @@ MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 2), (2, 2, 2)]
 B, G, T = 8, 2, 6
 PARTS = ("vision", "text")
 # Adam's first update is the learning rate times g / |g|: where g is close to 0 that magnifies its rounding. A rate of
-# 1e-4 keeps this below 1e-5, and an update that is left out or wrong ten times above.
-OPTIMIZER = OptimizerSection(learning_rate=1e-4, schedule="constant", warmup_ratio=0.0, weight_decay=0.1)
+# 1e-4 keeps this below 1e-5, and an update that is left out or wrong ten times above. What magnifies is Adam's epsilon,
+# 1e-8: the loss is LOUDER, and clipped less (but clipped), so that no gradient is as small as that.
+LOUDER = 4
+OPTIMIZER = OptimizerSection(
+    learning_rate=1e-4, schedule="constant", warmup_ratio=0.0, weight_decay=0.1, max_grad_norm=3.0 * LOUDER
+)
 
 
 @cache
@@ -56,7 +60,7 @@ def train_batch(prompts):
     advantage = np.broadcast_to(rng.normal(size=(B, G, 1)), mask.shape).astype(np.float32)
     tokens = rng.integers(0, tiny.TEXT_IDS, mask.shape).astype(np.int32)
     ref = -rng.uniform(4, 5.5, mask.shape).astype(np.float32)
-    return TrainBatch(prompts, tokens, answer_weights(mask, B * G), advantage, ref)
+    return TrainBatch(prompts, tokens, LOUDER * answer_weights(mask, B * G), advantage, ref)
 
 
 def sampled(mesh, rules):
@@ -128,8 +132,7 @@ def test_loss_gradients_and_update(sizes):
     for name, value in metrics.items():
         np.testing.assert_allclose(got_metrics[name], value, atol=1e-5, err_msg=name)
     assert not {path: error for path, error in differences(got_grads, grads).items() if not error < 1e-5}
-    # 1.06e-5 on one machine, for the keys' bias, whose gradient is a small difference of large numbers.
-    assert not {path: error for path, error in differences(got_params, params).items() if not error < 2e-5}
+    assert not {path: error for path, error in differences(got_params, params).items() if not error < 1e-5}
     before = jax.device_get(setting()[1])
     assert min(differences(params, before).values()) > 9e-5
 

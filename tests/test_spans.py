@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizer import SPECIAL, SPLIT, make_tokenizer
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tiny_tokenizer import SPECIAL, byte_level, make_tokenizer
+from tokenizers import AddedToken, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from r1vl_jax.processing.spans import decode, token_at
@@ -58,13 +58,7 @@ def large_tokenizer():
             merges.append((left, right))
             known.add(left + right)
     vocab = {token: i for i, token in enumerate([*alphabet, *dict.fromkeys(a + b for a, b in merges)])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = byte_level(models.BPE(vocab=vocab, merges=merges))
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=list(SPECIAL))
 

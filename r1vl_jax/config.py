@@ -71,6 +71,33 @@ class MeshSection:
 class SourceSection:
     path: str = _field("", "JSON array or JSONL, in the R1-VL-10K or the ShareGPT schema")
     image_root: str | None = _field(None, "folder that image paths start from; default: the file's own folder")
+    tfds: str = _field("", "in place of path: a TFDS data set, NAME or NAME:VERSION, made by r1vl_jax.data.build")
+    tfds_dir: str | None = _field(None, "folder of TFDS data sets; default: TFDS_DATA_DIR or ~/tensorflow_datasets")
+    split: str = _field("train", "split of the TFDS data set")
+    drop_matching: tuple[str, ...] = _field(
+        ("I think I have made a mistake. Let me rethink it.",),
+        "rows whose answer holds one of these texts are left out; the default is Mulberry's reflective rows",
+    )
+
+    def __post_init__(self):
+        _require(not (self.path and self.tfds), "tfds", self.tfds, f"path ({self.path!r}) or tfds, not both")
+
+    @property
+    def name(self) -> str:
+        """The file or the TFDS data set; "" where none is given."""
+        return self.path or (f"tfds:{self.tfds}/{self.split}" if self.tfds else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoSection:
+    fps: float = _field(2.0, "frames taken from a second of video")
+    max_frames: int = _field(16, "frames taken from a video at most, spread over all of it; an even number")
+    max_pixels: int = _field(100_352, "frames are shrunk to this, and to the stage's max_pixels")
+
+    def __post_init__(self):
+        _require(self.fps > 0, "video.fps", self.fps, "more than 0")
+        _at_least("video", self, max_frames=2, max_pixels=784)
+        _divides("video.max_frames", self.max_frames, "the frames in a patch", 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +105,14 @@ class DataSection:
     sft: SourceSection = _field(SourceSection, "")
     rl: SourceSection = _field(SourceSection, "")
     heldout: SourceSection = _field(SourceSection, "")
+    video: VideoSection = _field(VideoSection, "")
     max_prompt_tokens: int = _field(2048, "questions with more tokens, image tokens included, are dropped and named")
     pad_multiple: int = _field(64, "token and patch counts are padded to multiples of this: fewer compilations")
+    buckets: int = _field(6, "shapes that a stage's batches are padded to: more means less padding, more compilations")
+    workers: int = _field(0, "processes that read rows and decode images; 0: threads of the training process")
 
     def __post_init__(self):
-        _at_least("data", self, max_prompt_tokens=1, pad_multiple=1)
+        _at_least("data", self, max_prompt_tokens=1, pad_multiple=1, buckets=1, workers=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,9 +274,9 @@ class Config:
         needs = {"sft": ("data.sft.path", self.data.sft), "step_grpo": ("data.rl.path", self.data.rl)}
         for stage in self.stages:
             key, source = needs[stage]
-            _require(bool(source.path), key, source.path, f"a file, since stages has {stage}")
+            _require(bool(source.name), key, source.path, f"a file, since stages has {stage}")
         if self.eval.rows:
-            _require(bool(self.data.heldout.path), "data.heldout.path", "", "a file, since eval.rows is not 0")
+            _require(bool(self.data.heldout.name), "data.heldout.path", "", "a file, since eval.rows is not 0")
 
 
 def _divides(key: str, value: int, by_key: str, by: int) -> None:
@@ -280,7 +310,7 @@ def _default_to_shapes(tree: dict) -> None:
         folder = Path(shapes["dir"])
         made = {f"data.{split}.path": folder / "task" / f"{split}.json" for split in ("sft", "rl", "heldout")}
         for key, path in {"model.path": folder / "model", **made}.items():
-            if not _get(tree, key):
+            if not _get(tree, key) and not _get(tree, key.replace(".path", ".tfds")):
                 _put(tree, key, str(path))
 
 

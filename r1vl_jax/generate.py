@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import secrets
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,13 @@ from PIL import Image
 
 from r1vl_jax.checkpoint.store import find_model, load_model
 from r1vl_jax.data.batching import collate_prompts
+from r1vl_jax.data.buckets import Buckets
 from r1vl_jax.model.config import CheckpointError, ModelConfig
 from r1vl_jax.model.spec import num_params, param_spec
 from r1vl_jax.parallel.sharding import ROLLOUT_RULES, make_mesh, param_shardings
 from r1vl_jax.processing.images import smart_resize
 from r1vl_jax.processing.processor import Processor
+from r1vl_jax.processing.videos import VideoSpec
 from r1vl_jax.rollout.generate import rollout
 from r1vl_jax.rollout.sampling import check_sampling
 from r1vl_jax.types import EncodedPrompt, RowError, Sampling
@@ -64,24 +68,38 @@ def load(model: str | Path, *, dtype: str = "bfloat16") -> Loaded:
         dtype=dtype,
         shardings=lambda cfg: param_shardings(param_spec(cfg), mesh, ROLLOUT_RULES["replicated"]),
     )
+    cfg = cfg.with_pixels(processor.image_spec.mean, processor.image_spec.std)
     say(f"{model}: {num_params(cfg) / 1e6:.1f}M parameters loaded in {time.perf_counter() - started:.1f} s")
     return Loaded(params, cfg, processor, mesh)
 
 
-def encode(processor: Processor, prompt: str, images: list[str], *, max_pixels: int | None = None) -> EncodedPrompt:
+def encode(
+    processor: Processor,
+    prompt: str,
+    images: list[str],
+    videos: Sequence[str] = (),
+    *,
+    max_pixels: int | None = None,
+    video: VideoSpec | None = None,
+) -> EncodedPrompt:
     """One question as a prompt; says which images are shrunk below what the checkpoint allows.
 
     Args:
-      prompt: the question; "<image>" marks where an image stands, else all stand in front.
-      images: paths.
+      prompt: the question; "<image>" and "<video>" mark where those stand, else all stand in front.
+      images, videos: paths; a video may be the folder of its frames, which are taken in the order of their names.
       max_pixels: larger images are shrunk to this; None: the checkpoint's limit, but at most MAX_PIXELS.
+      video: which frames of videos are taken; None: the default.
     Raises: RowError or ValueError.
     """
     own = processor.image_spec
     limit = min(own.max_pixels, max(MAX_PIXELS, own.min_pixels)) if max_pixels is None else max_pixels
     spec = dataclasses.replace(own, max_pixels=limit)
-    encoded = dataclasses.replace(processor, image_spec=spec).encode_question(prompt, images, name="--prompt")
-    for path, (_, h, w) in zip(images, encoded.grids, strict=True):
+    ready = dataclasses.replace(processor, image_spec=spec, video_spec=video or VideoSpec())
+    clips = [sorted(map(str, Path(path).iterdir())) if Path(path).is_dir() else path for path in videos]
+    encoded = ready.encode_question(prompt, images, videos=clips, name="--prompt")
+    order = re.findall("<image>|<video>", prompt) or ["<image>"] * len(images) + ["<video>"] * len(videos)
+    stills = [grid for grid, kind in zip(encoded.grids, order, strict=True) if kind == "<image>"]
+    for path, (_, h, w) in zip(images, stills, strict=True):
         with Image.open(path) as picture:
             width, height = picture.size
         size = {"factor": own.factor, "min_pixels": own.min_pixels, "max_pixels": own.max_pixels}
@@ -106,7 +124,7 @@ def generate(loaded: Loaded, encoded: EncodedPrompt, *, samples: int = 1, sampli
     started = time.perf_counter()
     with jax.set_mesh(loaded.mesh):
         answers = rollout(
-            loaded.params, loaded.cfg, collate_prompts([encoded], pad_multiple=32), np.zeros(1, np.uint32),
+            loaded.params, loaded.cfg, collate_prompts([encoded], Buckets(32)), np.zeros(1, np.uint32),
             group=samples, sampling=sampling, stop_ids=loaded.processor.stop_ids, seed=seed, step=0,
         )  # fmt: skip
         answers = jax.tree.map(lambda a: a[0], jax.device_get(answers))
@@ -126,7 +144,8 @@ def _parser() -> argparse.ArgumentParser:
     defaults = Sampling()
     add("--model", required=True, help="checkpoint folder: Hugging Face layout, converted, or a run's")
     add("--image", action="append", default=[], help="an image; repeat it for several, in order")
-    add("--prompt", required=True, help='the question; "<image>" marks where an image stands (default: in front)')
+    add("--video", action="append", default=[], help="a video file, or the folder of its frames; repeat it for several")
+    add("--prompt", required=True, help='the question; "<image>", "<video>" mark where those stand (default: in front)')
     add("--samples", type=int, default=1, help="number of answers (default 1)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     add("--top-p", type=float, default=defaults.top_p, help="nucleus sampling; 1 is off (default)")
@@ -138,6 +157,10 @@ def _parser() -> argparse.ArgumentParser:
         help=f"larger images are shrunk to this; default: {MAX_PIXELS}, or the checkpoint's own limit if that is less "
         "(published ones allow 12845056, which takes hundreds of GB)",
     )
+    video = VideoSpec()
+    add("--fps", type=float, default=video.fps, help="frames taken from a second of video (default %(default)s)")
+    add("--max-frames", type=int, default=video.max_frames, help="frames of a video at most (default %(default)s)")
+    add("--video-pixels", type=int, default=video.max_pixels, help="frames are shrunk to this (default %(default)s)")
     add("--seed", type=int, default=None, help="fixes what is sampled; default: another one each time, said on stderr")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default %(default)s")
     add("--json", action="store_true", help="print one JSON object on stdout and nothing else")
@@ -158,7 +181,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.samples < 1:
             raise ValueError(f"samples is {args.samples}, expected at least 1")
         loaded = load(args.model, dtype=args.dtype)
-        encoded = encode(loaded.processor, args.prompt, args.image, max_pixels=args.max_pixels)
+        video = VideoSpec(args.fps, args.max_frames, args.video_pixels)
+        encoded = encode(loaded.processor, args.prompt, args.image, args.video, max_pixels=args.max_pixels, video=video)
     except (CheckpointError, RowError, ValueError, OSError) as error:
         say(f"error: {error}")
         return 2

@@ -16,7 +16,7 @@ import optax
 from r1vl_jax.config import OptimizerSection
 from r1vl_jax.model.qwen2_vl import cast
 from r1vl_jax.model.spec import tree_map_spec
-from r1vl_jax.parallel.sharding import put_batch, replicated
+from r1vl_jax.parallel.sharding import replicated
 from r1vl_jax.types import TrainState
 
 
@@ -104,13 +104,11 @@ def zero_grads(params: Any, parts: tuple[str, ...]):
     return jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32, device=a.sharding), trained)
 
 
-def gradient_step(state: TrainState, batches, *, update, loss_fn, parts, dtype: str, mesh):
-    """One update from the micro-batches of a step: (state, metrics summed over them, with grad_norm)."""
+def gradient_step(state: TrainState, batches, *, update, loss_fn, parts, dtype: str):
+    """One update from a step's micro-batches, on the device: (state, metrics summed over them, with grad_norm)."""
     grads, totals = zero_grads(state.params, parts), None
     for batch in batches:
-        grads, metrics = accumulate(
-            grads, state.params, put_batch(batch, mesh), loss_fn=loss_fn, parts=parts, dtype=dtype
-        )
+        grads, metrics = accumulate(grads, state.params, batch, loss_fn=loss_fn, parts=parts, dtype=dtype)
         totals = metrics if totals is None else jax.tree.map(jnp.add, totals, metrics)
     state, norm = update(state, grads)
     return state, {**totals, "grad_norm": norm}

@@ -1,54 +1,71 @@
-"""What both stages stand on: the run's model, processor, log and scorers, a stage's state, the held-out judgement."""
+"""What every stage stands on: the run's model, processor, log and scorers, and its rows on their way to the device."""
 
 from __future__ import annotations
 
 import dataclasses
-import time
+from collections.abc import Sequence
+from contextlib import closing
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from r1vl_jax import config as configs
-from r1vl_jax.checkpoint.state import StageCheckpoints
 from r1vl_jax.checkpoint.store import find_model, load_model
-from r1vl_jax.config import Config, OptimizerSection, SourceSection
-from r1vl_jax.data.batching import ExampleStream, collate_prompts
-from r1vl_jax.data.sources import read_examples
-from r1vl_jax.judge import Paid, reward_metrics, rollout_rows, start_judging
+from r1vl_jax.config import Config, RLSection, SFTSection, SourceSection
+from r1vl_jax.data.batching import Size, plan_shapes
+from r1vl_jax.data.buckets import Buckets
+from r1vl_jax.data.loader import Loader, Position, read_rows
+from r1vl_jax.data.sources import Source, open_source
+from r1vl_jax.judge import Paid, rollout_rows, start_judging
 from r1vl_jax.model.config import load_config
 from r1vl_jax.model.qwen2_vl import cast
 from r1vl_jax.model.spec import num_params, param_spec
-from r1vl_jax.optim import (
-    abstract_state,
-    gradient_step,
-    init_state,
-    make_optimizer,
-    make_schedule,
-    make_update,
-    trained_parts,
-)
 from r1vl_jax.parallel.sharding import ROLLOUT_RULES, batch_shards, param_shardings, put_batch
 from r1vl_jax.processing.processor import Processor
-from r1vl_jax.report import plot_metrics
+from r1vl_jax.processing.videos import VideoSpec
 from r1vl_jax.rewards import ScorerPool
 from r1vl_jax.rollout.generate import rollout
-from r1vl_jax.runlog import Phases, RunLog
-from r1vl_jax.types import Prompts, RowError, Sampling, TrainState
+from r1vl_jax.runlog import RunLog
+from r1vl_jax.types import Prompts, RowError, Sampling
+
+PLANNED_ROWS = 512  # rows that the shapes of batches are planned from
+
+
+class Compilations:
+    """Counts the programs that are built while it is open: one for each shape of prefill, decoding, gradient, ..."""
+
+    PROGRAMS = tuple(f"jit({name})" for name in ("prefill", "decode_loop", "ref_logprobs", "accumulate", "update"))
+
+    def __init__(self):
+        self.count = 0
+
+    def __enter__(self) -> Compilations:
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._hear)
+
+    def _hear(self, event: str, seconds: float, **about: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration" and about.get("fun_name") in self.PROGRAMS:
+            self.count += 1
 
 
 class Run:
     """What both stages need: configuration, mesh, model, processor, log, scorers. Holds no training state."""
 
-    def __init__(self, config: Config, log: RunLog, pool: ScorerPool, mesh):
-        self.config, self.log, self.pool, self.mesh = config, log, pool, mesh
+    def __init__(self, config: Config, log: RunLog, pool: ScorerPool, mesh, compilations: Compilations):
+        self.config, self.log, self.pool, self.mesh, self.compilations = config, log, pool, mesh, compilations
         self.started_from = Path(config.model.path)
         self.files = find_model(self.started_from).files
-        self.model = load_config(self.files)
+        self.processor = Processor.from_folder(self.files)
+        pixels = self.processor.image_spec
+        self.model = load_config(self.files).with_pixels(pixels.mean, pixels.std)
         self.spec = param_spec(self.model)
         self.shardings = param_shardings(self.spec, mesh)
-        self.processor = Processor.from_folder(self.files)
         self.paid = Paid.from_config(config.rl)
         log.say(
             f"{self.started_from}: {num_params(self.model) / 1e6:.1f}M parameters; {mesh.devices.size} "
@@ -64,38 +81,58 @@ class Run:
         shardings = param_shardings(self.spec, self.mesh, ROLLOUT_RULES[self.config.mesh.rollout_weights])
         return jax.jit(partial(cast, dtype=self.config.model.dtype), out_shardings=shardings)
 
-    def stream(self, source: SourceSection) -> ExampleStream:
-        examples, errors = read_examples(source.path, image_root=source.image_root)
-        for error in errors:
+    def source(self, section: SourceSection) -> Source:
+        """Opens a stage's rows; names those that cannot be used. Raises RowError where none can."""
+        source = open_source(section)
+        for error in source.errors:
             self.drop(error)
-        if not examples:
-            raise RowError(f"{source.path}: no usable row among {len(errors)}")
-        dropped = {f"{source.path}, unread {number}" for number in range(len(errors))}
-        return ExampleStream(examples, self.config.seed, dropped=dropped, on_drop=self.drop)
+        if source.filtered:
+            self.log.say(f"{source.name}: {source.filtered} rows left out by drop_matching, {len(source)} kept")
+        if not len(source):
+            raise RowError(f"{source.name}: no usable row among {len(source.errors) + source.filtered}")
+        return source
 
     def drop(self, error: RowError) -> None:
         self.log.say(f"dropped: {error}")
 
-    def processor_for(self, stage: configs.SFTSection | configs.RLSection) -> Processor:
+    def processor_for(self, stage: SFTSection | RLSection) -> Processor:
         spec = dataclasses.replace(self.processor.image_spec, min_pixels=stage.min_pixels, max_pixels=stage.max_pixels)
-        return dataclasses.replace(self.processor, image_spec=spec)
+        video = VideoSpec(**dataclasses.asdict(self.config.data.video))
+        return dataclasses.replace(self.processor, image_spec=spec, video_spec=video)
 
-    def collate(self, encoded) -> Prompts:
-        return collate_prompts(
-            encoded,
-            pad_multiple=self.config.data.pad_multiple,
-            shards=batch_shards(self.mesh),
-            merge=self.model.vision.merge_size,
-        )
+    def loader(self, source: Source, encode, *, count: int, make, position: Position) -> Loader:
+        """`count` encoded rows at a time, as `make` gives them (see data.loader)."""
+        return Loader(
+            source, encode, count=count, seed=self.config.seed, make=make, position=position,
+            workers=self.config.data.workers, on_drop=self.drop,
+        )  # fmt: skip
 
-    def sample(self, weights, rows, sampling: Sampling, *, group: int, step: int, first: int = 0):
-        """`group` answers to each row: (tokens, logprobs, mask) as NumPy arrays (B, group, T).
+    def look_ahead(self, source: Source, encode, measure) -> list[Size]:
+        """`measure(encoded)` of the first rows that training will see: what shapes are planned from."""
+        with closing(read_rows(source, lambda example: measure(encode(example)), seed=self.config.seed)) as rows:
+            found = [row for _, row in islice(rows, min(PLANNED_ROWS, len(source)))]
+        return [row[1] for row in found if not isinstance(row, RowError)]
+
+    def plan(self, name: str, batches: Sequence[Sequence[Size]], *, count: int) -> Buckets:
+        """At most `count` shapes for a stage's batches of one size, from a sample of them."""
+        buckets = plan_shapes(
+            batches, count=count,
+            multiple=self.config.data.pad_multiple, merge=self.model.vision.merge_size, shards=batch_shards(self.mesh),
+        )  # fmt: skip
+        shapes = ", ".join(f"{s.prompt} tokens with {s.rows} x {s.patches} patches" for s in buckets.shapes)
+        self.log.say(f"{name}: rows are padded to {shapes}")
+        return buckets
+
+    def put(self, batch: Any) -> Any:
+        return put_batch(batch, self.mesh)
+
+    def sample(self, weights, prompts: Prompts, sampling: Sampling, *, group: int, step: int, first: int = 0):
+        """`group` answers to each question: (tokens, logprobs, mask) as NumPy arrays (B, group, T).
 
         The random numbers of a row are fixed by its place in the step, from `first` on, and not by its place in the
         file: a question may come twice in a step.
         """
-        prompts = put_batch(self.collate([encoded for _, encoded in rows]), self.mesh)
-        row_ids = np.arange(first, first + len(rows), dtype=np.uint32)
+        row_ids = np.arange(first, first + len(prompts.next_position_B), dtype=np.uint32)
         answers = rollout(
             weights, self.model, prompts, row_ids,
             group=group, sampling=sampling, stop_ids=self.processor.stop_ids, seed=self.config.seed, step=step,
@@ -116,106 +153,3 @@ class Run:
             return groups
 
         return judged
-
-
-class Stage:
-    """A stage's optimizer, state and checkpoints: starts from given weights, or where a run was cut off."""
-
-    def __init__(
-        self, run: Run, name: str, config: OptimizerSection, steps: int, stream: ExampleStream, params, resume
-    ):
-        self.run, self.name, self.steps, self.stream = run, name, steps, stream
-        self.parts = trained_parts(config)
-        self.schedule = make_schedule(config, steps)
-        optimizer = make_optimizer(config, steps, run.spec)
-        layout = abstract_state(optimizer, self.parts, run.spec, run.shardings, run.mesh)
-        self.update = make_update(optimizer, layout)
-        self.checkpoints = StageCheckpoints(run.log.folder / "checkpoints" / name, run.config.checkpoint.keep)
-        latest = self.checkpoints.latest
-        if resume and latest is not None:
-            self.state, host = self.checkpoints.restore(latest, layout)
-            stream.position, stream.dropped = host["position"], set(host["dropped"])
-            run.log.say(f"{name}: resumed after step {latest} of {steps}")
-        else:
-            params = run.load_weights(run.started_from, "float32") if params is None else params
-            self.state = init_state(params, optimizer, self.parts, layout)
-        self.start = int(self.state.step)
-        self.host = self._host_state()
-        run.log.forget_after(name, self.start)
-
-    def _host_state(self) -> dict:
-        return {"position": self.stream.position, "dropped": sorted(self.stream.dropped)}
-
-    def step(self, batches, loss_fn) -> dict[str, float]:
-        config = self.run.config.model
-        self.state, metrics = gradient_step(
-            self.state, batches,
-            update=self.update, loss_fn=loss_fn, parts=self.parts, dtype=config.dtype, mesh=self.run.mesh,
-        )  # fmt: skip
-        return jax.device_get(metrics)
-
-    def pass_step(self) -> dict[str, float]:
-        """Counts a step that has nothing to learn from: parameters and moments stay."""
-        self.state = self.state.replace(step=self.state.step + 1)
-        return {}
-
-    def finish_step(self, step: int, metrics: dict[str, float], phases: Phases, tokens: int) -> None:
-        """Logs a step; writes a checkpoint and the plot where one is due."""
-        log, every = self.run.log, self.run.config.checkpoint.every
-        values = {
-            **metrics,
-            "learning_rate": self.schedule(step - 1),
-            "rows_dropped": len(self.stream.dropped),
-            "tokens_per_second": tokens / max(phases.total, 1e-9),
-            **phases.metrics(),
-        }
-        log.metrics(self.name, step, values)
-        shown = {"reward", "correct", "loss", "kl", "length", "tokens_per_second"}
-        log.show(**{key: value for key, value in values.items() if key in shown})
-        self.host = self._host_state()
-        if step % every == 0 or step == self.steps:
-            self.save(step)
-            plot_metrics(log.folder)
-
-    def save(self, step: int) -> None:
-        """Writes the checkpoint of the last finished step, unless it is there."""
-        if step > 0 and step != self.checkpoints.latest:
-            self.checkpoints.save(step, self.state, self.host)
-
-    def finish(self) -> TrainState:
-        self.checkpoints.close()
-        return self.state
-
-
-def heldout(run: Run, state: TrainState, stage: str, step: int) -> None:
-    """Judges the held-out rows greedily, one answer each; writes means to metrics.jsonl and says them."""
-    config = run.config.eval
-    if not config.rows or run.log.judged(stage, step):  # judged already: the run was resumed behind it
-        return
-    started = time.perf_counter()
-    stream = run.stream(run.config.data.heldout)
-    processor = run.processor_for(run.config.rl)
-    rows = []
-    for example in stream.examples[: config.rows]:
-        try:
-            rows.append((example, processor.encode_prompt(example, max_tokens=run.config.data.max_prompt_tokens)))
-        except RowError as error:
-            run.drop(error)
-    if not rows:
-        raise RowError(f"{run.config.data.heldout.path}: no usable row among the first {config.rows}")
-    sampling = Sampling(temperature=0.0, max_new_tokens=config.max_new_tokens)
-    weights, judged = run.rollout_weights(state.params), []
-    for i in range(0, len(rows), config.batch_size):
-        part = rows[i : i + config.batch_size]
-        filled = part + [part[-1]] * (config.batch_size - len(part))  # one shape for all batches
-        answers = run.sample(weights, filled, sampling, group=1, step=0)
-        answers = jax.tree.map(lambda a: a[: len(part)], answers)  # noqa: B023 (called at once)
-        judged += run.start_judging(part, answers, stage=stage, step=step, event="heldout")()
-    means = reward_metrics(judged)
-    dropped = min(config.rows, len(stream.examples)) - len(rows) + len(stream.dropped)
-    run.log.metrics(stage, step, {"event": "heldout", "rows": len(rows), "rows_dropped": dropped, **means})
-    run.log.say(
-        f"held out, {len(rows)} rows, {stage} step {step}: reward {means['reward']:.3f}, answers right "
-        f"{means['correct']:.1%}, valid {means['validity']:.1%}, key steps {means['key_steps']:.1%} "
-        f"({time.perf_counter() - started:.0f} s)"
-    )

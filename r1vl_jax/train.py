@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import math
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -22,64 +23,77 @@ from r1vl_jax import config as configs
 from r1vl_jax.checkpoint.hf import save_hf
 from r1vl_jax.checkpoint.store import find_model
 from r1vl_jax.config import Config, ConfigError
-from r1vl_jax.data.batching import ExampleStream, collate_answers
-from r1vl_jax.data.sources import without_reflection
+from r1vl_jax.data.batching import alike, collate_pairs, collate_prompts, in_micro_batches, padding, size_of
+from r1vl_jax.data.buckets import bucket
+from r1vl_jax.data.loader import Loader
+from r1vl_jax.data.sources import Source, open_source
+from r1vl_jax.heldout import heldout
 from r1vl_jax.judge import Paid, correct, reward_metrics, rewards_by_step, token_steps
 from r1vl_jax.model.config import CheckpointError, load_config
 from r1vl_jax.model.qwen2_vl import answer_logprobs
 from r1vl_jax.model.spec import param_spec
-from r1vl_jax.parallel.sharding import batch_shards, make_mesh, param_shardings, put_batch
+from r1vl_jax.parallel.sharding import batch_shards, make_mesh, param_shardings
 from r1vl_jax.processing.processor import Processor
 from r1vl_jax.quickstart import make_shapes
 from r1vl_jax.report import heldout_table, plot_metrics
 from r1vl_jax.rewards import ScorerPool
 from r1vl_jax.rewards.user import RewardError
-from r1vl_jax.run import Run, Stage, heldout
+from r1vl_jax.run import Compilations, Run
 from r1vl_jax.runlog import Phases, RunLog
 from r1vl_jax.sft.loss import sft_loss, token_weights
+from r1vl_jax.stage import Stage
 from r1vl_jax.step_grpo.advantages import gate_rewards, shaped_only, step_advantages, teaches, token_advantages
 from r1vl_jax.step_grpo.loss import answer_weights, step_grpo_loss
-from r1vl_jax.types import RowError, Sampling, TrainBatch
+from r1vl_jax.types import Prompts, RowError, Sampling, TrainBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """What one SFT update sees: its micro-batches, on the device, their tokens, and how much of them is padding."""
+
+    batches: list[TrainBatch]
+    tokens: int
+    padding: dict[str, float]
 
 
 def sft(run: Run, params, resume: bool):
     """Stage 1: cross-entropy on chain-of-thought answers. Returns the trained fp32 parameters."""
     config, data = run.config.sft, run.config.data
-    stream = run.stream(data.sft)
-    rows_read = len(stream.examples)
-    stream.examples = without_reflection(stream.examples)
-    if rows_filtered := rows_read - len(stream.examples):
-        run.log.say(f"{data.sft.path}: {rows_filtered} reflective rows left out, {len(stream.examples)} kept")
-    steps = config.steps or max(1, math.ceil(config.epochs * len(stream.examples) / config.batch_size))
-    stage = Stage(run, "sft", config.optimizer, steps, stream, params, resume)
+    source = run.source(data.sft)
+    steps = config.steps or max(1, math.ceil(config.epochs * len(source) / config.batch_size))
+    stage = Stage(run, "sft", config.optimizer, steps, params, resume)
     if stage.start == 0 and run.config.stages[0] == "sft":
         heldout(run, stage.state, "sft", 0)
-    processor = run.processor_for(config)
+    encode = partial(
+        run.processor_for(config).encode_pair,
+        max_tokens=data.max_prompt_tokens,
+        max_answer_tokens=config.max_answer_tokens,
+    )
+    sizes = run.look_ahead(source, encode, lambda pair: size_of(*pair))
+    batches = in_micro_batches(sizes, config.batch_size, config.micro_batch_size)
+    buckets = run.plan("sft", batches, count=data.buckets)
     loss_fn = partial(sft_loss, cfg=run.model, remat=run.config.model.remat)
 
-    def encode(example):
-        answer = processor.encode_answer(example.answer, name=f"{example.name}, answer")
-        if len(answer) > config.max_answer_tokens:
-            raise RowError(f"{example.name}, answer: {len(answer)} tokens, expected at most {config.max_answer_tokens}")
-        return processor.encode_prompt(example, max_tokens=data.max_prompt_tokens), answer
+    def make(rows) -> Update:
+        pairs = [pair for _, pair in rows]
+        total = sum(len(answer) for _, answer in pairs)
+        parts = alike(pairs, config.micro_batch_size, lambda pair: size_of(*pair))
+        batches = []
+        for part in parts:
+            rows_B, start_B, tokens, mask = collate_pairs(part, buckets)
+            batches.append(TrainBatch(rows_B, tokens, token_weights(mask, total), start_B=start_B))
+        tokens = sum(size_of(*pair).tokens for pair in pairs)
+        return Update([run.put(batch) for batch in batches], tokens, padding([batch.prompts for batch in batches]))
 
-    def batches(rows):
-        total = sum(len(answer) for _, (_, answer) in rows)
-        rows = sorted(rows, key=lambda row: len(row[1][1]))  # alike in length, a micro-batch holds little padding
-        for i in range(0, len(rows), config.micro_batch_size):
-            part = [encoded for _, encoded in rows[i : i + config.micro_batch_size]]
-            tokens, mask = collate_answers([[answer] for _, answer in part], pad_multiple=data.pad_multiple)
-            yield TrainBatch(run.collate([prompt for prompt, _ in part]), tokens, token_weights(mask, total))
-
-    for step in run.log.steps("sft", stage.start, steps):
-        phases = Phases()
-        with phases("data"):
-            rows = stream.take(config.batch_size, encode)
-        with phases("train"):
-            metrics = stage.step(batches(rows), loss_fn)
-        metrics["rows_filtered"] = rows_filtered
-        tokens = sum(len(prompt.tokens_T) + len(answer) for _, (prompt, answer) in rows)
-        stage.finish_step(step, metrics, phases, tokens)
+    with run.loader(source, encode, count=config.batch_size, make=make, position=stage.position) as loader:
+        for step in run.log.steps("sft", stage.start, steps):
+            phases = Phases()
+            with phases("data"):
+                update = loader.take()
+            with phases("train"):
+                metrics = stage.step(update.batches, loss_fn) | update.padding
+            metrics |= {"rows_filtered": source.filtered, "rows_dropped": loader.dropped}
+            stage.finish_step(step, metrics, phases, update.tokens, loader.position)
     heldout(run, stage.state, "sft", steps)
     return stage.finish().params
 
@@ -107,30 +121,45 @@ class Groups:
 class StepGRPO:
     """Stage 2 (R1-VL, section 3.3): answers sampled, judged, and turned into batches with their advantages."""
 
-    def __init__(self, run: Run, stream: ExampleStream, reference):
-        config, model = run.config.rl, run.model
-        self.run, self.config, self.stream, self.reference = run, config, stream, reference
-        self.processor = run.processor_for(config)
+    def __init__(self, run: Run, source: Source, reference):
+        config, data, model = run.config.rl, run.config.data, run.model
+        self.run, self.config, self.reference = run, config, reference
+        self.encode = partial(run.processor_for(config).encode_prompt, max_tokens=data.max_prompt_tokens)
         self.sampling = Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
-        scored = {"temperature": config.temperature, "forbidden": model.vision_ids}
-        self.ref_logprobs = jax.jit(lambda params, *batch: answer_logprobs(params, model, *batch, **scored)[0])
+        sizes = run.look_ahead(source, self.encode, size_of)
+        questions, micro = config.questions_per_step, config.micro_batch_size
+        self.rollout_buckets, self.buckets = (
+            run.plan(name, in_micro_batches(sizes, questions, count), count=data.buckets)
+            for name, count in (("rollout", questions), ("step_grpo", micro))
+        )
 
-    def sample(self, weights, step: int, phases: Phases) -> Groups:
+        def ref_logprobs(params, prompts, tokens_BGT):
+            scored = {"temperature": config.temperature, "forbidden": model.vision_ids}
+            return answer_logprobs(params, model, prompts, tokens_BGT, **scored)[0]
+
+        self.ref_logprobs = jax.jit(ref_logprobs)
+
+    def questions(self, rows) -> tuple[list, Prompts]:
+        """The questions of a rollout, the short ones first, so that micro-batches are alike; and on the device."""
+        (rows,) = alike(rows, len(rows), lambda row: size_of(row[1]))
+        return rows, self.run.put(collate_prompts([prompt for _, prompt in rows], self.rollout_buckets))
+
+    def sample(self, loader: Loader, weights, step: int, phases: Phases) -> Groups:
         """The next questions with their answers; under `zero_variance: resample`, more for those that do not teach."""
         parts = []
         more = self.config.max_resamples if self.config.zero_variance == "resample" else 0
         while not parts or (
             len(parts) <= more and sum(p.teaches_B.sum() for p in parts) < self.config.questions_per_step
         ):
-            parts.append(self._sample_once(weights, step, len(parts) * self.config.questions_per_step, phases))
+            parts.append(self._sample_once(loader, weights, step, len(parts) * self.config.questions_per_step, phases))
         return Groups.concatenate(parts)
 
-    def _sample_once(self, weights, step: int, first: int, phases: Phases) -> Groups:
+    def _sample_once(self, loader: Loader, weights, step: int, first: int, phases: Phases) -> Groups:
         run, config = self.run, self.config
         with phases("data"):
-            rows = self.stream.take(config.questions_per_step, self._encode)
+            rows, prompts = loader.take()
         with phases("rollout"):
-            answers = run.sample(weights, rows, self.sampling, group=config.group_size, step=step, first=first)
+            answers = run.sample(weights, prompts, self.sampling, group=config.group_size, step=step, first=first)
         by_step = config.advantage == "step"
         scores = run.start_judging(rows, answers, by_step=by_step, stage="step_grpo", step=step)
         with phases("reference"):  # while the scorers work
@@ -152,26 +181,26 @@ class StepGRPO:
             shaped_B=shaped_only(outcome_BGK, advantages_BGK),
         )
 
-    def _encode(self, example):
-        return self.processor.encode_prompt(example, max_tokens=self.run.config.data.max_prompt_tokens)
-
     def _under_reference(self, rows, answers) -> np.ndarray:
         """Log-probabilities of answers under the reference, 0 behind the longest one."""
         micro, length = self.config.micro_batch_size, self._used(answers.mask_BGT)
         found = []
         for i in range(0, len(rows), micro):
-            prompts = self.run.collate([encoded for _, encoded in rows[i : i + micro]])
-            batch = put_batch((prompts, answers.tokens_BGT[i : i + micro, :, :length]), self.run.mesh)
+            prompts = self._collate(rows[i : i + micro])
+            batch = self.run.put((prompts, answers.tokens_BGT[i : i + micro, :, :length]))
             found.append(self.ref_logprobs(self.reference, *batch))
         unused = answers.mask_BGT.shape[2] - length
         return np.pad(np.concatenate(jax.device_get(found)), ((0, 0), (0, 0), (0, unused)))
 
-    def _used(self, mask_BGT: np.ndarray) -> int:
-        """The longest answer's length, up to the padding multiple."""
-        multiple = self.run.config.data.pad_multiple
-        return min(mask_BGT.shape[2], -(-int(mask_BGT.any(axis=(0, 1)).sum()) // multiple) * multiple)
+    def _collate(self, rows) -> Prompts:
+        return collate_prompts([prompt for _, prompt in rows], self.buckets)
 
-    def batches(self, groups: Groups):
+    def _used(self, mask_BGT: np.ndarray) -> int:
+        """The longest answer's length, up to a quarter of what there may be: four shapes."""
+        quarter = bucket(-(-mask_BGT.shape[2] // 4), self.run.config.data.pad_multiple)
+        return min(mask_BGT.shape[2], -(-int(mask_BGT.any(axis=(0, 1)).sum()) // quarter) * quarter)
+
+    def batches(self, groups: Groups) -> Iterator[TrainBatch]:
         """Micro-batches of the groups that count; a last one that they do not fill is filled with weight 0."""
         config, length = self.config, self._used(groups.mask_BGT)
         counts_B = groups.teaches_B | (config.zero_variance == "keep")
@@ -181,44 +210,48 @@ class StepGRPO:
         order = np.argsort(~counts_B, kind="stable")
         for i in range(0, max(1, counts_B.sum()), config.micro_batch_size):
             part = order[i : i + config.micro_batch_size]
-            prompts = self.run.collate([groups.rows[b][1] for b in part])
+            prompts = self._collate([groups.rows[b] for b in part])
             arrays = (groups.tokens_BGT, weights_BGT, groups.advantage_BGT, groups.ref_logprobs_BGT)
-            batch = TrainBatch(prompts, *(array[part, :, :length] for array in arrays))
-            yield put_batch(batch, self.run.mesh)
+            yield TrainBatch(prompts, *(array[part, :, :length] for array in arrays))
 
 
 def step_grpo(run: Run, params, resume: bool):
     """Stage 2: StepGRPO. Returns the trained fp32 parameters."""
     config = run.config.rl
-    stream = run.stream(run.config.data.rl)
-    stage = Stage(run, "step_grpo", config.optimizer, config.steps, stream, params, resume)
+    source = run.source(run.config.data.rl)
+    stage = Stage(run, "step_grpo", config.optimizer, config.steps, params, resume)
     warm = _warm_up_folder(run) if "sft" in run.config.stages else run.started_from
-    grpo = StepGRPO(run, stream, reference=run.load_weights(warm, run.config.model.dtype))
+    grpo = StepGRPO(run, source, reference=run.load_weights(warm, run.config.model.dtype))
     if stage.start == 0 and run.config.stages[0] == "step_grpo":
         heldout(run, stage.state, "step_grpo", 0)
     loss_fn = partial(
         step_grpo_loss, cfg=run.model, temperature=config.temperature, beta=config.beta, remat=run.config.model.remat
     )
-    for step in run.log.steps("step_grpo", stage.start, config.steps):
-        phases = Phases()
-        weights = run.rollout_weights(stage.state.params)
-        try:
-            groups = grpo.sample(weights, step, phases)
-        except RewardError:  # of a user's function: what has been trained is kept
-            stage.save(step - 1)
-            stage.finish()
-            run.log.say(f"step_grpo: saved after step {step - 1}; --resume goes on from there")
-            raise
-        del weights
-        with phases("train"):
-            teaches = groups.teaches_B.any() or config.zero_variance == "keep"
-            metrics = stage.step(grpo.batches(groups), loss_fn) if teaches else stage.pass_step()
-        metrics |= reward_metrics(groups.judged)
-        metrics["group_std"] = groups.reward_BG.std(axis=1, ddof=1).mean()
-        metrics["zero_variance"] = 1 - groups.teaches_B.mean()
-        metrics["shaping_alone"] = groups.shaped_B.mean()
-        metrics["questions"] = len(groups.rows)
-        stage.finish_step(step, metrics, phases, int(groups.mask_BGT.sum()))
+    with run.loader(
+        source, grpo.encode, count=config.questions_per_step, make=grpo.questions, position=stage.position
+    ) as loader:
+        for step in run.log.steps("step_grpo", stage.start, config.steps):
+            phases = Phases()
+            weights = run.rollout_weights(stage.state.params)
+            try:
+                groups = grpo.sample(loader, weights, step, phases)
+            except RewardError:  # of a user's function: what has been trained is kept
+                stage.save(step - 1)
+                stage.finish()
+                run.log.say(f"step_grpo: saved after step {step - 1}; --resume goes on from there")
+                raise
+            del weights
+            with phases("train"):
+                teaches = groups.teaches_B.any() or config.zero_variance == "keep"
+                batches = list(grpo.batches(groups)) if teaches else []
+                metrics = stage.step(map(run.put, batches), loss_fn) if teaches else stage.pass_step()
+            metrics |= reward_metrics(groups.judged)
+            metrics |= padding([b.prompts for b in batches], [b.weight_BGT > 0 for b in batches])
+            metrics["group_std"] = groups.reward_BG.std(axis=1, ddof=1).mean()
+            metrics["zero_variance"] = 1 - groups.teaches_B.mean()
+            metrics["shaping_alone"] = groups.shaped_B.mean()
+            metrics |= {"questions": len(groups.rows), "rows_dropped": loader.dropped}
+            stage.finish_step(step, metrics, phases, int(groups.mask_BGT.sum()), loader.position)
     heldout(run, stage.state, "step_grpo", config.steps)
     return stage.finish().params
 
@@ -232,14 +265,18 @@ def check_inputs(config: Config):
 
     Raises ConfigError, CheckpointError or OSError naming what is wrong.
     """
-    needed = {"model.path": config.model.path}
-    sizes = {}
+    needed, sets, sizes = {"model.path": config.model.path}, {}, {}
     if "sft" in config.stages:
-        needed["data.sft.path"], sizes["sft.micro_batch_size"] = config.data.sft.path, config.sft.micro_batch_size
+        sets["data.sft"], sizes["sft.micro_batch_size"] = config.data.sft, config.sft.micro_batch_size
     if "step_grpo" in config.stages:
-        needed["data.rl.path"], sizes["rl.micro_batch_size"] = config.data.rl.path, config.rl.micro_batch_size
+        sets["data.rl"], sizes["rl.micro_batch_size"] = config.data.rl, config.rl.micro_batch_size
     if config.eval.rows:
-        needed["data.heldout.path"], sizes["eval.batch_size"] = config.data.heldout.path, config.eval.batch_size
+        sets["data.heldout"], sizes["eval.batch_size"] = config.data.heldout, config.eval.batch_size
+    for key, section in sets.items():
+        if section.path:
+            needed[f"{key}.path"] = section.path
+        else:
+            open_source(section)  # which for TFDS takes no time
     for key, path in needed.items():
         if not Path(path).exists():
             raise ConfigError(f"{key}: {path}: no such {'folder' if key == 'model.path' else 'file'}")
@@ -267,8 +304,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     mesh = check_inputs(config)
     log = RunLog(config, resume=resume, overwrite=overwrite)
     export = log.folder / "export"
-    with ScorerPool(config.scoring.workers, config.scoring.timeout) as pool, jax.set_mesh(mesh):
-        run = Run(config, log, pool, mesh)
+    pool = ScorerPool(config.scoring.workers, config.scoring.timeout)
+    with pool, Compilations() as compilations, jax.set_mesh(mesh):
+        run = Run(config, log, pool, mesh, compilations)
         params = None
         for name in config.stages:
             params = {"sft": sft, "step_grpo": step_grpo}[name](run, params, resume)

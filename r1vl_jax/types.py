@@ -31,13 +31,19 @@ class RowError(ValueError):
 class Example:
     """One question as read from a file, nothing decoded yet.
 
+    A conversation of several turns is several of these: each answer once, with all that came before it.
+
     Attributes:
-      source: the file that the row came from.
-      row: the row's number in that file, from 0.
+      source: the file, or the TFDS folder, that the row came from.
+      row: the row's number in it, from 0.
       images: absolute paths of its images, in the order of their placeholders.
-      question: the user's text with one "<image>" where each image stands.
+      question: the user's text with one "<image>" or "<video>" where each image and video stands.
       answer: SFT: the assistant's text. RL: the reference solution.
       key_steps: RL: groups of alternatives; None where the row has none.
+      videos: absolute paths of video files, or of the frames of a video, in the order of their placeholders.
+      system: the system turn; None: the default one.
+      history: earlier turns (question, answer); their images and videos come first.
+      image_bytes: the image files themselves, where the source holds them (TFDS); `images` then only names them.
     """
 
     source: str
@@ -46,13 +52,18 @@ class Example:
     question: str
     answer: str
     key_steps: tuple[tuple[str, ...], ...] | None = None
+    videos: tuple[str | tuple[str, ...], ...] = ()
+    system: str | None = None
+    history: tuple[tuple[str, str], ...] = ()
+    image_bytes: tuple[bytes, ...] | None = dataclasses.field(default=None, repr=False)
 
     @property
     def name(self) -> str:
-        return f"{self.source}, row {self.row}"
+        turn = f", turn {len(self.history)}" if self.history else ""
+        return f"{self.source}, row {self.row}{turn}"
 
 
-@dataclasses.dataclass(frozen=True)
+@flax.struct.dataclass  # a tree of arrays: grain then hands them from worker processes in shared memory
 class EncodedPrompt:
     """One question in the model's terms (NumPy, no padding).
 
@@ -60,7 +71,7 @@ class EncodedPrompt:
       tokens_T: int32 ids, image placeholders expanded.
       positions_3T: int32 M-RoPE positions (t, h, w).
       image_slot_T: int32, the row of this question's merged image features that stands here; -1 where text stands.
-      patches_PC: float32 patches of all its images in order, P = sum t*h*w.
+      patches_PC: uint8 patches (R, G, B values) of all its images and videos in order, P = sum t*h*w.
       grids: (t, h, w) of each image in patches.
       next_position: the position of the first token after the prompt.
     """
@@ -86,7 +97,7 @@ class Prompts:
       positions_3BT: M-RoPE positions (t, h, w).
       image_slot_BT: index into the flattened (R*M) image features, -1 for text.
       next_position_B: position of the first token after the prompt.
-      patches_RPC: image patches, packed; R = 0 where no row has an image.
+      patches_RPC: image patches as pixel values, packed; R = 0 where no row has an image.
       patch_hw_RP2: (h, w) of each patch in its frame.
       segment_RP: the frame of each patch, -1 for padding.
     """
@@ -131,11 +142,12 @@ class TrainBatch:
     """What one gradient computation sees.
 
     Attributes:
-      prompts: B questions.
+      prompts: B questions; SFT: with the answer behind each, in the same row.
       tokens_BGT: G answers each (SFT: one).
       weight_BGT: the weight of each token in the loss, 0 outside the answer; over all micro-batches of an update it
         carries the whole normalisation, so that losses and gradients of micro-batches simply add up.
       advantage_BGT, ref_logprobs_BGT: RL only.
+      start_B: SFT only: where the answer begins in its row.
     """
 
     prompts: Prompts
@@ -143,6 +155,7 @@ class TrainBatch:
     weight_BGT: jax.Array
     advantage_BGT: jax.Array | None = None
     ref_logprobs_BGT: jax.Array | None = None
+    start_B: jax.Array | None = None
 
 
 @flax.struct.dataclass

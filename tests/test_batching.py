@@ -6,13 +6,15 @@ import math
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_jax import questions, random_params, tiny_config
+from tiny_jax import batch_of, questions, random_params, tiny_config
 
-from r1vl_jax.data.batching import ExampleStream, bucket, collate_answers, collate_prompts, patch_coordinates
+from r1vl_jax.data.batching import collate_pairs, collate_prompts, pad_answers, patch_coordinates
+from r1vl_jax.data.buckets import Buckets, bucket
+from r1vl_jax.model.qwen2_vl import answer_logprobs
 from r1vl_jax.model.vision import encode_images
-from r1vl_jax.types import Example, RowError
 
 A, B, C, VIDEO = ("image", (1, 4, 6)), ("image", (1, 2, 2)), ("image", (1, 8, 4)), ("video", (2, 4, 4))
 
@@ -46,7 +48,7 @@ def test_patch_coordinates(grid):
 
 def test_text_is_padded_on_the_right():
     encoded = questions([5], [3, B, 2], [1])
-    got = collate_prompts(encoded, pad_multiple=8)
+    got = batch_of(encoded, pad_multiple=8)
     assert got.tokens_BT.shape == (3, 8) and got.positions_3BT.shape == (3, 3, 8)
     for b, prompt in enumerate(encoded):
         n = len(prompt.tokens_T)
@@ -59,7 +61,7 @@ def test_text_is_padded_on_the_right():
 
 
 def test_no_images_no_vision_rows():
-    got = collate_prompts(questions([5], [3]), pad_multiple=8, shards=8)
+    got = batch_of(questions([5], [3]), pad_multiple=8, shards=8)
     assert got.patches_RPC.shape[0] == got.patch_hw_RP2.shape[0] == got.segment_RP.shape[0] == 0
     assert (got.image_slot_BT == -1).all()
 
@@ -67,7 +69,7 @@ def test_no_images_no_vision_rows():
 def test_packing_by_hand():
     """Patches of 24, 4, 32, 4, 4 in rows of 32: [24, 4, 4], [32], and the last 4 where there is room again."""
     encoded = questions([A, 1, B], [2], [C, B], [3, B])
-    got = collate_prompts(encoded, pad_multiple=8)
+    got = batch_of(encoded, pad_multiple=8)
     assert got.patches_RPC.shape == (3, 32, 1176)
     frames = [[0] * 24 + [1] * 4 + [2] * 4, [0] * 32, [0] * 4 + [-1] * 28]
     np.testing.assert_array_equal(got.segment_RP, frames)
@@ -81,7 +83,7 @@ def test_packing_by_hand():
 
 @pytest.mark.parametrize("shards", [1, 2, 8])
 def test_vision_rows_divide_over_shards(shards):
-    got = collate_prompts(questions([A, C], [2], [C, B], [3, A]), pad_multiple=8, shards=shards)
+    got = batch_of(questions([A, C], [2], [C, B], [3, A]), pad_multiple=8, shards=shards)
     assert got.patches_RPC.shape[0] % shards == 0
     assert (got.segment_RP >= 0).sum() == 24 + 32 + 32 + 4 + 24
 
@@ -92,7 +94,7 @@ def test_packed_images_encode_as_alone():
     params = random_params(tiny_config())["vision"]
     encode = jax.jit(partial(encode_images, cfg=cfg))
     encoded = questions([2, A, 1, B], [4], [1, C, VIDEO, B], [B], [A, C])
-    got = collate_prompts(encoded, pad_multiple=16)
+    got = batch_of(encoded, pad_multiple=16)
     assert got.patches_RPC.shape[0] < sum(len(prompt.grids) for prompt in encoded) and got.segment_RP.max() > 1
     features = encode(params, patches_RPC=got.patches_RPC, hw_RP2=got.patch_hw_RP2, segment_RP=got.segment_RP)
     features = np.asarray(features).reshape(-1, features.shape[-1])
@@ -121,80 +123,36 @@ def test_packed_images_encode_as_alone():
 
 def test_answers():
     answers = [[np.array([5, 6, 7]), np.array([8])], [np.array([9]), np.array([1, 2, 3, 4, 5])]]
-    tokens, mask = collate_answers(answers, pad_multiple=4)
+    tokens, mask = pad_answers(answers, 8)
     assert tokens.shape == mask.shape == (2, 2, 8) and tokens.dtype == np.int32 and mask.dtype == bool
     for b, g in np.ndindex(2, 2):
         np.testing.assert_array_equal(tokens[b, g][mask[b, g]], answers[b][g])
         assert mask[b, g].tolist() == sorted(mask[b, g].tolist(), reverse=True)
 
 
-# The stream.
+def test_an_answer_behind_its_prompt_scores_as_one_that_shares_it():
+    """SFT's rows hold prompt and answer, StepGRPO's answers share a cached prompt: the same values and gradients."""
+    cfg = tiny_config()
+    params = random_params(cfg)
+    rng = np.random.default_rng(3)
+    encoded = questions([3, A, 2], [5], [C, 1, VIDEO])
+    answers = [rng.integers(0, 100, count).astype(np.int32) for count in (4, 9, 1)]
+    pairs = list(zip(encoded, answers, strict=True))
+    rows, start_B, tokens, mask = collate_pairs(pairs, Buckets(8))
+    weights = rng.normal(size=mask.shape) * mask
 
+    def scored(params, prompts, **options):
+        logprobs, entropy = answer_logprobs(params, cfg, prompts, tokens, **options)
+        return jnp.sum(jnp.where(mask, logprobs, 0) * weights), (logprobs, entropy)
 
-def stream(count=7, **fields):
-    return ExampleStream([Example("file.json", row, (), "question", "answer") for row in range(count)], **fields)
-
-
-def rows(taken):
-    return [example.row for example, _ in taken]
-
-
-def encode(example):
-    return -example.row
-
-
-def test_each_epoch_has_every_row_once_in_another_order():
-    taken = stream(seed=0).take(21, encode)
-    assert [encoded for _, encoded in taken] == [-row for row in rows(taken)]
-    epochs = [tuple(rows(taken)[i : i + 7]) for i in (0, 7, 14)]
-    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
-    assert len(set(epochs)) == 3 and tuple(range(7)) not in epochs
-    assert rows(stream(seed=1).take(7, encode)) != list(epochs[0])
-
-
-def test_batches_cut_the_same_order():
-    whole = rows(stream(seed=3).take(20, encode))
-    parts = stream(seed=3)
-    assert sum((rows(parts.take(count, encode)) for count in (3, 1, 9, 7)), []) == whole
-
-
-def test_resumed_stream_goes_on():
-    first, whole = stream(seed=3), rows(stream(seed=3).take(20, encode))
-    first.take(9, encode)
-    again = stream(seed=3, position=first.position)
-    assert rows(again.take(11, encode)) == whole[9:]
-
-
-def picky(example):
-    if example.row in (2, 5):
-        raise RowError(f"{example.name}: bad")
-    return encode(example)
-
-
-def test_bad_rows_are_dropped_named_and_counted():
-    named = []
-    picked = stream(seed=0, dropped={"one that was not read"}, on_drop=lambda error: named.append(str(error)))
-    taken = rows(picked.take(11, picky))
-    seen = rows(stream(seed=0).take(picked.position, encode))
-    assert taken == [row for row in seen if row not in (2, 5)]
-    met = [row for row in seen if row in (2, 5)]
-    assert len(met) > 2 and named == [f"file.json, row {row}: bad" for row in dict.fromkeys(met)]  # each once
-    assert picked.dropped == {"one that was not read", "file.json, row 2", "file.json, row 5"}
-
-
-def test_no_usable_row_is_an_error():
-    def refuse(example):
-        raise RowError("bad")
-
-    with pytest.raises(RowError, match="no usable row among the 7 that were read"):
-        stream(seed=0).take(1, refuse)
-    # One usable row is enough, however often it has to be taken.
-    assert rows(stream(seed=0).take(3, lambda e: encode(e) if e.row == 4 else refuse(e))) == [4, 4, 4]
-
-
-def test_other_errors_are_not_swallowed():
-    def broken(example):
-        raise ValueError("a bug, not a bad row")
-
-    with pytest.raises(ValueError, match="a bug"):
-        stream(seed=0).take(1, broken)
+    gradient = jax.jit(jax.value_and_grad(scored, has_aux=True))
+    (_, joined), joined_grads = gradient(params, rows, start_B=start_B)
+    (_, shared), shared_grads = gradient(params, collate_prompts(encoded, Buckets(8)))
+    for ours, theirs in zip(joined, shared, strict=True):
+        np.testing.assert_allclose(np.asarray(ours)[mask], np.asarray(theirs)[mask], atol=1e-5)
+    assert np.std(np.asarray(joined[0])[mask]) > 0.1
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(joined_grads), jax.tree.leaves(shared_grads), strict=True
+    ):
+        scale = np.abs(np.asarray(b)).max()
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(scale, 1), err_msg=jax.tree_util.keystr(path))

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from tiny_tokenizer import make_tokenizer, write_checkpoint
 
-from r1vl_jax.data.sources import read_examples
-from r1vl_jax.processing.chat import find_chat_template, render_chat, split_question
+from r1vl_jax.data.sources import JsonSource
+from r1vl_jax.processing.chat import find_chat_template, render_chat, split_questions
 from r1vl_jax.processing.images import image_patches
 from r1vl_jax.processing.positions import mrope_positions
 from r1vl_jax.processing.processor import Processor
@@ -60,6 +60,15 @@ def processor(folder):
     return Processor.from_folder(folder, max_pixels=20_000)
 
 
+def split_question(question, **counts):
+    (parts,) = split_questions([question], **counts)
+    return parts
+
+
+def user(parts):
+    return [{"role": "user", "content": parts}]
+
+
 def test_split_question():
     assert split_question("Find x.", images=0) == [{"type": "text", "text": "Find x."}]
     assert split_question("Find x.", images=2) == [{"type": "image"}] * 2 + [{"type": "text", "text": "Find x."}]
@@ -80,10 +89,10 @@ def test_placeholders_must_match(question, images):
 def test_own_format_equals_the_published_template(question):
     tokenizer = make_tokenizer()
     parts = split_question(question, images=question.count("<image>"), videos=question.count("<video>"))
-    published = render_chat(tokenizer, parts, vision=VISION, template=QWEN2_VL_TEMPLATE)
-    ours = render_chat(tokenizer, parts, vision=VISION)
-    user = question.replace("<image>", VISION["image"]).replace("<video>", VISION["video"])
-    assert published == ours == PROMPT.format(user) + "<|im_start|>assistant\n"
+    published = render_chat(tokenizer, user(parts), vision=VISION, template=QWEN2_VL_TEMPLATE)
+    ours = render_chat(tokenizer, user(parts), vision=VISION)
+    text = question.replace("<image>", VISION["image"]).replace("<video>", VISION["video"])
+    assert published == ours == PROMPT.format(text) + "<|im_start|>assistant\n"
 
 
 def test_where_the_template_comes_from(tmp_path):
@@ -105,9 +114,9 @@ def test_where_the_template_comes_from(tmp_path):
 
 def test_template_that_does_not_serve(tmp_path, processor):
     with pytest.raises(ValueError, match="takes no message with images"):
-        render_chat(processor.tokenizer, [{"type": "image"}], vision=VISION, template=TEXT_TEMPLATE)
+        render_chat(processor.tokenizer, user([{"type": "image"}]), vision=VISION, template=TEXT_TEMPLATE)
     with pytest.raises(ValueError, match=r"expected '<\|im_start\|>assistant"):
-        render_chat(processor.tokenizer, [{"type": "image"}], vision=VISION, template="hello")
+        render_chat(processor.tokenizer, user([{"type": "image"}]), vision=VISION, template="hello")
     drops = dataclasses.replace(processor, chat_template="no picture<|im_start|>assistant\n\n")
     with pytest.raises(ValueError, match=r"template made the placeholders \[\] of \['image'\]") as caught:
         drops.encode_question("x", [noise(30, 30)])
@@ -183,7 +192,7 @@ def test_row_errors_name_file_row_and_field(tmp_path, processor):
     for file, message in [
         ("none.png", "none.png: no such image file"),
         ("text.png", "text.png: cannot be read"),
-        ("long.png", "long.png.: image is 900x3 pixels"),
+        ("long.png", "long.png: image is 900x3 pixels"),
     ]:
         example = Example("data/rl.json", 3, (str(tmp_path / file),), "<image>x", "3")
         with pytest.raises(RowError, match=rf"^data/rl.json, row 3, images\[0\].*{message}"):
@@ -286,8 +295,8 @@ def test_a_chat_template_that_is_no_jinja(tmp_path, template):
 @needs_geometry
 def test_real_rows(processor):
     for file in ("rl.json", "sft.json"):
-        examples, errors = read_examples(GEOMETRY / file)
-        assert len(examples) == 10 and not errors
+        examples = JsonSource(GEOMETRY / file)
+        assert len(examples) == 10 and not examples.errors
         for example in examples:
             prompt = processor.encode_prompt(example)
             (t, h, w), *rest = prompt.grids

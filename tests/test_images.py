@@ -1,16 +1,18 @@
-"""Image patches: parity with transformers' PIL image processor, and what our loader does with odd files."""
+"""Image patches: parity with transformers' PIL image processor, and what our loader does with files and bytes."""
 
 import io
 import json
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as hf_smart_resize
 
+from r1vl_jax.processing import images
 from r1vl_jax.processing.images import ImageSpec, image_patches, load_image, smart_resize, to_rgb, video_patches
 
 SIZES = [
@@ -31,13 +33,20 @@ def saved(tmp_path, image, name="x.png", **options):
     return tmp_path / name
 
 
+def normalised(patches, spec):
+    """What the model makes of uint8 patches; their columns are (channel, frame, y, x)."""
+    values = patches.reshape(len(patches), 3, -1).astype(np.float32) / np.float32(255)
+    mean, std = (np.asarray(value, np.float32)[:, None] for value in (spec.mean, spec.std))
+    return ((values - mean) / std).reshape(patches.shape)
+
+
 def assert_same_as_hf(image, spec):
     hf = Qwen2VLImageProcessorPil(size={"shortest_edge": spec.min_pixels, "longest_edge": spec.max_pixels})
     expected = hf(image, return_tensors="np")
     patches, grid = image_patches(image, spec)
-    assert patches.dtype == np.float32
+    assert patches.dtype == np.uint8 and patches.flags.c_contiguous
     assert grid == tuple(expected["image_grid_thw"][0].tolist())
-    np.testing.assert_allclose(patches, expected["pixel_values"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(normalised(patches, spec), expected["pixel_values"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -83,14 +92,35 @@ def test_smart_resize_refuses(size):
 
 
 def test_row_order_by_hand():
-    # One 28-pixel token across, two down; the value of a pixel is its row, in units of 1/255.
+    # One 28-pixel token across, two down; the value of a pixel is its row.
     image = Image.fromarray(np.repeat(np.arange(56, dtype=np.uint8)[:, None], 28, 1)).convert("RGB")
-    spec = ImageSpec(min_pixels=1, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))
-    patches, grid = image_patches(image, spec)
+    patches, grid = image_patches(image, ImageSpec(min_pixels=1))
     assert grid == (1, 4, 2) and patches.shape == (8, 1176)
     tops = patches.reshape(8, 3, 2, 14, 14)[:, 0, 0, 0, 0]
-    np.testing.assert_allclose(tops, [0, 0, 14, 14, 28, 28, 42, 42], atol=1e-4)
+    np.testing.assert_array_equal(tops, [0, 0, 14, 14, 28, 28, 42, 42])
     np.testing.assert_array_equal(patches.reshape(8, 3, 2, -1)[:, :, 0], patches.reshape(8, 3, 2, -1)[:, :, 1])
+
+
+def test_column_order_by_hand():
+    # Inside a row of patches: channel, frame, y, x. Red is 10, green 100 plus its row, blue 200 plus its column.
+    red, green, blue = np.full((28, 28), 10), 100 + np.arange(28)[:, None], 200 + np.arange(28)
+    pixels = np.stack(np.broadcast_arrays(red, green, blue), -1).astype(np.uint8)
+    second = np.where(np.arange(3) == 0, 11, pixels).astype(np.uint8)
+    frames = [Image.fromarray(pixels), Image.fromarray(second)]
+    patches, _ = video_patches(frames, ImageSpec(min_pixels=1))
+    got = patches.reshape(2, 2, 3, 2, 14, 14)  # mh, mw, c, T, ph, pw
+    assert set(got[:, :, 0, 0].flat) == {10} and set(got[:, :, 0, 1].flat) == {11}
+    for T in (0, 1):
+        for block in (0, 1):
+            np.testing.assert_array_equal(got[block, 0, 1, T, :, 0], 100 + 14 * block + np.arange(14))
+            np.testing.assert_array_equal(got[0, block, 2, T, 0], 200 + 14 * block + np.arange(14))
+
+
+def test_a_still_image_is_resized_once(monkeypatch):
+    calls, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda *args, **options: calls.append(0) or resize(*args, **options))
+    image_patches(noise(90, 120), ImageSpec())
+    assert len(calls) == 1
 
 
 def test_video_patches():
@@ -200,11 +230,43 @@ def test_truncation_anywhere_is_noticed(tmp_path):
             load_image(tmp_path / "cut.png")
 
 
+def test_bytes_of_an_image_file(tmp_path):
+    path = saved(tmp_path, noise(9, 7), "x.png")
+    whole = path.read_bytes()
+    for image in (load_image(whole), load_image(np.bytes_(whole))):
+        np.testing.assert_array_equal(image, load_image(path))
+    with pytest.raises(ValueError, match="^image file of 30 bytes: cannot be read as an image"):
+        load_image(whole[:30])
+    for source in (whole[:30], saved(tmp_path, Image.new("F", (3, 3)), "f.tif"), tmp_path / "none.png"):
+        with pytest.raises(ValueError, match="^row 7, image 2: (?!.*none.png)"):
+            load_image(source, name="row 7, image 2")
+
+
 def test_decompression_bomb(tmp_path, monkeypatch):
     path = saved(tmp_path, Image.new("1", (300, 300)), "bomb.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ValueError, match="bomb.png: cannot be read as an image .DecompressionBombError"):
+    monkeypatch.setattr(images, "MAX_IMAGE_PIXELS", 300 * 300)
+    load_image(path)
+    monkeypatch.setattr(images, "MAX_IMAGE_PIXELS", 300 * 300 - 1)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)  # refused before pixels are decoded
+    with pytest.raises(ValueError, match="bomb.png: image is 300x300 pixels, 90000 in all; expected at most 89999"):
         load_image(path)
+
+
+@pytest.mark.parametrize(
+    ("names", "limit"),
+    [
+        (("x.png", "x.jpg", "x.webp", "x.gif", "x.bmp", "x.tif", "x.ppm"), 40 * 30 - 1),  # PIL would warn
+        (("x.png", "x.jpg", "x.gif", "x.bmp", "x.ppm"), 40 * 30 // 2 - 1),  # PIL would refuse
+    ],
+)
+def test_the_limit_is_ours_and_not_pils(tmp_path, monkeypatch, names, limit):
+    paths = [saved(tmp_path, Image.new("RGB", (40, 30), "red"), name) for name in names]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for path in paths:
+            assert load_image(path).size == (40, 30)
+    assert not seen
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")

@@ -91,7 +91,7 @@ def trained(mesh):
         )  # fmt: skip
         update = make_update(optimizer, layout)
         after, step_metrics = gradient_step(
-            state, [batch], update=update, loss_fn=loss_fn(), parts=PARTS, dtype="float32", mesh=mesh
+            state, [put_batch(batch, mesh)], update=update, loss_fn=loss_fn(), parts=PARTS, dtype="float32"
         )
         values = {**metrics, "grad_norm": step_metrics["grad_norm"]}
         return jax.device_get(values), jax.device_get(grads), jax.device_get(after.params), after

@@ -20,6 +20,7 @@ from tiny import Row, config_dict
 from r1vl_jax.checkpoint.hf import save_hf
 from r1vl_jax.config import Config, load
 from r1vl_jax.data.batching import collate_prompts
+from r1vl_jax.data.buckets import Buckets
 from r1vl_jax.data.shapes import make_task
 from r1vl_jax.data.shapes.tokenizer import task_texts, train_tokenizer, write_checkpoint_files
 from r1vl_jax.model.config import ModelConfig, load_config, parse_config
@@ -111,8 +112,8 @@ def left_padded(prompts: Prompts) -> Prompts:
     )
 
 
-def batch_of(encoded: list[EncodedPrompt], **options) -> Prompts:
-    return collate_prompts(encoded, **{"pad_multiple": 8, **options})
+def batch_of(encoded: list[EncodedPrompt], *, pad_multiple: int = 8, shards: int = 1) -> Prompts:
+    return collate_prompts(encoded, Buckets(pad_multiple, shards=shards))
 
 
 # Runs.

@@ -1,188 +1,255 @@
-"""Questions from files: R1-VL-10K (RL) and ShareGPT (SFT) rows, as a JSON array or JSONL, to `Example`s.
+"""Where rows come from: `Source` gives the i-th usable `Example` of a file, which is indexed and never held in memory.
 
-Flow: data (here) -> processing. Nothing is decoded: images stay paths. Schemas as published with R1-VL (arXiv
-2503.12937) and Mulberry-SFT (arXiv 2412.18319):
+Flow: data (here) -> processing. `open_source` takes a configuration's section to a JSON file or to a TFDS dataset.
 
-    {"image_path": "a.png", "problem": "...", "solution": "...", "key_steps": {"Steps": [["a", "or b"], "c"]}}
-    {"messages": [{"role": "user", "content": "<image>..."}, {"role": "assistant", "content": "..."}],
-     "images": "a.png"}
-
-A bad row is reported and stops no other.
+    file.json -> scan: (bytes of row, row) -> parse_row, drop_matching -> index: where each example lies -> source[i]
 """
 
 from __future__ import annotations
 
+import codecs
+import functools
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterator
+from typing import BinaryIO, Protocol
 
+import numpy as np
+from tqdm import tqdm
+
+from r1vl_jax.config import SourceSection
+from r1vl_jax.data.rows import parse_row
 from r1vl_jax.types import Example, RowError
 
-PLACEHOLDER = "<image>"
-SYSTEM = "You are a helpful assistant."  # the system turn that every prompt gets; a row may spell it out
-REFLECTION = "I think I have made a mistake. Let me rethink it."  # marks the reflective rows of Mulberry-SFT
+CHUNK = 1 << 20  # bytes read at once
+MAX_ROW = 256 << 20  # characters; what is longer is no row but a bracket that nothing closes
 
 
-def read_examples(
-    path: str | os.PathLike, *, image_root: str | os.PathLike | None = None
-) -> tuple[list[Example], list[RowError]]:
-    """Reads all rows of a file, whose schema is seen from each row's keys.
+class Source(Protocol):
+    """Random access to the usable rows of a data set; grain reads it, in worker processes too.
+
+    Attributes:
+      name: what messages call it: a path.
+      errors: a RowError for each row that cannot be used, as far as that shows without opening images.
+      filtered: rows left out by `drop_matching`.
+    """
+
+    name: str
+    errors: list[RowError]
+    filtered: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+def open_source(section: SourceSection) -> Source:
+    """The source that a configuration names. Raises RowError where it has no usable row."""
+    if section.tfds:
+        from r1vl_jax.data.tfds_source import TfdsSource  # needs tensorflow-datasets, which JSON does not
+
+        return TfdsSource(
+            section.tfds, data_dir=section.tfds_dir, split=section.split, drop_matching=section.drop_matching
+        )
+    return JsonSource(section.path, image_root=section.image_root, drop_matching=section.drop_matching)
+
+
+class JsonSource:
+    """A JSON array or JSONL file. Reading it once checks every row and leaves an index of 22 bytes an example.
 
     Args:
-      path: a JSON array, or one JSON object a line.
+      path: a JSON array, or one JSON object a line. The schema is seen from each row's keys.
       image_root: the folder that image paths are relative to; None: the folder of `path`.
-    Returns:
-      the good rows in order, and one error for each bad row, whose message names file, row and field. In JSONL a row's
-      number is its line's, from 0.
-    Raises: RowError if the file is missing, empty or not JSON: it has no usable row.
+      drop_matching: rows with one of these texts in an answer are left out and counted in `filtered`.
+    Raises: RowError if the file is missing, empty or not JSON: it has no usable row. Reading an example raises OSError
+      where the file has changed since.
     """
-    source = os.fspath(path)
-    root = os.path.abspath(os.path.dirname(source) if image_root is None else image_root)
-    examples, errors = [], []
-    for number, row in _read_rows(source):
-        try:
-            examples.append(parse_row(row, source=source, number=number, image_root=root))
-        except RowError as error:
-            errors.append(error)
-    return examples, errors
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        image_root: str | os.PathLike | None = None,
+        drop_matching: tuple[str, ...] = (),
+    ):
+        self.name = os.fspath(path)
+        self._path = os.path.abspath(self.name)
+        self._root = os.path.abspath(os.path.dirname(self.name) if image_root is None else image_root)
+        self.errors: list[RowError] = []
+        self.filtered = 0
+        if not os.path.isfile(self.name):
+            raise RowError(f"{self.name}: no such file; expected a JSON array or JSONL file")
+        self._stamp = _stamp(os.stat(self._path))
+        places = list(self._index(drop_matching))
+        if not places and not self.errors and not self.filtered:
+            raise RowError(f"{self.name}: empty; expected at least one row")
+        kinds = {"start": "i8", "length": "i4", "number": "i4", "turn": "i2"}
+        self._places = np.array(places, list(kinds.items()))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Example:
+        start, length, number, turn = self._places[index].tolist()
+        text = os.pread(self._file.fileno(), length, start)
+        return self._parse(json.loads(text), number)[turn]
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key != "_file"}
+
+    @functools.cached_property
+    def _file(self) -> BinaryIO:
+        """The open file, one for each process."""
+        file = open(self._path, "rb")  # noqa: SIM115 (open as long as the source is)
+        if _stamp(os.fstat(file.fileno())) != self._stamp:
+            raise OSError(f"{self.name}: the file has changed since it was indexed; start again")
+        return file
+
+    def _index(self, drop_matching: tuple[str, ...]) -> Iterator[tuple[int, int, int, int]]:
+        """(start, length, row number, turn) of each usable example; bad rows go to `errors`."""
+        rows, broken = 0, 0
+        for number, start, length, row in _scan(self.name):
+            rows += 1
+            if isinstance(row, RowError):
+                broken += 1
+                self.errors.append(row)
+                continue
+            try:
+                examples = self._parse(row, number)
+            except RowError as error:
+                self.errors.append(error)
+                continue
+            if any(text in example.answer for text in drop_matching for example in examples):
+                self.filtered += 1
+                continue
+            yield from ((start, length, number, turn) for turn in range(len(examples)))
+        if rows and broken == rows:
+            problem = re.sub(r"^, row \d+", "", str(self.errors[0]).removeprefix(self.name))
+            raise RowError(f"{self.name}{problem}; expected a JSON array or one JSON object a line")
+
+    def _parse(self, row: object, number: int) -> list[Example]:
+        return parse_row(row, source=self.name, number=number, image_root=self._root)
 
 
-def without_reflection(examples: Iterable[Example]) -> list[Example]:
-    """Leaves out the rows whose answer takes itself back, as R1-VL's warm-up does."""
-    return [example for example in examples if REFLECTION not in example.answer]
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
 
 
-def parse_row(row: object, *, source: str, number: int, image_root: str) -> Example:
-    """One row of either schema as an `Example`. RowError names file, row and field."""
-    name = f"{source}, row {number}"
-    if isinstance(row, RowError):
-        raise row
-    if not isinstance(row, dict):
-        raise RowError(f"{name}: holds a {type(row).__name__}; expected an object")
-    if "problem" in row:
-        question, answer = _text(row, "problem", name), _text(row, "solution", name)
-        image_field, key_steps = "image_path", _key_steps(row.get("key_steps"), f"{name}, key_steps")
-    elif "messages" in row:
-        question, answer = _single_turn(row["messages"], f"{name}, messages")
-        image_field, key_steps = "images", None
+# A row as `_scan` finds it: its number, its first byte, how many bytes, and what it holds or why it cannot be read.
+Row = tuple[int, int, int, object]
+
+
+def _scan(path: str) -> Iterator[Row]:
+    """The rows of a file, read once from front to end. Raises RowError where it is no JSON array and no JSONL."""
+    with open(path, "rb") as file:
+        begin = 3 if file.read(3) == codecs.BOM_UTF8 else 0
+        file.seek(begin)
+        head = file.read(CHUNK)
+        while head.isspace():
+            head = file.read(CHUNK)
+        file.seek(begin)
+        size, label = os.path.getsize(path), f"reading {os.path.basename(path)}"
+        with tqdm(total=size, unit="B", unit_scale=True, desc=label, delay=2, leave=False) as bar:
+            rows = _scan_array if head.lstrip().startswith(b"[") else _scan_lines
+            for row in rows(file, path, begin):
+                yield row
+                bar.update(row[1] + row[2] - bar.n)
+
+
+def _scan_lines(file: BinaryIO, path: str, at: int) -> Iterator[Row]:
+    """JSONL: a row's number is its line's. Lines end with a line feed and with nothing else that Unicode has."""
+    for number, line in enumerate(file):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except UnicodeDecodeError as error:
+                row = RowError(f"{path}, row {number}: not UTF-8 text ({error})")
+            except (ValueError, RecursionError) as error:
+                row = RowError(f"{path}, row {number}: not JSON ({error})")
+            yield number, at, len(line), row
+        at += len(line)
+
+
+def _scan_array(file: BinaryIO, path: str, at: int) -> Iterator[Row]:
+    """A JSON array, parsed row by row."""
+    text, number = _Window(file, path, at), 0
+
+    def fail(problem: object) -> RowError:
+        return RowError(f"{path}: not JSON ({problem}; row {number}, byte {text.at}); expected one array of objects")
+
+    text.mark()  # the bracket
+    if text.peek() == "]":
+        text.mark()
     else:
-        raise RowError(
-            f"{name}: has the keys {sorted(row)}; expected image_path, problem, solution, key_steps (RL) or messages, "
-            "images (ShareGPT)"
-        )
-    placeholders = question.count(PLACEHOLDER)
-    if image_field not in row and (image_field == "image_path" or placeholders):
-        # A misspelt key would train on questions about pictures that nobody sees.
-        raise RowError(
-            f"{name}, {image_field}: missing; expected a path, a list of paths, or null for a text-only question"
-        )
-    images = _images(row.get(image_field), f"{name}, {image_field}", image_root)
-    if placeholders == 0:
-        question = PLACEHOLDER * len(images) + question
-    elif placeholders != len(images):
-        raise RowError(
-            f"{name}, {image_field}: {len(images)} images for {placeholders} {PLACEHOLDER} in the question; "
-            "expected as many"
-        )
-    return Example(source, number, images, question, answer, key_steps)
+        mark = ","
+        while mark == ",":
+            text.peek()
+            try:
+                start, row = text.at, text.value()
+            except (ValueError, RecursionError) as error:
+                raise fail(error) from error
+            yield number, start, text.at - start, row
+            mark = text.mark()
+            number += 1
+        if mark != "]":
+            raise fail(f"expected a comma or the closing bracket, found {mark!r}")
+    if rest := text.peek():
+        raise fail(f"expected nothing behind the array, found {rest!r}")
 
 
-def _read_rows(source: str) -> list[tuple[int, object]]:
-    """(number, row) of each row; a line that is not JSON comes as the RowError that says so."""
-    if not os.path.isfile(source):
-        raise RowError(f"{source}: no such file; expected a JSON array or JSONL file")
-    try:
-        with open(source, encoding="utf-8-sig") as file:
-            text = file.read()
-    except UnicodeDecodeError as error:
-        raise RowError(f"{source}: not UTF-8 text ({error}); expected a JSON array or JSONL file") from error
-    if text.lstrip().startswith("["):
+class _Window:
+    """The part of a UTF-8 file that is being parsed; `at` is the place in bytes, from the file's start."""
+
+    def __init__(self, file: BinaryIO, path: str, at: int):
+        self._file, self._path, self.at = file, path, at
+        self._decode = codecs.getincrementaldecoder("utf-8")().decode
+        self._parse = json.JSONDecoder().raw_decode
+        self._text, self._place, self._complete = "", 0, False
+
+    def _advance(self, place: int) -> None:
+        self.at += len(self._text[self._place : place].encode())
+        self._place = place
+
+    def _more(self) -> None:
+        """Reads on: at least as much again as there is, so that a long row is not parsed too often."""
+        rest = self._text[self._place :]
+        data = self._file.read(max(CHUNK, len(rest)))
+        self._complete = not data
         try:
-            rows = list(enumerate(json.loads(text)))
-        except (ValueError, RecursionError) as error:
-            raise RowError(f"{source}: not JSON ({error}); expected one array of objects") from error
-    else:
-        # Not splitlines(): JSON texts may hold U+2028 and the like, which are no line ends in JSONL.
-        lines = enumerate(text.split("\n"))
-        rows = [(number, _parse_line(line, source, number)) for number, line in lines if line.strip()]
-    if not rows:
-        raise RowError(f"{source}: empty; expected at least one row")
-    if all(isinstance(row, RowError) for _, row in rows):
-        raise RowError(f"{source}: not JSON ({rows[0][1]}); expected a JSON array or one JSON object a line")
-    return rows
+            self._text, self._place = rest + self._decode(data, final=self._complete), 0
+        except UnicodeDecodeError as error:
+            raise RowError(
+                f"{self._path}: not UTF-8 text ({error}, behind byte {self.at}); expected a JSON array or JSONL file"
+            ) from error
 
+    def peek(self) -> str:
+        """Goes to the next character that is no white space and gives it; "" at the end of the file."""
+        while True:
+            place = self._place
+            while place < len(self._text) and self._text[place] in " \t\r\n":
+                place += 1
+            self._advance(place)
+            if place < len(self._text) or self._complete:
+                return self._text[place : place + 1]
+            self._more()
 
-def _parse_line(line: str, source: str, number: int) -> object:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return RowError(f"{source}, row {number}: not JSON ({error})")
+    def mark(self) -> str:
+        """Takes the next character that is no white space."""
+        mark = self.peek()
+        self._advance(self._place + len(mark))
+        return mark
 
-
-def _text(row: dict, field: str, name: str) -> str:
-    value = row.get(field)
-    if not isinstance(value, str) or not value.strip():
-        raise RowError(f"{name}, {field}: {_short(value)}; expected a text that is not empty")
-    _check_unicode(value, f"{name}, {field}")
-    return value
-
-
-def _check_unicode(text: str, name: str) -> None:
-    """JSON can spell half of a surrogate pair, which no tokenizer takes."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowError(f"{name}: not valid Unicode ({error})") from error
-
-
-def _single_turn(messages: object, name: str) -> tuple[str, str]:
-    """Question and answer of a conversation of one user and one assistant turn."""
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise RowError(f"{name}: {_short(messages)}; expected a list of {{role, content}}")
-    turns = list(messages)
-    if turns and turns[0].get("role") == "system":
-        if turns[0].get("content") != SYSTEM:
-            raise RowError(f"{name}: system turn {_short(turns[0].get('content'))}; only {SYSTEM!r} is supported")
-        turns = turns[1:]
-    roles = [message.get("role") for message in turns]
-    if roles != ["user", "assistant"]:
-        raise RowError(f"{name}: roles are {_short(roles)}; only one user and one assistant turn are supported")
-    question, answer = (_text(m, "content", f"{name}[{len(messages) - 2 + i}]") for i, m in enumerate(turns))
-    return question, answer
-
-
-def _images(value: object, name: str, root: str) -> tuple[str, ...]:
-    """Absolute image paths; none for null and an empty list."""
-    paths = [] if value is None else value if isinstance(value, list) else [value]
-    for path in paths:
-        if not isinstance(path, str) or not path.strip() or "://" in path or path.startswith("data:"):
-            raise RowError(f"{name}: {_short(path)}; expected the path of a file, or a list of them")
-        _check_unicode(path, name)
-    return tuple(os.path.abspath(os.path.join(root, path)) for path in paths)
-
-
-def _key_steps(value: object, name: str) -> tuple[tuple[str, ...], ...] | None:
-    """Groups of alternatives; a group that is one text becomes a group of one. None for null, {} and a missing field.
-
-    The groups may also be given without the object around them.
-    """
-    if isinstance(value, dict) and value:
-        if "Steps" not in value:
-            raise RowError(f'{name}: {_short(value)}; expected {{"Steps": [...]}} or a list of groups')
-        name, value = f"{name}.Steps", value["Steps"]
-    if value is None or value == {}:
-        return None
-    if not isinstance(value, list):
-        raise RowError(f"{name}: {_short(value)}; expected a list of groups")
-    groups = []
-    for i, group in enumerate(value):
-        alternatives = [group] if isinstance(group, str) else group
-        if not isinstance(alternatives, list) or not all(isinstance(text, str) for text in alternatives):
-            raise RowError(f"{name}[{i}]: {_short(group)}; expected a text or a list of texts")
-        groups.append(tuple(alternatives))
-    return tuple(groups)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    def value(self) -> object:
+        """Takes the JSON value that stands here. Raises ValueError or RecursionError where none does."""
+        while True:
+            try:
+                value, end = self._parse(self._text, self._place)
+            except ValueError:
+                if self._complete or len(self._text) - self._place > MAX_ROW:
+                    raise
+            else:
+                if end < len(self._text) or self._complete:  # a number could go on behind what has been read
+                    self._advance(end)
+                    return value
+            self._more()

@@ -19,7 +19,10 @@ class CheckpointError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """Vision tower: `layers` blocks of width `width`, patches of `patch_dim` values, 2x2 patches merged."""
+    """Vision tower: `layers` blocks of width `width`, patches of `patch_dim` values, 2x2 patches merged.
+
+    `pixel_mean` and `pixel_std` (of values in [0, 1], by channel) are CLIP's; see `with_pixels`.
+    """
 
     layers: int
     width: int
@@ -31,6 +34,8 @@ class VisionConfig:
     merge_size: int = 2
     rope_theta: float = 1e4
     norm_eps: float = 1e-6
+    pixel_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    pixel_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
     @property
     def head_dim(self) -> int:
@@ -69,6 +74,10 @@ class ModelConfig:
     def vision_ids(self) -> tuple[int, ...]:
         """Ids that a policy may never emit: the next forward pass would look for features that do not exist."""
         return (self.image_token_id, self.video_token_id, self.vision_start_token_id, self.vision_end_token_id)
+
+    def with_pixels(self, mean: tuple[float, ...], std: tuple[float, ...]) -> ModelConfig:
+        """The same model on pixels that the checkpoint's image processor normalises by `mean` and `std`."""
+        return dataclasses.replace(self, vision=dataclasses.replace(self.vision, pixel_mean=mean, pixel_std=std))
 
 
 def load_config(folder: str | Path) -> ModelConfig:

@@ -65,12 +65,20 @@ def answer_hidden(params: Any, cfg: ModelConfig, prompts: Prompts, tokens_BGT, *
     return jnp.concatenate([first, hidden], axis=2)
 
 
+def joined_hidden(params: Any, cfg: ModelConfig, rows: Prompts, start_B, T: int, *, remat: bool = False) -> jax.Array:
+    """As `answer_hidden`, (B, 1, T, D), for one answer each that stands behind its prompt, in the same row."""
+    hidden, _, _ = prefill(params, cfg, rows, remat=remat)
+    places_BT = jnp.minimum(start_B[:, None] - 1 + jnp.arange(T), hidden.shape[1] - 1)
+    return jnp.take_along_axis(hidden, places_BT[..., None], axis=1)[:, None]
+
+
 def answer_logprobs(
     params: Any,
     cfg: ModelConfig,
     prompts: Prompts,
     tokens_BGT: jax.Array,
     *,
+    start_B: jax.Array | None = None,
     temperature: float = 1.0,
     forbidden: tuple[int, ...] = (),
     remat: bool = False,
@@ -82,6 +90,7 @@ def answer_logprobs(
 
     Args:
       tokens_BGT: answers, padded at their ends with any id.
+      start_B: where the one answer to each prompt begins in its row, if `prompts` hold the answers too.
       temperature: the sampling temperature; 0 stands for 1 (greedy answers are scored at T = 1).
       forbidden: ids taken out of the distribution, as the sampler does.
       remat: recompute layers in the backward pass.
@@ -89,7 +98,10 @@ def answer_logprobs(
     Returns:
       fp32 (logprobs_BGT, entropy_BGT); values behind an answer's end mean nothing.
     """
-    hidden = answer_hidden(params, cfg, prompts, tokens_BGT, remat=remat)
+    if start_B is None:
+        hidden = answer_hidden(params, cfg, prompts, tokens_BGT, remat=remat)
+    else:
+        hidden = joined_hidden(params, cfg, prompts, start_B, tokens_BGT.shape[2], remat=remat)
     B, G, T, D = hidden.shape
     width = min(T, max(1, chunk // (B * G)))
     pad = -T % width

@@ -21,6 +21,17 @@ def quick_gelu(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
+def normalise(patches_RPC: jax.Array, cfg: VisionConfig) -> jax.Array:
+    """Pixel values (uint8) as the tower takes them, fp32: (x / 255 - mean) / std. Floats are normalised already."""
+    if patches_RPC.dtype != jnp.uint8:
+        return patches_RPC
+    mean_C, std_C = (
+        jnp.repeat(jnp.array(values, jnp.float32), cfg.patch_dim // cfg.channels)
+        for values in (cfg.pixel_mean, cfg.pixel_std)
+    )
+    return (patches_RPC.astype(jnp.float32) / 255 - mean_C) / std_C
+
+
 def vision_angles(hw_RP2: jax.Array, cfg: VisionConfig) -> jax.Array:
     """2-D rope: a quarter of the head width turns with h, a quarter with w; (R, P, H/2)."""
     frequencies = rope_frequencies(cfg.head_dim // 2, cfg.rope_theta)
@@ -46,14 +57,14 @@ def encode_images(
 
     Args:
       params: the "vision" subtree.
-      patches_RPC: patches, rows of 3*2*14*14 values; any float dtype.
+      patches_RPC: patches, rows of 3*2*14*14 values: uint8 pixels, or floats that are normalised already.
       hw_RP2: each patch's (h, w) in its frame, in merge order.
       segment_RP: the frame that a patch belongs to, unique in its row; -1 for padding.
       remat: recompute blocks in the backward pass.
     Returns:
       image features (R, M, D) in the parameters' dtype, M = P / 4.
     """
-    x = linear(patches_RPC.astype(params["patch_embed"].dtype), params["patch_embed"])
+    x = linear(normalise(patches_RPC, cfg).astype(params["patch_embed"].dtype), params["patch_embed"])
     mask_RPP = (segment_RP[:, :, None] == segment_RP[:, None, :]) & (segment_RP >= 0)[:, None, :]
     block = partial(_block, angle=vision_angles(hw_RP2, cfg), mask_RPP=mask_RPP, cfg=cfg)
     x, _ = jax.lax.scan(jax.checkpoint(block) if remat else block, x, params["blocks"])

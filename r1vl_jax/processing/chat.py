@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -25,29 +26,31 @@ ASSISTANT_HEADER = "<|im_start|>assistant\n"
 PLACEHOLDERS = {"<image>": "image", "<video>": "video"}
 
 
-def split_question(question: str, *, images: int, videos: int = 0) -> list[dict[str, str]]:
-    """Cuts a question at its placeholders into the parts of a chat message.
+def split_questions(questions: Sequence[str], *, images: int, videos: int = 0) -> list[list[dict[str, str]]]:
+    """Cuts the user's turns at their placeholders into the parts of chat messages.
 
-    A question with no placeholder at all gets them in front, images first.
+    Where none of them has a placeholder, the first gets them all in front, images first.
     Args:
-      question: text with "<image>" and "<video>" where those stand.
+      questions: texts with "<image>" and "<video>" where those stand.
       images, videos: how many of each there are.
-    Returns: {"type": "text", "text": ...}, {"type": "image"} and {"type": "video"}, in order.
+    Returns: for each turn {"type": "text", "text": ...}, {"type": "image"} and {"type": "video"}, in order.
     Raises: ValueError if the placeholders do not match what there is.
     """
-    pieces = re.split(f"({'|'.join(PLACEHOLDERS)})", question)
-    if len(pieces) == 1:
-        pieces = ["<image>"] * images + ["<video>"] * videos + pieces
-    parts = [
-        {"type": PLACEHOLDERS[piece]} if piece in PLACEHOLDERS else {"type": "text", "text": piece}
-        for piece in pieces
-        if piece
-    ]
+    turns = [re.split(f"({'|'.join(PLACEHOLDERS)})", question) for question in questions]
+    if all(len(pieces) == 1 for pieces in turns):
+        turns[0] = ["<image>"] * images + ["<video>"] * videos + turns[0]
     for placeholder, given in (("<image>", images), ("<video>", videos)):
-        asked = pieces.count(placeholder)
+        asked = sum(pieces.count(placeholder) for pieces in turns)
         if asked != given:
             raise ValueError(f"the text has {asked} {placeholder} and the row has {given}; expected as many")
-    return parts
+    return [
+        [
+            {"type": PLACEHOLDERS[piece]} if piece in PLACEHOLDERS else {"type": "text", "text": piece}
+            for piece in pieces
+            if piece
+        ]
+        for pieces in turns
+    ]
 
 
 def find_chat_template(folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -72,7 +75,7 @@ def find_chat_template(folder: str | os.PathLike, tokenizer: PreTrainedTokenizer
 
 def render_chat(
     tokenizer: PreTrainedTokenizerBase,
-    parts: Sequence[Mapping[str, str]],
+    turns: Sequence[Mapping[str, Any]],
     *,
     vision: Mapping[str, str],
     template: str | None = None,
@@ -80,18 +83,23 @@ def render_chat(
     """The chat text up to and with the assistant header.
 
     Args:
-      parts: the user's turn, from `split_question`.
+      turns: {"role", "content"}, the last one the user's; contents are texts, or parts from `split_questions`. Without
+        a system turn the text gets the default one.
       vision: what stands for an "image" and a "video" in the text, used where there is no template.
       template: Jinja text; None takes the format at the top of this file.
     Raises: ValueError, naming the checkpoint, if the template is no Jinja, takes text alone, or does not open the
       assistant's turn as Qwen2-VL does.
     """
     if template is None:
-        user = "".join(part["text"] if part["type"] == "text" else vision[part["type"]] for part in parts)
-        return f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n{ASSISTANT_HEADER}"
-    turns, name = [{"role": "user", "content": list(parts)}], tokenizer.name_or_path
+        if turns[0]["role"] != "system":
+            turns = [{"role": "system", "content": SYSTEM}, *turns]
+        texts = ((turn["role"], _plain(turn["content"], vision)) for turn in turns)
+        return "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in texts) + ASSISTANT_HEADER
+    name = tokenizer.name_or_path
     try:
-        text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            list(turns), chat_template=template, tokenize=False, add_generation_prompt=True
+        )
     except jinja2.TemplateError as error:
         raise ValueError(f"{name}: the chat template cannot be used ({error}); expected Qwen2-VL's") from error
     except TypeError as error:  # Jinja adds a list to a text
@@ -101,3 +109,9 @@ def render_chat(
     if not text.endswith(ASSISTANT_HEADER):
         raise ValueError(f"{name}: the chat template ends a prompt with {text[-40:]!r}; expected {ASSISTANT_HEADER!r}")
     return text
+
+
+def _plain(content: str | Sequence[Mapping[str, str]], vision: Mapping[str, str]) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] if part["type"] == "text" else vision[part["type"]] for part in content)

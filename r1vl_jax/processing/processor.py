@@ -8,9 +8,11 @@ one that is over its budget is an error that names the row, for the caller to dr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +20,19 @@ from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from r1vl_jax.jsonfile import inner_object, read_object
-from r1vl_jax.processing.chat import find_chat_template, render_chat, split_question
+from r1vl_jax.processing.chat import find_chat_template, render_chat, split_questions
 from r1vl_jax.processing.images import ImageSpec, image_patches, load_image, video_patches
 from r1vl_jax.processing.positions import mrope_positions
 from r1vl_jax.processing.spans import decode, token_at
+from r1vl_jax.processing.videos import VideoSpec, load_video, pick_frames
 from r1vl_jax.types import EncodedPrompt, Example, RowError
 
 IM_END = "<|im_end|>"
 END_OF_TEXT = "<|endoftext|>"
 
-ImageLike = str | os.PathLike | Image.Image
+ImageLike = str | os.PathLike | bytes | Image.Image
+VideoLike = str | os.PathLike | Sequence[ImageLike]
+Grid = tuple[int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Processor:
       tokenizer: the checkpoint's.
       ids: its special ids.
       image_spec: how images are resized and cut.
+      video_spec: which frames of a video are taken, and their size.
       chat_template: Jinja text; None: the format of Qwen2-VL itself.
       reserved: texts that the tokenizer reads as one special token; a question or an answer may not hold them.
     """
@@ -57,6 +63,7 @@ class Processor:
     tokenizer: PreTrainedTokenizerBase
     ids: SpecialIds
     image_spec: ImageSpec
+    video_spec: VideoSpec
     chat_template: str | None
     reserved: tuple[str, ...]
 
@@ -91,11 +98,12 @@ class Processor:
             tokenizer=tokenizer,
             ids=ids,
             image_spec=spec,
+            video_spec=VideoSpec(),
             chat_template=find_chat_template(folder, tokenizer),
             reserved=tuple(sorted(special)),
         )
         # A template that does not serve shows here, before a run has begun.
-        render_chat(tokenizer, [{"type": "image"}], vision=processor._vision_text(), template=processor.chat_template)
+        processor._render([{"role": "user", "content": [{"type": "image"}]}])
         return processor
 
     @property
@@ -104,41 +112,68 @@ class Processor:
         return self.ids.im_end, self.ids.end_of_text
 
     def encode_prompt(self, example: Example, *, max_tokens: int | None = None) -> EncodedPrompt:
-        """Encodes the question of a row, with its images; see `encode_question`. RowError names file, row, field."""
-        return self.encode_question(example.question, example.images, name=example.name, max_tokens=max_tokens)
+        """Encodes the question of a row, with all before it; see `encode_question`. RowError names file, row, field."""
+        return self.encode_question(
+            example.question, example.image_bytes or example.images,
+            videos=example.videos, system=example.system, history=example.history, name=example.name,
+            image_names=example.images, max_tokens=max_tokens,
+        )  # fmt: skip
+
+    def encode_pair(
+        self, example: Example, *, max_tokens: int | None = None, max_answer_tokens: int | None = None
+    ) -> tuple[EncodedPrompt, np.ndarray]:
+        """Encodes question and answer of a row. Raises RowError, also where one is longer than it may be."""
+        answer = self.encode_answer(example.answer, name=f"{example.name}, answer")
+        if max_answer_tokens is not None and len(answer) > max_answer_tokens:
+            raise RowError(f"{example.name}, answer: {len(answer)} tokens, expected at most {max_answer_tokens}")
+        return self.encode_prompt(example, max_tokens=max_tokens), answer
 
     def encode_question(
         self,
         question: str,
         images: Sequence[ImageLike] = (),
         *,
-        videos: Sequence[Sequence[ImageLike]] = (),
+        videos: Sequence[VideoLike] = (),
+        system: str | None = None,
+        history: Sequence[tuple[str, str]] = (),
         name: str = "prompt",
+        image_names: Sequence[str] = (),
         max_tokens: int | None = None,
     ) -> EncodedPrompt:
         """Encodes a question up to and with the assistant header.
 
         Args:
           question: text with "<image>" and "<video>" where those stand; with none, all are put in front.
-          images: paths or PIL images, in the order of their placeholders.
-          videos: lists of frames, likewise.
-          name: what errors call this question.
+          images: paths, image files as bytes, or PIL images, in the order of their placeholders.
+          videos: paths of video files, or lists of frames, likewise.
+          system: the system turn; None: the default one.
+          history: earlier turns (question, answer); their images and videos come first.
+          name: what errors call this question; `image_names`: and its images, where those are bytes.
           max_tokens: budget for the prompt; None: no limit. A prompt over it is an error; it is never cut.
         Returns: the prompt; patches and grids in the order of the placeholders.
         Raises: RowError, with `name` and the field in its message; ValueError if the chat template does not serve.
         """
-        self._check_text(question, f"{name}, question")
+        questions = [*(earlier for earlier, _ in history), question]
+        answers = [answer for _, answer in history]
+        for field, texts in (("question", questions), ("system", [system or ""]), ("answer", answers)):
+            for text in texts:
+                self._check_text(text, f"{name}, {field}")
         try:
-            parts = split_question(question, images=len(images), videos=len(videos))
+            parts = split_questions(questions, images=len(images), videos=len(videos))
         except ValueError as error:
             raise RowError(f"{name}, question: {error}") from error
-        stills = (self._patches(f"{name}, images[{i}]", image) for i, image in enumerate(images))
-        clips = (self._patches(f"{name}, videos[{i}]", video) for i, video in enumerate(videos))
-        kinds = [part["type"] for part in parts if part["type"] != "text"]
+        named = zip_longest(images, image_names)
+        stills = (self._still(f"{name}, images[{i}]", image, label) for i, (image, label) in enumerate(named))
+        clips = (self._clip(f"{name}, videos[{i}]", video) for i, video in enumerate(videos))
+        kinds = [part["type"] for turn in parts for part in turn if part["type"] != "text"]
         blocks = [next(stills if kind == "image" else clips) for kind in kinds]
         grids = tuple(grid for _, grid in blocks)
-        text = render_chat(self.tokenizer, parts, vision=self._vision_text(), template=self.chat_template)
-        tokens_T = self._expand(self._tokenize(text), kinds, grids, name)
+        turns = [] if system is None else [{"role": "system", "content": system}]
+        for turn, answer in zip_longest(parts, answers):
+            turns.append({"role": "user", "content": turn})
+            if answer is not None:
+                turns.append({"role": "assistant", "content": answer})
+        tokens_T = self._expand(self._tokenize(self._render(turns)), kinds, grids, name)
         prompt = self._assemble(tokens_T, grids, [patches for patches, _ in blocks])
         if max_tokens is not None and len(tokens_T) > max_tokens:
             raise RowError(
@@ -183,19 +218,23 @@ class Processor:
     def _tokenize(self, text: str) -> np.ndarray:
         return np.asarray(self.tokenizer.encode(text, add_special_tokens=False), np.int32)
 
-    def _patches(self, name: str, source: ImageLike | Sequence[ImageLike]) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """Patches and grid of one image, or of one video given as its frames."""
+    def _render(self, turns: list[dict]) -> str:
+        return render_chat(self.tokenizer, turns, vision=self._vision_text(), template=self.chat_template)
 
-        def opened(image: ImageLike) -> Image.Image:
-            return image if isinstance(image, Image.Image) else load_image(image)
+    def _still(self, name: str, image: ImageLike, label: str | None = None) -> tuple[np.ndarray, Grid]:
+        """Patches and grid of one image."""
+        with _row_errors(name, image if label is None else label):
+            return image_patches(_opened(image, label), self.image_spec)
 
-        try:
-            if isinstance(source, (str, os.PathLike, Image.Image)):
-                return image_patches(opened(source), self.image_spec)
-            return video_patches([opened(frame) for frame in source], self.image_spec)
-        except (ValueError, OSError) as error:  # OSError: a PIL image whose file is read only now
-            where = f" ({source})" if isinstance(source, (str, os.PathLike)) and str(source) not in str(error) else ""
-            raise RowError(f"{name}{where}: {error}") from error
+    def _clip(self, name: str, video: VideoLike) -> tuple[np.ndarray, Grid]:
+        """Patches and grid of one video: a file, or its frames."""
+        limit = min(self.video_spec.max_pixels, self.image_spec.max_pixels)
+        spec = dataclasses.replace(self.image_spec, max_pixels=limit, min_pixels=min(self.image_spec.min_pixels, limit))
+        with _row_errors(name, video):
+            if isinstance(video, (str, os.PathLike)):
+                return video_patches(load_video(video, self.video_spec), spec)
+            frames = [_opened(video[i]) for i in pick_frames(len(video), self.video_spec.max_frames)]
+            return video_patches(frames, spec)
 
     def _expand(self, tokens: np.ndarray, kinds: list[str], grids: tuple, name: str) -> np.ndarray:
         """Repeats each placeholder token as often as its image has tokens."""
@@ -226,10 +265,24 @@ class Processor:
             tokens_T=tokens_T.astype(np.int32),
             positions_3T=positions_3T,
             image_slot_T=slot_T,
-            patches_PC=np.concatenate([np.zeros((0, width), np.float32), *patches]),
+            patches_PC=np.concatenate([np.zeros((0, width), np.uint8), *patches]),
             grids=grids,
             next_position=next_position,
         )
+
+
+def _opened(image: ImageLike, name: str | None = None) -> Image.Image:
+    return image if isinstance(image, Image.Image) else load_image(image, name=name)
+
+
+@contextlib.contextmanager
+def _row_errors(name: str, source: object) -> Iterator[None]:
+    """Errors of reading an image or a video as RowErrors with the row's name, and the file's."""
+    try:
+        yield
+    except (ValueError, OSError) as error:  # OSError: a PIL image whose file is read only now
+        where = f" ({source})" if isinstance(source, (str, os.PathLike)) and str(source) not in str(error) else ""
+        raise RowError(f"{name}{where}: {error}") from error
 
 
 def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

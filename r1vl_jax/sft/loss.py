@@ -21,7 +21,9 @@ def token_weights(mask_BGT: np.ndarray, tokens: int) -> np.ndarray:
 
 def sft_loss(params, batch: TrainBatch, *, cfg: ModelConfig, remat: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss and metrics of one micro-batch; over the micro-batches of an update they add up."""
-    logprobs, entropy = answer_logprobs(params, cfg, batch.prompts, batch.tokens_BGT, remat=remat)
+    logprobs, entropy = answer_logprobs(
+        params, cfg, batch.prompts, batch.tokens_BGT, start_B=batch.start_B, remat=remat
+    )
     real = batch.weight_BGT > 0
     loss = -jnp.sum(batch.weight_BGT * jnp.where(real, logprobs, 0.0))
     return loss, {"loss": loss, "entropy": jnp.sum(batch.weight_BGT * entropy)}

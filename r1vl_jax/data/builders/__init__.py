@@ -1,0 +1,18 @@
+"""TFDS data sets of questions: R1-VL-10K, Mulberry-SFT and the built-in task, in ArrayRecord and without TensorFlow.
+
+Importing this registers the builders with TFDS, so that `tfds.builder(NAME)` knows them. The command for them is
+r1vl_jax.data.build, which goes on where it was interrupted; TFDS's own download_and_prepare works, too.
+
+    record.py                                what all of them store: an `Example` as a record, and back
+    base.py                                  what the builders share
+    r1vl_10k.py, mulberry_sft.py, shapes.py  the builders
+"""
+
+from r1vl_jax.data.builders.base import QuestionsBuilder
+from r1vl_jax.data.builders.mulberry_sft import MulberrySft
+from r1vl_jax.data.builders.r1vl_10k import R1vl10k
+from r1vl_jax.data.builders.shapes import Shapes
+
+BUILDERS: dict[str, type[QuestionsBuilder]] = {builder.name: builder for builder in (R1vl10k, MulberrySft, Shapes)}
+
+__all__ = ["BUILDERS", "MulberrySft", "QuestionsBuilder", "R1vl10k", "Shapes"]

@@ -1,0 +1,84 @@
+"""The record that every TFDS data set of questions stores: the fields of `Example`, with the image files themselves.
+
+Flow: JsonSource -> Example -> to_record -> ArrayRecord -> to_example -> Example. What has no type that TFDS can store
+without TensorFlow (lists of lists of texts) is JSON text; None is the empty text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from r1vl_jax.types import Example, RowError
+
+
+def features() -> tfds.features.FeaturesDict:
+    """What a record holds. Images are their files, byte for byte; image_paths are their names."""
+    text = tfds.features.Text
+    return tfds.features.FeaturesDict(
+        {
+            "row": tfds.features.Tensor(shape=(), dtype=np.int64),
+            "question": text(),
+            "answer": text(),
+            "key_steps": text(),  # JSON: a list of groups of alternatives
+            "system": text(),
+            "history": text(),  # JSON: a list of [question, answer]
+            "images": tfds.features.Sequence(tfds.features.Tensor(shape=(), dtype=np.object_)),
+            "image_paths": tfds.features.Sequence(text()),
+        }
+    )
+
+
+def to_record(example: Example, root: str | os.PathLike) -> dict[str, Any]:
+    """The record of an example. Its image files are read, and never decoded.
+
+    Args:
+      root: the absolute path of a folder; images inside it are named by their paths from there, others by whole paths.
+    Raises: RowError where the example has videos or an image file cannot be read.
+    """
+    if example.videos:
+        raise RowError(f"{example.name}: has videos, which no TFDS record holds; train from the JSON file for these")
+    return {
+        "row": example.row,
+        "question": example.question,
+        "answer": example.answer,
+        "key_steps": "" if example.key_steps is None else json.dumps(example.key_steps),
+        "system": example.system or "",
+        "history": json.dumps(example.history),
+        "images": [_read(path, example.name) for path in example.images],
+        "image_paths": [_name(path, Path(root)) for path in example.images],
+    }
+
+
+def to_example(record: Mapping[str, Any], source: str) -> Example:
+    """The example that a record was made from, its images as names and bytes. `source`: what the data set is called."""
+    text = {field: record[field].decode() for field in ("question", "answer", "key_steps", "system", "history")}
+    return Example(
+        source,
+        int(record["row"]),
+        tuple(path.decode() for path in record["image_paths"]),
+        text["question"],
+        text["answer"],
+        tuple(map(tuple, json.loads(text["key_steps"]))) if text["key_steps"] else None,
+        system=text["system"] or None,
+        history=tuple(map(tuple, json.loads(text["history"]))),
+        image_bytes=tuple(record["images"]),
+    )
+
+
+def _read(path: str, name: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise RowError(f"{name}, image {path}: {error.strerror}; expected an image file") from error
+
+
+def _name(path: str, root: Path) -> bytes:
+    inside = Path(path).is_relative_to(root)
+    return os.fspath(Path(path).relative_to(root) if inside else path).encode("utf-8", "replace")

@@ -1,0 +1,159 @@
+"""One row of a file to `Example`s: the schemas of R1-VL-10K (RL) and ShareGPT (SFT). Nothing is decoded.
+
+As published with R1-VL (arXiv 2503.12937) and Mulberry-SFT (arXiv 2412.18319):
+
+    {"image_path": "a.png", "problem": "...", "solution": "...", "key_steps": {"Steps": [["a", "or b"], "c"]}}
+    {"messages": [{"role": "user", "content": "<image>..."}, {"role": "assistant", "content": "..."}],
+     "images": "a.png"}
+
+Both may have "videos": the path of a video file, a list of them, or a list of lists of frames. A conversation may have
+a system turn and several turns; each answer is an `Example`.
+"""
+
+from __future__ import annotations
+
+import os
+
+from r1vl_jax.types import Example, RowError
+
+IMAGE, VIDEO = "<image>", "<video>"
+SYSTEM = "You are a helpful assistant."  # the system turn of a prompt that names none
+
+
+def parse_row(row: object, *, source: str, number: int, image_root: str) -> list[Example]:
+    """One row of either schema; as many `Example`s as it has answers.
+
+    Args:
+      source, number: what the row is called.
+      image_root: the folder that relative paths start from.
+    Raises: RowError naming file, row and field.
+    """
+    name = f"{source}, row {number}"
+    if not isinstance(row, dict):
+        raise RowError(f"{name}: holds a {type(row).__name__}; expected an object")
+    key_steps, system = None, None
+    if "problem" in row:
+        turns = [(_text(row, "problem", name), _text(row, "solution", name))]
+        field, key_steps = "image_path", _key_steps(row.get("key_steps"), f"{name}, key_steps")
+    elif "messages" in row:
+        system, turns = _conversation(row["messages"], f"{name}, messages")
+        field = "images"
+    else:
+        raise RowError(
+            f"{name}: has the keys {sorted(row)}; expected image_path, problem, solution, key_steps (RL) or messages, "
+            "images (ShareGPT)"
+        )
+    questions = [question for question, _ in turns]
+    if field not in row and "videos" not in row and (field == "image_path" or IMAGE in "".join(questions)):
+        # A misspelt key would train on questions about pictures that nobody sees.
+        raise RowError(f"{name}, {field}: missing; expected a path, a list of paths, or null for a text-only question")
+    images = _images(row.get(field), f"{name}, {field}", image_root)
+    videos = _videos(row.get("videos"), f"{name}, videos", image_root)
+    questions[0] = _in_front(questions, VIDEO, len(videos), f"{name}, videos")
+    questions[0] = _in_front(questions, IMAGE, len(images), f"{name}, {field}")
+    examples = []
+    for i, (_, answer) in enumerate(turns):
+        seen = "".join(questions[: i + 1])
+        history = tuple((question, earlier) for question, (_, earlier) in zip(questions[:i], turns[:i], strict=True))
+        examples.append(
+            Example(
+                source, number, images[: seen.count(IMAGE)], questions[i], answer, key_steps,
+                videos=videos[: seen.count(VIDEO)], system=system, history=history,
+            )
+        )  # fmt: skip
+    return examples
+
+
+def short(value: object) -> str:
+    """A value as error messages show it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _in_front(questions: list[str], placeholder: str, given: int, name: str) -> str:
+    """The first question, with placeholders in front where the conversation has none at all."""
+    asked = sum(question.count(placeholder) for question in questions)
+    if asked not in (0, given):
+        kind = placeholder.strip("<>") + "s"
+        raise RowError(f"{name}: {given} {kind} for {asked} {placeholder} in the question; expected as many")
+    return questions[0] if asked else placeholder * given + questions[0]
+
+
+def _text(row: dict, field: str, name: str) -> str:
+    value = row.get(field)
+    if not isinstance(value, str) or not value.strip():
+        raise RowError(f"{name}, {field}: {short(value)}; expected a text that is not empty")
+    _check_unicode(value, f"{name}, {field}")
+    return value
+
+
+def _check_unicode(text: str, name: str) -> None:
+    """JSON can spell half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError(f"{name}: not valid Unicode ({error})") from error
+
+
+def _conversation(messages: object, name: str) -> tuple[str | None, list[tuple[str, str]]]:
+    """The system turn (None: the default one) and the (question, answer) turns."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise RowError(f"{name}: {short(messages)}; expected a list of {{role, content}}")
+    roles = [message.get("role") for message in messages]
+    first = int(roles[:1] == ["system"])
+    turns = len(roles[first:]) // 2
+    if turns == 0 or roles[first:] != ["user", "assistant"] * turns:
+        raise RowError(
+            f"{name}: roles are {short(roles)}; expected user and assistant in turns, to end with assistant, behind "
+            "at most one system"
+        )
+    texts = [_text(message, "content", f"{name}[{i}]") for i, message in enumerate(messages)]
+    system = texts[0] if first and texts[0] != SYSTEM else None
+    return system, list(zip(texts[first::2], texts[first + 1 :: 2], strict=True))
+
+
+def _path(value: object, name: str, root: str) -> str:
+    if not isinstance(value, str) or not value.strip() or "\0" in value or "://" in value or value.startswith("data:"):
+        raise RowError(f"{name}: {short(value)}; expected the path of a file, or a list of them")
+    _check_unicode(value, name)
+    return os.path.abspath(os.path.join(root, value))
+
+
+def _images(value: object, name: str, root: str) -> tuple[str, ...]:
+    """Absolute paths; none for null and an empty list."""
+    paths = [] if value is None else value if isinstance(value, list) else [value]
+    return tuple(_path(path, name, root) for path in paths)
+
+
+def _videos(value: object, name: str, root: str) -> tuple[str | tuple[str, ...], ...]:
+    """Absolute paths of files, and of frames where a video is a list of those."""
+    videos = [] if value is None else value if isinstance(value, list) else [value]
+    found = []
+    for i, video in enumerate(videos):
+        field = f"{name}[{i}]"
+        if video == []:
+            raise RowError(f"{field}: no frames; expected the path of a video file or of at least one frame")
+        found.append(_images(video, field, root) if isinstance(video, list) else _path(video, field, root))
+    return tuple(found)
+
+
+def _key_steps(value: object, name: str) -> tuple[tuple[str, ...], ...] | None:
+    """Groups of alternatives; a group that is one text becomes a group of one. None for null, {} and a missing field.
+
+    The groups may also be given without the object around them.
+    """
+    if isinstance(value, dict) and value:
+        if "Steps" not in value:
+            raise RowError(f'{name}: {short(value)}; expected {{"Steps": [...]}} or a list of groups')
+        name, value = f"{name}.Steps", value["Steps"]
+    if value is None or value == {}:
+        return None
+    if not isinstance(value, list):
+        raise RowError(f"{name}: {short(value)}; expected a list of groups")
+    groups = []
+    for i, group in enumerate(value):
+        alternatives = [group] if isinstance(group, str) else group
+        if not isinstance(alternatives, list) or not all(isinstance(text, str) for text in alternatives):
+            raise RowError(f"{name}[{i}]: {short(group)}; expected a text or a list of texts")
+        groups.append(tuple(alternatives))
+    return tuple(groups)

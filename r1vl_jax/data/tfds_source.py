@@ -1,0 +1,118 @@
+"""Questions from a TFDS data set in ArrayRecord, made by data/build.py: the other `Source` beside JsonSource.
+
+Flow: as_data_source of TFDS (random access, no TensorFlow) -> to_example -> source[i]. Such a data set holds the usable
+rows in the order of the file it was made from, images included: source[i] is what that file's JsonSource gives.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core import constants
+
+from r1vl_jax.data.builders.record import features, to_example
+from r1vl_jax.types import Example, RowError
+
+
+class TfdsSource:
+    """The rows of one split; a `Source`. It pickles, and opens its files where it is read.
+
+    Args:
+      name: NAME, of which the newest version is taken, or NAME:VERSION.
+      data_dir: the folder of TFDS data sets; None: TFDS_DATA_DIR or ~/tensorflow_datasets.
+      split: as TFDS names it, parts such as "train[:1000]" too.
+      drop_matching: reading a row with one of these texts in an answer raises RowError.
+    Raises: RowError where the data set is not there, not complete or not of this kind, saying what is there.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        data_dir: str | os.PathLike | None = None,
+        split: str = "train",
+        drop_matching: tuple[str, ...] = (),
+    ):
+        folder = _find(name, Path(data_dir or constants.DATA_DIR).expanduser().absolute())
+        self.name = os.path.join(folder, split)
+        self.errors: list[RowError] = []
+        self.filtered = 0
+        self._drop_matching = tuple(drop_matching)
+        self._records = _open(folder, split)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}: no record {index}; there are {len(self)}")
+        try:
+            record = self._records[index]
+        except (RuntimeError, ValueError) as error:
+            raise RowError(f"{self.name}, record {index}: cannot be read ({error})") from error
+        example = to_example(record, self.name)
+        answers = [answer for _, answer in example.history] + [example.answer]
+        for text in self._drop_matching:
+            if any(text in answer for answer in answers):
+                raise RowError(
+                    f"{example.name}: left out by drop_matching ({text!r}); r1vl_jax.data.build --drop-matching leaves "
+                    "such rows out of the data set"
+                )
+        return example
+
+
+def _find(name: str, root: Path) -> Path:
+    """The folder of a data set's version."""
+    match = re.fullmatch(r"([A-Za-z]\w*)(?::(\d+\.\d+\.\d+))?", name)
+    if not match:
+        raise RowError(f"{name!r}: not the name of a TFDS data set; expected NAME or NAME:VERSION")
+    dataset, wanted = match.groups()
+    versions = _versions(root / dataset)
+    if wanted in versions or (versions and wanted is None):
+        return root / dataset / (wanted or versions[-1])
+    unfinished = sorted((root / dataset).glob(f"{wanted or '*'}.incomplete"))
+    if unfinished:
+        raise RowError(
+            f"{unfinished[-1]}: this data set is not complete; the r1vl_jax.data.build command that began it goes on "
+            "with it"
+        )
+    there = [f"{path.name}:{version}" for path in sorted(root.glob("*/")) for version in _versions(path)]
+    raise RowError(
+        f"{root}: no TFDS data set {name}; found {', '.join(there) or 'none'}. r1vl_jax.data.build makes one, and "
+        "tfds_dir says where it is"
+    )
+
+
+def _versions(folder: Path) -> list[str]:
+    """The complete versions of a data set, the newest last."""
+    names = {path.parent.name for path in folder.glob("*/dataset_info.json")}
+    return sorted(filter(tfds.core.Version.is_valid, names), key=tfds.core.Version)
+
+
+def _open(folder: Path, split: str) -> Any:
+    """Random access to the records of a split, as dictionaries."""
+    try:
+        builder = tfds.builder_from_directory(folder)
+    except Exception as error:  # TFDS raises what its parsers raise
+        raise RowError(f"{folder}: cannot be read as a TFDS data set ({error})") from error
+    info = builder.info
+    ours, theirs = (fields.get_tensor_info() for fields in (features(), info.features))
+    lacking = sorted(field for field in ours if field not in theirs or theirs[field] != ours[field])
+    if lacking:
+        raise RowError(
+            f"{folder}: no field {', '.join(lacking)} as r1vl_jax.data.build stores it; found {', '.join(theirs)}"
+        )
+    if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+        raise RowError(f"{folder}: its files are {info.file_format.value}; expected array_record")
+    try:
+        files = [part.filename for part in info.splits[split].file_instructions]
+    except (KeyError, ValueError) as error:
+        raise RowError(f"{folder}: no split {split!r}; there are {', '.join(info.splits)}") from error
+    missing = [path for path in files if not os.path.isfile(path)]
+    if missing:
+        raise RowError(f"{missing[0]}: no such file, and {len(missing) - 1} more; the data set is not whole")
+    return builder.as_data_source(split)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from functools import partial
 from itertools import islice
 
@@ -24,7 +25,8 @@ def heldout(run: Run, state: TrainState, stage: str, step: int) -> None:
     source = run.source(data.heldout)
     wanted = min(config.rows, len(source))
     encode = partial(run.processor_for(run.config.rl).encode_prompt, max_tokens=data.max_prompt_tokens)
-    found = [row for _, row in islice(read_rows(source, encode, seed=None), wanted)]
+    with closing(read_rows(source, encode, seed=None)) as reader:
+        found = [row for _, row in islice(reader, wanted)]
     rows = [row for row in found if not isinstance(row, RowError)]
     for error in found:
         if isinstance(error, RowError):
@@ -33,7 +35,7 @@ def heldout(run: Run, state: TrainState, stage: str, step: int) -> None:
         raise RowError(f"{source.name}: no usable row among the first {config.rows}")
     parts = [rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size)]
     filled = [part + [part[-1]] * (config.batch_size - len(part)) for part in parts]
-    buckets = run.plan("held out", [[size_of(prompt) for _, prompt in part] for part in filled], count=1)
+    buckets = run.plan([[size_of(prompt) for _, prompt in part] for part in filled], count=1)
     sampling = Sampling(temperature=0.0, max_new_tokens=config.max_new_tokens)
     weights, judged = run.rollout_weights(state.params), []
     for part, batch in zip(parts, filled, strict=True):

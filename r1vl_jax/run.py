@@ -113,15 +113,12 @@ class Run:
             found = [row for _, row in islice(rows, min(PLANNED_ROWS, len(source)))]
         return [row[1] for row in found if not isinstance(row, RowError)]
 
-    def plan(self, name: str, batches: Sequence[Sequence[Size]], *, count: int) -> Buckets:
-        """At most `count` shapes for a stage's batches of one size, from a sample of them."""
-        buckets = plan_shapes(
+    def plan(self, batches: Sequence[Sequence[Size]], *, count: int) -> Buckets:
+        """At most `count` shapes for batches of one size, from a sample of them."""
+        return plan_shapes(
             batches, count=count,
             multiple=self.config.data.pad_multiple, merge=self.model.vision.merge_size, shards=batch_shards(self.mesh),
         )  # fmt: skip
-        shapes = ", ".join(f"{s.prompt} tokens with {s.rows} x {s.patches} patches" for s in buckets.shapes)
-        self.log.say(f"{name}: rows are padded to {shapes}")
-        return buckets
 
     def put(self, batch: Any) -> Any:
         return put_batch(batch, self.mesh)

@@ -68,7 +68,7 @@ class RunLog:
     def _check_changes(self, config: Config) -> None:
         """A resumed run goes on with the settings it was started with, but for those that change no result so far."""
         old, new = yaml.safe_load(self._config_file.read_text()), yaml.safe_load(configs.dump(config))
-        free = ["checkpoint.", "scoring.", "eval.", "mesh.", "output_dir", "rl.steps"]
+        free = ["checkpoint.", "scoring.", "eval.", "mesh.", "output_dir", "rl.steps", "data.workers"]
         if not (self.folder / "checkpoints" / "step_grpo").exists():
             free += ["sft.steps", "sft.epochs"]
         for key, *_ in configs.describe():

@@ -71,7 +71,8 @@ def sft(run: Run, params, resume: bool):
     )
     sizes = run.look_ahead(source, encode, lambda pair: size_of(*pair))
     batches = in_micro_batches(sizes, config.batch_size, config.micro_batch_size)
-    buckets = run.plan("sft", batches, count=data.buckets)
+    buckets = run.plan(batches, count=data.buckets)
+    run.log.say(f"sft: rows are padded to {buckets}")
     loss_fn = partial(sft_loss, cfg=run.model, remat=run.config.model.remat)
 
     def make(rows) -> Update:
@@ -129,9 +130,9 @@ class StepGRPO:
         sizes = run.look_ahead(source, self.encode, size_of)
         questions, micro = config.questions_per_step, config.micro_batch_size
         self.rollout_buckets, self.buckets = (
-            run.plan(name, in_micro_batches(sizes, questions, count), count=data.buckets)
-            for name, count in (("rollout", questions), ("step_grpo", micro))
+            run.plan(in_micro_batches(sizes, questions, count), count=data.buckets) for count in (questions, micro)
         )
+        run.log.say(f"step_grpo: prompts are padded to {self.buckets}")
 
         def ref_logprobs(params, prompts, tokens_BGT):
             scored = {"temperature": config.temperature, "forbidden": model.vision_ids}

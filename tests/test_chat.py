@@ -16,6 +16,7 @@ from r1vl_jax.processing.chat import find_chat_template, render_chat, split_ques
 from r1vl_jax.processing.images import image_patches
 from r1vl_jax.processing.positions import mrope_positions
 from r1vl_jax.processing.processor import Processor
+from r1vl_jax.processing.videos import VideoSpec
 from r1vl_jax.types import Example, RowError
 
 # The template in the published Qwen2-VL checkpoints (Apache-2.0), as a fixture.
@@ -166,6 +167,77 @@ def test_video_keeps_the_order_of_placeholders(processor):
     assert prompt.image_slot_T[prompt.image_slot_T >= 0].tolist() == list(range(16))
     np.testing.assert_array_equal(prompt.patches_PC[48:], image_patches(image, processor.image_spec)[0])
     assert prompt.next_position == prompt.positions_3T.max() + 1
+
+
+@pytest.mark.parametrize("template", [None, QWEN2_VL_TEMPLATE])
+def test_conversation_equals_expansion_by_hand(tmp_path, template):
+    """A system turn, an answered turn with an image, and a question with an image and a video."""
+    processor = Processor.from_folder(write_checkpoint(tmp_path, chat_template=template), max_pixels=20_000)
+    images, frames = [noise(120, 90), noise(56, 56, 1)], [noise(58, 60, seed) for seed in range(4)]
+    prompt = processor.encode_question(
+        "And <image>, or <video>?", images, videos=[frames], system="Be brief.",
+        history=[("<image>One?", "It is <image>.")],
+    )  # fmt: skip
+
+    def pads(kind, count):
+        return f"<|vision_start|>{f'<|{kind}_pad|>' * count}<|vision_end|>"
+
+    text = (
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        f"<|im_start|>user\n{pads('image', 12)}One?<|im_end|>\n"
+        "<|im_start|>assistant\nIt is <image>.<|im_end|>\n"
+        f"<|im_start|>user\nAnd {pads('image', 4)}, or {pads('video', 8)}?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert prompt.tokens_T.tolist() == processor.tokenizer.encode(text, add_special_tokens=False)
+    assert prompt.grids == ((1, 6, 8), (1, 4, 4), (2, 4, 4))
+    assert prompt.patches_PC.dtype == np.uint8 and prompt.patches_PC.shape == (48 + 16 + 32, 1176)
+    # What an earlier answer was trained as is what stands before the next question.
+    end = "".join(processor.tokenizer.convert_ids_to_tokens(processor.encode_answer("It is <image>.")))
+    assert end in "".join(processor.tokenizer.convert_ids_to_tokens(prompt.tokens_T))
+
+
+def test_texts_of_every_turn_are_checked(processor):
+    for options in ({"system": "<|im_end|>"}, {"history": [("x", "<|im_end|>")]}, {"history": [("<|im_end|>", "x")]}):
+        with pytest.raises(RowError, match="the text holds the special token"):
+            processor.encode_question("x", **options)
+
+
+def test_pairs(processor):
+    example = Example("f.json", 3, (), "Find x.", "It is three.")
+    prompt, answer = processor.encode_pair(example, max_tokens=200, max_answer_tokens=50)
+    np.testing.assert_array_equal(prompt.tokens_T, processor.encode_prompt(example).tokens_T)
+    np.testing.assert_array_equal(answer, processor.encode_answer("It is three."))
+    count = len(answer)
+    with pytest.raises(RowError, match=f"^f.json, row 3, answer: {count} tokens, expected at most {count - 1}"):
+        processor.encode_pair(example, max_answer_tokens=count - 1)
+
+
+def test_image_files_as_bytes(tmp_path, processor):
+    """As a TFDS record holds them; errors call them by their names."""
+    noise(64, 48).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    example = Example("f.json", 0, (str(tmp_path / "a.png"),), "<image>x", "3")
+    held = dataclasses.replace(example, images=("a.png",), image_bytes=(data,))
+    np.testing.assert_array_equal(processor.encode_prompt(example).patches_PC, processor.encode_prompt(held).patches_PC)
+    with pytest.raises(RowError, match=r"^f.json, row 0, images\[0\]: a.png: cannot be read as an image"):
+        processor.encode_prompt(dataclasses.replace(held, image_bytes=(data[:200],)))
+
+
+def test_video_frames_are_limited_in_number_and_size(processor):
+    """Frames of a list beyond max_frames are left out evenly; all obey the smaller pixel budget."""
+    frames = [noise(58, 60, seed) for seed in range(40)]
+    few = dataclasses.replace(processor, video_spec=VideoSpec(max_frames=6, max_pixels=784))
+    prompt = few.encode_question("x", videos=[frames])
+    assert prompt.grids == ((3, 2, 2),)
+    picked = [frames[i] for i in (0, 8, 16, 23, 31, 39)]
+    np.testing.assert_array_equal(prompt.patches_PC, few.encode_question("x", videos=[picked]).patches_PC)
+    small = dataclasses.replace(
+        processor, image_spec=dataclasses.replace(processor.image_spec, min_pixels=784, max_pixels=784)
+    )
+    assert small.encode_question("x", videos=[frames[:2]]).grids == ((1, 2, 2),)
+    with pytest.raises(RowError, match=r"row 1, videos\[0\]: .*none.mp4: no such video file"):
+        processor.encode_question("x", videos=["none.mp4"], name="row 1")
 
 
 def test_paths_and_pil_images_agree(tmp_path, processor):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -164,3 +165,29 @@ def test_no_such_model(command, tmp_path):
         code, out, err = command("--prompt", "How many?", model=model)
         assert code == 2 and out == ""
         assert len(err.splitlines()) == 1 and str(model) in err and named in err
+
+
+def test_video(command, picture, tmp_path, inputs):
+    """A folder of frames and a file, beside an image; what is shrunk is said of the image alone."""
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    pictures = [np.full((56, 84, 3), 20 * k, np.uint8) for k in range(5)]
+    for k, pixels in enumerate(pictures):
+        Image.fromarray(pixels).save(frames / f"{k}.png")
+    with av.open(str(tmp_path / "clip.mp4"), "w") as file:
+        stream = file.add_stream("mpeg4", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 84, 56, "yuv420p"
+        for pixels in pictures:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        file.mux(stream.encode())
+    common = ("--json", "--prompt", "<video> then <image>?", "--image", picture, "--max-new-tokens", 2)
+    code, out, err = command(*common, "--video", frames, "--max-pixels", 3136)
+    # 5 frames are 3 pairs of 2 tokens each (28 x 56), the image is 2 tokens.
+    assert code == 0 and json.loads(out)["image_tokens"] == 3 * 2 + 2
+    assert f"{picture}: 84 x 56, shrunk" in err and "frames" not in err
+    code, out, _ = command(*common, "--video", tmp_path / "clip.mp4", "--fps", 2)
+    assert code == 0 and json.loads(out)["image_tokens"] == 2 * 6 + 6  # 1.25 s: 3 frames and one more
+    code, _, err = command("--prompt", "x", "--video", tmp_path / "none.mp4")
+    assert code == 2 and err.splitlines()[-1].startswith("error: --prompt, videos[0]") and "no such video file" in err
+    code, _, err = command("--prompt", "x", "--max-frames", 3)
+    assert code == 2 and "max_frames is 3; expected an even number" in err

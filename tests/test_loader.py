@@ -178,6 +178,14 @@ def test_worker_processes_change_nothing(workers):
     assert stream(8, workers=workers, position=whole[5][2]) == whole[6:]
 
 
+def test_a_source_that_was_changed_is_refused():
+    with loader(count=3) as rows:
+        rows.take()
+        position = rows.position
+    with pytest.raises(RowError, match="file.json: has 8 examples, and had 7 when this run began"):
+        Loader(Numbers(8), encode, count=3, seed=0, position=position)
+
+
 def test_hosts_share_the_order():
     """Two hosts with half a batch each read, together, what one reads: every row of an epoch once."""
     with Loader(Numbers(23), encode, count=4, seed=5) as rows:

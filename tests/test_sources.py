@@ -260,7 +260,8 @@ def test_videos(tmp_path):
 
 def test_any_place_of_the_read_ends(tmp_path, monkeypatch):
     """Rows of every length and kind, read in chunks that end anywhere, within characters too."""
-    rows = [SFT, RL | {"problem": "\u00e9\U0001f600 " * 9, "n": [1.5, True, None, {"}": "]"}]}, RL | {"solution": "x" * 300}]
+    odd = RL | {"problem": "\u00e9\U0001f600 " * 9, "n": [1.5, True, None, {"}": "]"}]}
+    rows = [SFT, odd, RL | {"solution": "x" * 300}]
     for name, text in {
         "indented": json.dumps(rows, ensure_ascii=False, indent=3),
         "dense": json.dumps(rows, ensure_ascii=False, separators=(",", ":")),

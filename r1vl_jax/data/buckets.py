@@ -48,6 +48,9 @@ class Buckets:
     patches: int = 1
     shapes: tuple[Shape, ...] = ()
 
+    def __str__(self) -> str:
+        return ", ".join(f"{s.prompt} tokens with {s.rows} x {s.patches} patches" for s in self.shapes)
+
     def rounded(self, need: Shape) -> Shape:
         """The shape that `need` has where there is no plan."""
         sizes = zip(dataclasses.astuple(need), self._multiples, strict=True)

@@ -9,9 +9,9 @@ that follows, in how many worker processes ever.
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -30,17 +30,24 @@ Row = tuple[Example, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """Where a loader stands: `rows` have been read, of which those named in `dropped` could not be used."""
+    """Where a loader stands.
+
+    Attributes:
+      rows: how many of its host's share have been read.
+      dropped: the names of those that could not be used.
+      examples: the size of the source, by which one that was changed is known.
+    """
 
     rows: int = 0
     dropped: frozenset[str] = frozenset()
+    examples: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        return {"position": self.rows, "dropped": sorted(self.dropped)}
+        return dataclasses.asdict(self) | {"dropped": sorted(self.dropped)}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Position:
-        return cls(value["position"], frozenset(value["dropped"]))
+        return cls(value["rows"], frozenset(value["dropped"]), value["examples"])
 
 
 def read_rows(
@@ -79,11 +86,9 @@ def read_rows(
 
 def _end_with_parent(index: int, count: int) -> None:
     """A worker process ends when the one that it works for was killed; it would wait for ever, with its memory."""
-    parent = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+        multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -103,7 +108,8 @@ class _Encoded:
         name = f"{self.source.name}, example {index}"
         try:
             example = self.source[int(index)]
-            name, encoded = example.name, self.encode(example)
+            name = example.name
+            encoded = self.encode(example)
             return name, (dataclasses.replace(example, image_bytes=None), encoded)  # files are not needed any more
         except RowError as error:
             return name, error
@@ -135,6 +141,11 @@ class Loader:
         on_drop: Callable[[RowError], None] = lambda error: None,
     ):
         self.position = position or Position()
+        if self.position.rows and self.position.examples != len(source):
+            raise RowError(
+                f"{source.name}: has {len(source)} examples, and had {self.position.examples} when this run began; a "
+                "run goes on with the rows that it began with"
+            )
         self._source, self._count, self._make, self._on_drop = source, count, make, on_drop
         start = self.position.rows
         self._open = lambda: read_rows(source, encode, seed=seed, start=start, host=host, hosts=hosts, workers=workers)
@@ -185,4 +196,4 @@ class Loader:
             else:
                 failures = 0
                 rows.append(row)
-        return self._make(rows), Position(seen, frozenset(dropped))
+        return self._make(rows), Position(seen, frozenset(dropped), len(self._source))

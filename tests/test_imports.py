@@ -11,6 +11,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "r1vl_jax"
 STAGES = ("data", "processing", "rollout", "rewards", "step_grpo", "sft", "checkpoint")
 MODULES = sorted(PACKAGE.rglob("*.py"))
+# A command that lies in a stage's folder for its name alone, `python -m r1vl_jax.data.check`, with its second module.
+COMMANDS = {PACKAGE / "data" / "check.py", PACKAGE / "data" / "check_report.py"}
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 
 
@@ -26,6 +28,10 @@ def imports(path: Path) -> set[str]:
             module = ".".join(part for part in (base, node.module) if part)
             found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
     return found
+
+
+def in_stage(folder: str) -> list[Path]:
+    return [path for path in sorted((PACKAGE / folder).rglob("*.py")) if path not in COMMANDS]
 
 
 def stage_of(module: str) -> str | None:
@@ -52,7 +58,7 @@ def test_the_reader_sees_imports(tmp_path):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stages_do_not_import_each_other(stage):
-    for path in sorted((PACKAGE / stage).rglob("*.py")):
+    for path in in_stage(stage):
         others = {name for name in imports(path) if stage_of(name) not in (None, stage)}
         assert not others, f"{path.relative_to(ROOT)} imports {sorted(others)}"
 
@@ -61,7 +67,7 @@ def test_stages_do_not_import_each_other(stage):
 def test_no_stage_imports_a_command(folder):
     """What the stages share is named here; all else at the top is a command, which imports them and not they it."""
     shared = {"types", "config", "jsonfile"}
-    for path in sorted((PACKAGE / folder).rglob("*.py")):
+    for path in in_stage(folder):
         tops = {
             parts[1] for parts in (name.split(".") for name in imports(path)) if parts[0] == "r1vl_jax" and parts[1:]
         }
@@ -79,7 +85,15 @@ def test_only_train_imports_every_stage():
     assert [name for name, found in reached.items() if found >= {"sft", "step_grpo"}] == ["train.py"]
     assert reached["train.py"] | reached["run.py"] == set(STAGES)  # run.py is what train.py's stages stand on
     several = [path for path in MODULES if len({stage_of(name) for name in imports(path)} - {None}) > 1]
-    assert {path.parent for path in several} == {PACKAGE}, names(several)
+    assert {path.parent for path in several if path not in COMMANDS} == {PACKAGE}, names(several)
+
+
+def test_nothing_imports_a_command_of_a_stage_folder():
+    """Else it would be a way around the rules of the stages."""
+    assert all(path.is_file() for path in COMMANDS)
+    main, second = (".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted(COMMANDS))
+    importers = {name: {path for path in MODULES if name in imports(path)} for name in (main, second)}
+    assert importers == {main: set(), second: {PACKAGE / "data" / "check.py"}}
 
 
 def test_rewards_and_processing_need_no_jax():

@@ -24,7 +24,8 @@ def heldout(run: Run, state: TrainState, stage: str, step: int) -> None:
     started = time.perf_counter()
     source = run.source(data.heldout)
     wanted = min(config.rows, len(source))
-    encode = partial(run.processor_for(run.config.rl).encode_prompt, max_tokens=data.max_prompt_tokens)
+    processor = run.processor.for_stage(run.config.rl, data.video)
+    encode = partial(processor.encode_prompt, max_tokens=data.max_prompt_tokens)
     with closing(read_rows(source, encode, seed=None)) as reader:
         found = [row for _, row in islice(reader, wanted)]
     rows = [row for row in found if not isinstance(row, RowError)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from contextlib import closing
 from functools import cached_property, partial
@@ -14,8 +13,8 @@ import jax
 import numpy as np
 
 from r1vl_jax.checkpoint.store import find_model, load_model
-from r1vl_jax.config import Config, RLSection, SFTSection, SourceSection
-from r1vl_jax.data.batching import Size, plan_shapes
+from r1vl_jax.config import Config, SourceSection
+from r1vl_jax.data.batching import PLANNED_ROWS, Size, plan_shapes
 from r1vl_jax.data.buckets import Buckets
 from r1vl_jax.data.loader import Loader, Position, read_rows
 from r1vl_jax.data.sources import Source, open_source
@@ -25,13 +24,10 @@ from r1vl_jax.model.qwen2_vl import cast
 from r1vl_jax.model.spec import num_params, param_spec
 from r1vl_jax.parallel.sharding import ROLLOUT_RULES, batch_shards, param_shardings, put_batch
 from r1vl_jax.processing.processor import Processor
-from r1vl_jax.processing.videos import VideoSpec
 from r1vl_jax.rewards import ScorerPool
 from r1vl_jax.rollout.generate import rollout
 from r1vl_jax.runlog import RunLog
 from r1vl_jax.types import Prompts, RowError, Sampling
-
-PLANNED_ROWS = 512  # rows that the shapes of batches are planned from
 
 
 class Compilations:
@@ -94,11 +90,6 @@ class Run:
 
     def drop(self, error: RowError) -> None:
         self.log.say(f"dropped: {error}")
-
-    def processor_for(self, stage: SFTSection | RLSection) -> Processor:
-        spec = dataclasses.replace(self.processor.image_spec, min_pixels=stage.min_pixels, max_pixels=stage.max_pixels)
-        video = VideoSpec(**dataclasses.asdict(self.config.data.video))
-        return dataclasses.replace(self.processor, image_spec=spec, video_spec=video)
 
     def loader(self, source: Source, encode, *, count: int, make, position: Position) -> Loader:
         """`count` encoded rows at a time, as `make` gives them (see data.loader)."""

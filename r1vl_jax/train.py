@@ -65,7 +65,7 @@ def sft(run: Run, params, resume: bool):
     if stage.start == 0 and run.config.stages[0] == "sft":
         heldout(run, stage.state, "sft", 0)
     encode = partial(
-        run.processor_for(config).encode_pair,
+        run.processor.for_stage(config, data.video).encode_pair,
         max_tokens=data.max_prompt_tokens,
         max_answer_tokens=config.max_answer_tokens,
     )
@@ -125,7 +125,8 @@ class StepGRPO:
     def __init__(self, run: Run, source: Source, reference):
         config, data, model = run.config.rl, run.config.data, run.model
         self.run, self.config, self.reference = run, config, reference
-        self.encode = partial(run.processor_for(config).encode_prompt, max_tokens=data.max_prompt_tokens)
+        processor = run.processor.for_stage(config, data.video)
+        self.encode = partial(processor.encode_prompt, max_tokens=data.max_prompt_tokens)
         self.sampling = Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
         sizes = run.look_ahead(source, self.encode, size_of)
         questions, micro = config.questions_per_step, config.micro_batch_size

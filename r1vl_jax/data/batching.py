@@ -16,6 +16,7 @@ from r1vl_jax.types import EncodedPrompt, Prompts
 
 Grid = tuple[int, int, int]
 Row = Any
+PLANNED_ROWS = 512  # the shapes of a stage's batches are planned from its first rows
 LENGTHS = (1, 1.25, 1.5, 2, 3, 4)  # of vision rows that `plan_shapes` tries, in the largest frame
 HEAD_COST = 0.2  # work of the loss head on a token over that of the rest; 2B: 0.233 / 1.31
 ATTENTION_PATCHES = 7680  # row length where attention costs as much as the rest: 6 * the tower's width of 1280

@@ -32,8 +32,8 @@ from tqdm import tqdm
 from r1vl_jax import config as configs
 from r1vl_jax.arguments import whole
 from r1vl_jax.checkpoint.store import find_model
-from r1vl_jax.config import Config, ConfigError, DataSection, RLSection, SFTSection, VideoSection
-from r1vl_jax.data.batching import Size, in_micro_batches, plan_shapes
+from r1vl_jax.config import Config, ConfigError, DataSection
+from r1vl_jax.data.batching import PLANNED_ROWS, Size, in_micro_batches, plan_shapes
 from r1vl_jax.data.check_report import (
     FILTERED,
     NAMED,
@@ -56,16 +56,7 @@ from r1vl_jax.keysteps import lint
 from r1vl_jax.model.config import CheckpointError
 from r1vl_jax.processing.images import FORMATS, ImageSpec, smart_resize
 from r1vl_jax.processing.processor import Processor
-from r1vl_jax.processing.videos import VideoSpec
 from r1vl_jax.types import EncodedPrompt, Example, RowError
-
-PLANNED_ROWS = 512  # as in r1vl_jax.run
-
-
-def processor_for(processor: Processor, stage: SFTSection | RLSection, video: VideoSection) -> Processor:
-    """The checkpoint's processor with a stage's pixel budget, as in `r1vl_jax.run`."""
-    spec = dataclasses.replace(processor.image_spec, min_pixels=stage.min_pixels, max_pixels=stage.max_pixels)
-    return dataclasses.replace(processor, image_spec=spec, video_spec=VideoSpec(**dataclasses.asdict(video)))
 
 
 def parts(config: Config, spec: ImageSpec) -> list[Part]:
@@ -194,7 +185,7 @@ def _hash(*parts: bytes | np.ndarray) -> int:
 
 def read(survey: Survey, processor: Processor, data: DataSection, *, stage=None, workers: int = 0) -> Iterator[Record]:
     """The records of a data set, one for each example that training reads; `stage`: with that one's pixel budget."""
-    part, seen_by = survey.part, processor_for(processor, stage or survey.part.stage, data.video)
+    part, seen_by = survey.part, processor.for_stage(stage or survey.part.stage, data.video)
     measure = Measure(seen_by, data.max_prompt_tokens, part.max_answer_tokens)
     label = part.key if stage is None else f"{part.key} as the warm-up sees it"
     workers = 0 if part.limit else workers  # few rows, which training reads in threads

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -85,7 +86,8 @@ def read_rows(
 
 
 def _end_with_parent(index: int, count: int) -> None:
-    """A worker process ends when the one that it works for was killed; it would wait for ever, with its memory."""
+    """A worker ends with the process that it works for, if that is killed too, and not by a Ctrl-C of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         multiprocessing.parent_process().join()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -151,7 +152,9 @@ def _out_of_place(row: dict[str, Any], groups: tuple[tuple[str, ...], ...]) -> I
 def _step_words(solution: Any) -> list[str]:
     if not isinstance(solution, str):
         return []
-    return [word for start, end in step_bodies(solution) for word in (*normal_text(solution, start, end).words, "\n")]
+    # Interned: words come again and again, and all rows' are held at once.
+    words = (word for start, end in step_bodies(solution) for word in (*normal_text(solution, start, end).words, "\n"))
+    return [sys.intern(word) for word in words]
 
 
 def _general(

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from r1vl_jax.config import RLSection, SFTSection, VideoSection
 from r1vl_jax.jsonfile import inner_object, read_object
 from r1vl_jax.processing.chat import find_chat_template, render_chat, split_questions
 from r1vl_jax.processing.images import ImageSpec, image_patches, load_image, video_patches
@@ -105,6 +106,11 @@ class Processor:
         # A template that does not serve shows here, before a run has begun.
         processor._render([{"role": "user", "content": [{"type": "image"}]}])
         return processor
+
+    def for_stage(self, stage: SFTSection | RLSection, video: VideoSection) -> Processor:
+        """The same processor with a stage's pixel budget and a configuration's sampling of videos."""
+        spec = dataclasses.replace(self.image_spec, min_pixels=stage.min_pixels, max_pixels=stage.max_pixels)
+        return dataclasses.replace(self, image_spec=spec, video_spec=VideoSpec(**dataclasses.asdict(video)))
 
     @property
     def stop_ids(self) -> tuple[int, int]:

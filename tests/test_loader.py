@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -236,16 +237,18 @@ def test_killed_processes_go_on(tmp_path, workers):
     assert [(line["rows"], line["digest"]) for line in lines] == [(rows, digest) for rows, digest, _ in expected]
 
 
-def test_threads_and_processes_end():
-    before = threading.active_count()
-    with loader(workers=1) as rows:
+def test_threads_processes_and_shared_memory_end():
+    shared = len(os.listdir("/dev/shm"))
+    with loader(picky, workers=1, count=4) as rows:
         rows.take()
+        assert len(os.listdir("/dev/shm")) > shared
         processes = multiprocessing.active_children()
         assert processes
     for child in processes:
         child.join(timeout=10)
     assert not any(child.is_alive() for child in processes)
-    assert threading.active_count() <= before + 2  # grain's own helpers may linger
+    assert len(os.listdir("/dev/shm")) <= shared
+    assert not any(thread.name.startswith("loader") for thread in threading.enumerate())
 
 
 def test_reading_stops_where_it_is_not_needed():

@@ -9,6 +9,7 @@ that follows, in how many worker processes ever.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import multiprocessing
 import os
 import signal
@@ -174,6 +175,8 @@ class Loader:
         self._thread.shutdown(wait=True)
         if self._rows is not None:
             self._rows.close()
+        self._rows = self._next = None
+        gc.collect()  # grain's iterators are cycles, and hold rows from workers in shared memory
 
     def __enter__(self) -> Loader:
         return self

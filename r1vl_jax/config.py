@@ -109,7 +109,7 @@ class DataSection:
     max_prompt_tokens: int = _field(2048, "questions with more tokens, image tokens included, are dropped and named")
     pad_multiple: int = _field(64, "token and patch counts are padded to multiples of this: fewer compilations")
     buckets: int = _field(6, "shapes that a stage's batches are padded to: more means less padding, more compilations")
-    workers: int = _field(0, "processes that decode images, handed over in /dev/shm; 0: threads of the training process")
+    workers: int = _field(0, "processes that decode images, for which they use /dev/shm; 0: threads of this process")
 
     def __post_init__(self):
         _at_least("data", self, max_prompt_tokens=1, pad_multiple=1, buckets=1, workers=0)

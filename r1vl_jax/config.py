@@ -79,9 +79,6 @@ class SourceSection:
         "rows whose answer holds one of these texts are left out; the default is Mulberry's reflective rows",
     )
 
-    def __post_init__(self):
-        _require(not (self.path and self.tfds), "tfds", self.tfds, f"path ({self.path!r}) or tfds, not both")
-
     @property
     def name(self) -> str:
         """The file or the TFDS data set; "" where none is given."""
@@ -95,7 +92,7 @@ class VideoSection:
     max_pixels: int = _field(100_352, "frames are shrunk to this, and to the stage's max_pixels")
 
     def __post_init__(self):
-        _require(self.fps > 0, "video.fps", self.fps, "more than 0")
+        _require(0 < self.fps < math.inf, "video.fps", self.fps, "more than 0")
         _at_least("video", self, max_frames=2, max_pixels=784)
         _divides("video.max_frames", self.max_frames, "the frames in a patch", 2)
 
@@ -108,11 +105,17 @@ class DataSection:
     video: VideoSection = _field(VideoSection, "")
     max_prompt_tokens: int = _field(2048, "questions with more tokens, image tokens included, are dropped and named")
     pad_multiple: int = _field(64, "token and patch counts are padded to multiples of this: fewer compilations")
-    buckets: int = _field(6, "shapes that a stage's batches are padded to: more means less padding, more compilations")
+    buckets: int = _field(6, "shapes planned for a stage's batches: more means less padding, more compilations")
     workers: int = _field(0, "processes that decode images, for which they use /dev/shm; 0: threads of this process")
 
     def __post_init__(self):
         _at_least("data", self, max_prompt_tokens=1, pad_multiple=1, buckets=1, workers=0)
+        for key in ("sft", "rl", "heldout"):
+            section = getattr(self, key)
+            expected = f"data.{key}.path ({section.path!r}) or this, not both"
+            _require(not (section.path and section.tfds), f"data.{key}.tfds", section.tfds, expected)
+            texts = list(section.drop_matching)
+            _require(all(texts), f"data.{key}.drop_matching", texts, "texts that are not empty")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,13 +277,21 @@ class Config:
         needs = {"sft": ("data.sft.path", self.data.sft), "step_grpo": ("data.rl.path", self.data.rl)}
         for stage in self.stages:
             key, source = needs[stage]
-            _require(bool(source.name), key, source.path, f"a file, since stages has {stage}")
+            _require(bool(source.name), key, source.path, f"a file, or a data set in tfds, since stages has {stage}")
         if self.eval.rows:
-            _require(bool(self.data.heldout.name), "data.heldout.path", "", "a file, since eval.rows is not 0")
+            expected = "a file, or a data set in tfds, since eval.rows is not 0"
+            _require(bool(self.data.heldout.name), "data.heldout.path", "", expected)
 
 
 def _divides(key: str, value: int, by_key: str, by: int) -> None:
     _require(value % by == 0, key, value, f"a multiple of {by_key} = {by}")
+
+
+_OTHER_SOURCE = {
+    f"data.{name}.{one}": f"data.{name}.{other}"
+    for name in ("sft", "rl", "heldout")
+    for one, other in (("path", "tfds"), ("tfds", "path"))
+}
 
 
 def load(path: str | Path, overrides: list[str] = ()) -> Config:
@@ -299,6 +310,9 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
         raise ConfigError(f"{path}: expected a mapping of sections at the top")
     for key, value in _pairs(list(overrides)):
         _put(tree, key, value)
+        other = _OTHER_SOURCE.get(key)
+        if value and _get(tree, other or ""):  # a data set on the command line takes the place of the configuration's
+            _put(tree, other, "")
     _default_to_shapes(tree)
     return _build(Config, tree, "")
 
@@ -310,7 +324,7 @@ def _default_to_shapes(tree: dict) -> None:
         folder = Path(shapes["dir"])
         made = {f"data.{split}.path": folder / "task" / f"{split}.json" for split in ("sft", "rl", "heldout")}
         for key, path in {"model.path": folder / "model", **made}.items():
-            if not _get(tree, key) and not _get(tree, key.replace(".path", ".tfds")):
+            if not _get(tree, key) and not (key != "model.path" and _get(tree, key.replace(".path", ".tfds"))):
                 _put(tree, key, str(path))
 
 

@@ -102,7 +102,10 @@ class Run:
         """`measure(encoded)` of the first rows that training will see: what shapes are planned from."""
         with closing(read_rows(source, lambda example: measure(encode(example)), seed=self.config.seed)) as rows:
             found = [row for _, row in islice(rows, min(PLANNED_ROWS, len(source)))]
-        return [row[1] for row in found if not isinstance(row, RowError)]
+        sizes = [row[1] for row in found if not isinstance(row, RowError)]
+        if not sizes:
+            raise RowError(f"{source.name}: no usable row among the {len(found)} that were read; the first: {found[0]}")
+        return sizes
 
     def plan(self, batches: Sequence[Sequence[Size]], *, count: int) -> Buckets:
         """At most `count` shapes for batches of one size, from a sample of them."""

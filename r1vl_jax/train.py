@@ -26,7 +26,7 @@ from r1vl_jax.config import Config, ConfigError
 from r1vl_jax.data.batching import alike, collate_pairs, collate_prompts, in_micro_batches, padding, size_of
 from r1vl_jax.data.buckets import bucket
 from r1vl_jax.data.loader import Loader
-from r1vl_jax.data.sources import Source, open_source
+from r1vl_jax.data.sources import Source, check_source
 from r1vl_jax.heldout import heldout
 from r1vl_jax.judge import Paid, correct, reward_metrics, rewards_by_step, token_steps
 from r1vl_jax.model.config import CheckpointError, load_config
@@ -265,9 +265,9 @@ def _warm_up_folder(run: Run) -> Path:
 def check_inputs(config: Config):
     """Looks at everything that can be wrong before a run folder is made, or an old one removed. Returns the mesh.
 
-    Raises ConfigError, CheckpointError or OSError naming what is wrong.
+    Raises ConfigError, CheckpointError, RowError or OSError naming what is wrong.
     """
-    needed, sets, sizes = {"model.path": config.model.path}, {}, {}
+    folders, files, sets, sizes = {"model.path": config.model.path}, {}, {}, {}
     if "sft" in config.stages:
         sets["data.sft"], sizes["sft.micro_batch_size"] = config.data.sft, config.sft.micro_batch_size
     if "step_grpo" in config.stages:
@@ -275,15 +275,16 @@ def check_inputs(config: Config):
     if config.eval.rows:
         sets["data.heldout"], sizes["eval.batch_size"] = config.data.heldout, config.eval.batch_size
     for key, section in sets.items():
-        if section.path:
-            needed[f"{key}.path"] = section.path
-        else:
-            open_source(section)  # which for TFDS takes no time
-    for key, path in needed.items():
+        files |= {f"{key}.path": section.path} if section.path else {}
+        folders |= {f"{key}.image_root": section.image_root} if section.image_root else {}
+        folders |= {f"{key}.tfds_dir": section.tfds_dir} if section.tfds and section.tfds_dir else {}
+    for key, path in (folders | files).items():
         if not Path(path).exists():
-            raise ConfigError(f"{key}: {path}: no such {'folder' if key == 'model.path' else 'file'}")
+            raise ConfigError(f"{key}: {path}: no such {'file' if key in files else 'folder'}")
         if Path(path).resolve().is_relative_to(Path(config.output_dir).resolve()):
             raise ConfigError(f"{key}: {path} lies in output_dir {config.output_dir}, which holds what a run writes")
+    for section in sets.values():
+        check_source(section)
     files = find_model(config.model.path).files
     try:
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -314,7 +315,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
             params = {"sft": sft, "step_grpo": step_grpo}[name](run, params, resume)
             last = name == config.stages[-1]
             folder = export if last else _warm_up_folder(run)
-            save_hf(params, run.model, folder, source=run.files, dtype=config.model.dtype, overwrite=True)
+            save_hf(params, load_config(run.files), folder, source=run.files, dtype=config.model.dtype, overwrite=True)
     if table := heldout_table(log.folder):
         log.say(table)
     log.say(f"done: checkpoint for Hugging Face in {export}, curves in {plot_metrics(log.folder)}")

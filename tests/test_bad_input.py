@@ -143,6 +143,31 @@ def test_data_files_without_a_usable_row(command, tmp_path, text, says):
     assert code == 2 and str(path) in line and says in line
 
 
+@pytest.mark.parametrize("text", [None, "<html>", '[{"problem'], ids=["folder", "html", "cut"])
+def test_an_old_run_stays_where_the_input_is_wrong(command, tmp_path, text):
+    """What can be seen at once is seen before --overwrite removes anything."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.yaml", "metrics.jsonl"):
+        (run / name).write_text("precious")
+    path = tmp_path / "data.json"
+    path.mkdir() if text is None else path.write_text(text)
+    code, line = command("--data.sft.path", path, "--overwrite")
+    assert code == 2 and f"{path}: " in line
+    assert (run / "metrics.jsonl").read_text() == "precious"
+
+
+def test_data_that_the_run_folder_holds(command, tmp_path):
+    """--overwrite would remove it."""
+    (tmp_path / "run" / "tfds").mkdir(parents=True)
+    for key in ("data.sft.tfds_dir", "data.sft.image_root"):
+        options = ["--data.sft.tfds", "mulberry_sft"] if key.endswith("tfds_dir") else []
+        code, line = command(*options, f"--{key}", tmp_path / "run" / "tfds")
+        assert code == 2 and f"{key}: {tmp_path / 'run' / 'tfds'} lies in output_dir" in line
+    code, line = command("--data.sft.image_root", tmp_path / "nowhere")
+    assert code == 2 and f"data.sft.image_root: {tmp_path / 'nowhere'}: no such folder" in line
+
+
 def test_no_row_that_can_be_encoded(command, dirty, tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps([sft_row("nowhere.png")] * 3))

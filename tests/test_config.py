@@ -235,3 +235,32 @@ def test_paths_default_to_the_shapes_folder(read):
     config = read("", "--shapes.dir", "made", *empty)
     assert (config.model.path, config.data.sft.path) == ("made/model", "made/task/sft.json")
     assert (config.data.rl.path, config.data.heldout.path) == ("mine.json", "made/task/heldout.json")
+
+
+def test_a_data_set_on_the_command_line_replaces_the_other_kind(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("stages: [sft]\nmodel: {path: m}\ndata: {sft: {path: a.json}}\n")
+    section = load(file, ["--data.sft.tfds", "mulberry_sft"]).data.sft
+    assert (section.path, section.tfds, section.name) == ("", "mulberry_sft", "tfds:mulberry_sft/train")
+    file.write_text("stages: [sft]\nmodel: {path: m}\ndata: {sft: {tfds: mulberry_sft}}\n")
+    section = load(file, ["--data.sft.path=b.json"]).data.sft
+    assert (section.path, section.tfds, section.name) == ("b.json", "", "b.json")
+    file.write_text("stages: [sft]\nmodel: {path: m}\ndata: {sft: {tfds: mulberry_sft, path: a.json}}\n")
+    with pytest.raises(
+        ConfigError, match=r"^data.sft.tfds is 'mulberry_sft', expected data.sft.path \('a.json'\) or this"
+    ):
+        load(file)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("data.sft.drop_matching", "['']"), ("data.video.fps", ".inf"), ("data.video.max_frames", "3"),
+        ("data.video.max_pixels", "100"), ("data.buckets", "0"), ("data.workers", "-1"),
+    ],
+)  # fmt: skip
+def test_data_settings_are_checked(tmp_path, key, value):
+    file = tmp_path / "config.yaml"
+    file.write_text("stages: [sft]\nmodel: {path: m}\ndata: {sft: {path: a.json}}\n")
+    with pytest.raises(ConfigError, match=f"^{key} is "):
+        load(file, [f"--{key}", value])

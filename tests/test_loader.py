@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import CancelledError
 from itertools import islice
 from pathlib import Path
 
@@ -27,6 +31,7 @@ class Numbers:
 
     count: int = 7
     name: str = "file.json"
+    fingerprint: str = "a"
     errors: tuple = ()
     filtered: int = 0
 
@@ -183,8 +188,8 @@ def test_a_source_that_was_changed_is_refused():
     with loader(count=3) as rows:
         rows.take()
         position = rows.position
-    with pytest.raises(RowError, match="file.json: has 8 examples, and had 7 when this run began"):
-        Loader(Numbers(8), encode, count=3, seed=0, position=position)
+    with pytest.raises(RowError, match="file.json: has changed since this run began"):
+        Loader(Numbers(fingerprint="b"), encode, count=3, seed=0, position=position)
 
 
 def test_hosts_share_the_order():
@@ -249,6 +254,42 @@ def test_threads_processes_and_shared_memory_end():
     assert not any(child.is_alive() for child in processes)
     assert len(os.listdir("/dev/shm")) <= shared
     assert not any(thread.name.startswith("loader") for thread in threading.enumerate())
+
+
+def test_closing_does_not_wait_for_a_batch():
+    """Neither for one that is being read, nor through the rows that cannot be used."""
+    for encode in (slow, slow_and_bad):
+        rows = loader(encode, count=1000)
+        reader = threading.Thread(target=take_quietly, args=[rows])
+        reader.start()
+        time.sleep(0.3)
+        started = time.perf_counter()
+        rows.close()
+        assert time.perf_counter() - started < 2
+        reader.join(timeout=5)
+        assert not reader.is_alive()
+
+
+def slow(example):
+    time.sleep(0.05)
+    return encode(example)
+
+
+def slow_and_bad(example):
+    time.sleep(0.05)
+    raise RowError("bad")
+
+
+def take_quietly(rows):
+    with contextlib.suppress(CancelledError, RowError):
+        rows.take()
+
+
+def test_workers_ask_for_shared_memory(monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(64 << 20, 0, 64 << 20))
+    with pytest.raises(OSError, match="data.workers: 64 MB of shared memory .*docker: --shm-size 2g"):
+        read_rows(Numbers(), encode, seed=0, workers=1)
+    assert len(list(read_rows(Numbers(), encode, seed=None))) == 7
 
 
 def test_reading_stops_where_it_is_not_needed():

@@ -186,8 +186,8 @@ def test_a_bad_file_is_an_error(tmp_path, content, message):
 
 
 def test_a_missing_file_is_an_error(tmp_path):
-    for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(ValueError, match="no such file"):
+    for path, problem in ((tmp_path / "none.json", "no such file"), (tmp_path, "a folder")):
+        with pytest.raises(RowError, match=f"{path}: {problem}; expected a JSON array or JSONL file"):
             read_examples(path)
 
 
@@ -318,11 +318,55 @@ def test_a_source_in_another_process(tmp_path):
     assert (again[0], again[1]) == (first, source[1]) and len(again) == 2
 
 
-def test_a_file_that_changes_is_an_error(tmp_path):
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_file_that_changes_is_an_error(tmp_path, opened):
+    """Rewritten before the first row is read, or in place under an open file."""
     source = JsonSource(write(tmp_path, [SFT, RL]))
+    if opened:
+        assert source[0].answer == "### Step 1: 3"
     write(tmp_path, [RL, SFT, RL])
     with pytest.raises(OSError, match="rows.json: the file has changed since it was indexed"):
         source[0]
+
+
+def test_the_fingerprint_is_of_all_rows(tmp_path):
+    def fingerprint(rows):
+        return JsonSource(write(tmp_path, rows)).fingerprint
+
+    assert fingerprint([SFT, RL]) == fingerprint([SFT, RL])
+    lines = "\n".join(json.dumps(row) for row in (SFT, RL))
+    kinds = {fingerprint(rows) for rows in ([SFT, RL], [RL, SFT], [SFT, RL | {"solution": "4"}], [SFT, RL, RL], lines)}
+    assert len(kinds) == 5
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        (f'{{"data": [\n{json.dumps(RL)},\n{json.dumps(RL)}\n]}}', "not JSON"),
+        (f'"rows"\n{json.dumps(RL)}\n', "not JSON of rows .line 0 holds 'rows'"),
+        ("<html>\n</html>", "not JSON"),
+    ],
+)
+def test_lines_that_do_not_begin_with_a_row_are_no_file_of_rows(tmp_path, text, problem):
+    """One row a line inside of something else would give a data set of what happens to parse."""
+    with pytest.raises(RowError, match=f"rows.json: {problem}.*; expected a JSON array, or one JSON object a line"):
+        JsonSource(write(tmp_path, text))
+
+
+def test_bytes_that_are_no_text_spoil_their_own_row(tmp_path):
+    path = tmp_path / "rows.json"
+    broken = json.dumps(RL | {"problem": "QQ"}).encode().replace(b"QQ", b"\xff\xc3")
+    path.write_bytes(b"[" + b",".join([json.dumps(SFT).encode(), broken, json.dumps(RL).encode()]) + b"]")
+    examples, (error,) = read_examples(path)
+    assert [example.row for example in examples] == [0, 2] and examples[1].question == "<image>Find x."
+    assert "row 1, problem: not valid Unicode" in str(error)
+
+
+def test_a_system_turn_stays_as_it_stands(tmp_path):
+    """The default one too: another checkpoint's template may have another default."""
+    turn = {"role": "system", "content": "You are a helpful assistant."}
+    assert read_one(tmp_path, SFT | {"messages": [turn, USER, ASSISTANT]}).system == turn["content"]
+    assert read_one(tmp_path, SFT).system is None
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):

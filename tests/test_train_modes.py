@@ -3,6 +3,8 @@ user rewards that fail. A tiny random model; rewards by a stand-in where its ans
 
 from __future__ import annotations
 
+import json
+import shutil
 import zlib
 
 import jax
@@ -154,3 +156,31 @@ def test_a_reward_that_is_not_there_is_said_before_anything_is_written(inputs, t
     error = capsys.readouterr().err
     assert "rl.rewards" in error and "no_such_module" in error and "step_accuracy, step_validity" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_with_other_pixel_means(inputs, tmp_path):
+    """Its images are normalised its own way, in both stages, and the export takes it along."""
+    model = tmp_path / "model"
+    shutil.copytree(inputs / "model", model)
+    fields = json.loads((model / "preprocessor_config.json").read_text())
+    fields |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.2, 0.3, 0.4]}
+    (model / "preprocessor_config.json").write_text(json.dumps(fields))
+    losses = []
+    for name, path in (("own", model), ("clip", inputs / "model")):
+        sections = {"model": {"path": str(path)}, "sft": {"steps": 1}, "rl": {"steps": 1, "max_new_tokens": 4}}
+        export = train(run_config(inputs, tmp_path / name, **sections))
+        losses.append(steps(tmp_path / name, "sft")[0]["loss"])
+        assert (export / "preprocessor_config.json").read_bytes() == (path / "preprocessor_config.json").read_bytes()
+    assert losses[0] != losses[1]
+
+
+def test_another_number_of_workers_resumes_bit_for_bit(inputs, tmp_path):
+    """Begun with worker processes, gone on with threads."""
+    sections = {"stages": ["sft"], "sft": {"steps": 4}}
+    whole = train(run_config(inputs, tmp_path / "straight", **sections))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        cut(patch, "sft", 3)
+        train(run_config(inputs, tmp_path / "broken", **sections, data={"workers": 1}))
+    resumed = train(run_config(inputs, tmp_path / "broken", **sections), resume=True)
+    for a, b in zip(jax.tree.leaves(params(whole)), jax.tree.leaves(params(resumed)), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -118,7 +118,9 @@ def pad_prompts(prompts: Sequence[EncodedPrompt], shape: Shape, buckets: Buckets
     B, T, R, P, merge = len(prompts), shape.prompt, shape.rows, shape.patches, buckets.merge
     tokens, slots = np.zeros((B, T), np.int32), np.full((B, T), -1, np.int32)
     mask, positions = np.zeros((B, T), bool), np.zeros((3, B, T), np.int32)
-    first = prompts[0].patches_PC
+    first, *others = [prompt.patches_PC for prompt in prompts]
+    if any(patches.dtype != first.dtype for patches in others):  # pixels, or normalised already: the dtype says which
+        raise ValueError(f"patches of one batch are {sorted({str(p.patches_PC.dtype) for p in prompts})}; expected one")
     patches, hw = np.zeros((R, P, first.shape[1]), first.dtype), np.zeros((R, P, 2), np.int32)
     segments, frames_in_row = np.full((R, P), -1, np.int32), np.zeros(R, np.int32)
     frames = [frame for prompt in prompts for frame in _frames(prompt.grids)]

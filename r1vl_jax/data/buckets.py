@@ -59,8 +59,8 @@ class Buckets:
     def fit(self, need: Shape) -> Shape:
         """The shape for a batch that needs `need`.
 
-        What no shape holds gets the largest one with every size that is too small doubled, until it holds it: over a
-        whole run, batches that the plan did not foresee make few shapes too.
+        What no shape holds gets the largest one with every size that is too small grown by quarters, until it holds it:
+        over a whole run, batches that the plan did not foresee make few shapes too.
         """
         if not self.shapes:
             return self.rounded(need)
@@ -69,7 +69,7 @@ class Buckets:
             return held
         largest = np.max([dataclasses.astuple(shape) for shape in self.shapes], axis=0)
         sizes = zip(dataclasses.astuple(need), largest.tolist(), self._multiples, strict=True)
-        return Shape(*(_doubled(max(size, multiple), need) if need > size else size for need, size, multiple in sizes))
+        return Shape(*(_grown(size, need, multiple) for need, size, multiple in sizes))
 
     def row_length(self, largest_frame: int) -> int:
         """Patches that a vision row is filled with."""
@@ -80,9 +80,9 @@ class Buckets:
         return self.multiple, self.multiple, self.shards, math.lcm(self.multiple, self.merge**2)
 
 
-def _doubled(size: int, need: int) -> int:
+def _grown(size: int, need: int, multiple: int) -> int:
     while size < need:
-        size *= 2
+        size = max(multiple, -(-size * 5 // 4 // multiple) * multiple)
     return size
 
 

@@ -204,6 +204,7 @@ class _Blank:
 
     count: int
     name: str = ""
+    fingerprint: str = ""
     errors: tuple = ()
     filtered: int = 0
 

@@ -12,10 +12,11 @@ import dataclasses
 import gc
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any
 
 import grain
@@ -25,7 +26,8 @@ from r1vl_jax.data.sources import Source
 from r1vl_jax.types import Example, RowError
 
 THREADS = 4  # of each process that reads rows; decoding and resizing images leave Python's lock
-READ_AHEAD = 32  # rows
+READ_AHEAD = 32  # rows, over all workers
+SHARED_MEMORY = 512 << 20  # bytes that workers need: twice what is read ahead, at 4 MB a row, and a margin
 
 Row = tuple[Example, Any]
 
@@ -37,19 +39,19 @@ class Position:
     Attributes:
       rows: how many of its host's share have been read.
       dropped: the names of those that could not be used.
-      examples: the size of the source, by which one that was changed is known.
+      fingerprint: that of the source, by which one that was changed is known.
     """
 
     rows: int = 0
     dropped: frozenset[str] = frozenset()
-    examples: int = 0
+    fingerprint: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"dropped": sorted(self.dropped)}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Position:
-        return cls(value["rows"], frozenset(value["dropped"]), value["examples"])
+        return cls(value["rows"], frozenset(value["dropped"]), value["fingerprint"])
 
 
 def read_rows(
@@ -74,16 +76,25 @@ def read_rows(
     data = grain.MapDataset.source(_Encoded(source, encode))
     if seed is not None:
         data = data.seed(seed).shuffle().repeat()
-    rows = data[host::hosts][start:].to_iter_dataset(
-        grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=READ_AHEAD)
-    )
+    ahead = max(1, READ_AHEAD // max(1, workers))
+    options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=ahead)
+    rows = data[host::hosts][start:].to_iter_dataset(options)
     if workers:
+        _check_shared_memory()
         if not flags.FLAGS.is_parsed():  # grain reads a flag of its own, and r1vl_jax has no absl command line
             flags.FLAGS.mark_as_parsed()
-        ahead = max(1, READ_AHEAD // workers)
         processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
         rows = rows.mp_prefetch(processes, worker_init_fn=_end_with_parent)
     return iter(rows)
+
+
+def _check_shared_memory() -> None:
+    """Rows come from workers in shared memory; one that finds none dies of a signal, which says nothing."""
+    if os.path.isdir("/dev/shm") and (free := shutil.disk_usage("/dev/shm").free) < SHARED_MEMORY:
+        raise OSError(
+            f"data.workers: {free >> 20} MB of shared memory (/dev/shm) are free, expected {SHARED_MEMORY >> 20}; give "
+            "more (docker: --shm-size 2g), or set data.workers to 0"
+        )
 
 
 def _end_with_parent(index: int, count: int) -> None:
@@ -144,15 +155,13 @@ class Loader:
         on_drop: Callable[[RowError], None] = lambda error: None,
     ):
         self.position = position or Position()
-        if self.position.rows and self.position.examples != len(source):
-            raise RowError(
-                f"{source.name}: has {len(source)} examples, and had {self.position.examples} when this run began; a "
-                "run goes on with the rows that it began with"
-            )
+        if self.position.rows and self.position.fingerprint != source.fingerprint:
+            raise RowError(f"{source.name}: has changed since this run began; a run goes on with the same rows")
         self._source, self._count, self._make, self._on_drop = source, count, make, on_drop
         start = self.position.rows
         self._open = lambda: read_rows(source, encode, seed=seed, start=start, host=host, hosts=hosts, workers=workers)
         self._rows: Iterator | None = None
+        self._closed = threading.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._next: Future | None = None
 
@@ -170,9 +179,8 @@ class Loader:
 
     def close(self) -> None:
         """Ends threads and worker processes."""
-        if self._next:
-            self._next.cancel()
-        self._thread.shutdown(wait=True)
+        self._closed.set()
+        self._thread.shutdown(wait=True, cancel_futures=True)
         if self._rows is not None:
             self._rows.close()
         self._rows = self._next = None
@@ -191,6 +199,8 @@ class Loader:
         while len(rows) < self._count:
             if failures >= 2 * len(self._source):  # in a row, wherever an epoch starts: a whole one is among them
                 raise RowError(f"no usable row among the {len(self._source)} that were read; see the messages above")
+            if self._closed.is_set():  # nobody waits for this batch
+                raise CancelledError
             name, row = next(self._rows)
             seen += 1
             if isinstance(row, RowError):
@@ -201,4 +211,4 @@ class Loader:
             else:
                 failures = 0
                 rows.append(row)
-        return self._make(rows), Position(seen, frozenset(dropped), len(self._source))
+        return self._make(rows), Position(seen, frozenset(dropped), self._source.fingerprint)

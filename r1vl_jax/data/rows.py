@@ -17,7 +17,6 @@ import os
 from r1vl_jax.types import Example, RowError
 
 IMAGE, VIDEO = "<image>", "<video>"
-SYSTEM = "You are a helpful assistant."  # the system turn of a prompt that names none
 
 
 def parse_row(row: object, *, source: str, number: int, image_root: str) -> list[Example]:
@@ -108,8 +107,7 @@ def _conversation(messages: object, name: str) -> tuple[str | None, list[tuple[s
             "at most one system"
         )
     texts = [_text(message, "content", f"{name}[{i}]") for i, message in enumerate(messages)]
-    system = texts[0] if first and texts[0] != SYSTEM else None
-    return system, list(zip(texts[first::2], texts[first + 1 :: 2], strict=True))
+    return texts[0] if first else None, list(zip(texts[first::2], texts[first + 1 :: 2], strict=True))
 
 
 def _path(value: object, name: str, root: str) -> str:

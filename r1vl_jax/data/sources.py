@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import codecs
 import functools
+import hashlib
 import json
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
 from r1vl_jax.config import SourceSection
-from r1vl_jax.data.rows import parse_row
+from r1vl_jax.data.rows import parse_row, short
 from r1vl_jax.types import Example, RowError
 
 CHUNK = 1 << 20  # bytes read at once
@@ -33,9 +33,11 @@ class Source(Protocol):
       name: what messages call it: a path.
       errors: a RowError for each row that cannot be used, as far as that shows without opening images.
       filtered: rows left out by `drop_matching`.
+      fingerprint: another one means that rows have changed.
     """
 
     name: str
+    fingerprint: str
     errors: list[RowError]
     filtered: int
 
@@ -55,8 +57,16 @@ def open_source(section: SourceSection) -> Source:
     return JsonSource(section.path, image_root=section.image_root, drop_matching=section.drop_matching)
 
 
+def check_source(section: SourceSection) -> None:
+    """Looks at what takes no time: is it there, and does it begin like rows? Raises RowError."""
+    if section.tfds:
+        open_source(section)
+    else:
+        next(_scan(section.path), None)
+
+
 class JsonSource:
-    """A JSON array or JSONL file. Reading it once checks every row and leaves an index of 22 bytes an example.
+    """A JSON array or JSONL file. Reading it once checks every row and leaves an index of 24 bytes an example.
 
     Args:
       path: a JSON array, or one JSON object a line. The schema is seen from each row's keys.
@@ -78,13 +88,12 @@ class JsonSource:
         self._root = os.path.abspath(os.path.dirname(self.name) if image_root is None else image_root)
         self.errors: list[RowError] = []
         self.filtered = 0
-        if not os.path.isfile(self.name):
-            raise RowError(f"{self.name}: no such file; expected a JSON array or JSONL file")
+        _check_file(self.name)
         self._stamp = _stamp(os.stat(self._path))
         places = list(self._index(drop_matching))
         if not places and not self.errors and not self.filtered:
             raise RowError(f"{self.name}: empty; expected at least one row")
-        kinds = {"start": "i8", "length": "i4", "number": "i4", "turn": "i2"}
+        kinds = {"start": "i8", "length": "i8", "number": "i4", "turn": "i4"}
         self._places = np.array(places, list(kinds.items()))
 
     def __len__(self) -> int:
@@ -92,8 +101,10 @@ class JsonSource:
 
     def __getitem__(self, index: int) -> Example:
         start, length, number, turn = self._places[index].tolist()
-        text = os.pread(self._file.fileno(), length, start)
-        return self._parse(json.loads(text), number)[turn]
+        descriptor = self._file.fileno()
+        if _stamp(os.fstat(descriptor)) != self._stamp:
+            raise OSError(f"{self.name}: the file has changed since it was indexed; start again")
+        return self._parse(json.loads(os.pread(descriptor, length, start)), number)[turn]
 
     def __getstate__(self) -> dict:
         return {key: value for key, value in self.__dict__.items() if key != "_file"}
@@ -101,18 +112,13 @@ class JsonSource:
     @functools.cached_property
     def _file(self) -> BinaryIO:
         """The open file, one for each process."""
-        file = open(self._path, "rb")  # noqa: SIM115 (open as long as the source is)
-        if _stamp(os.fstat(file.fileno())) != self._stamp:
-            raise OSError(f"{self.name}: the file has changed since it was indexed; start again")
-        return file
+        return open(self._path, "rb")  # noqa: SIM115 (open as long as the source is)
 
     def _index(self, drop_matching: tuple[str, ...]) -> Iterator[tuple[int, int, int, int]]:
         """(start, length, row number, turn) of each usable example; bad rows go to `errors`."""
-        rows, broken = 0, 0
-        for number, start, length, row in _scan(self.name):
-            rows += 1
+        digest = hashlib.blake2b(digest_size=8)
+        for number, start, length, row in _scan(self.name, digest.update):
             if isinstance(row, RowError):
-                broken += 1
                 self.errors.append(row)
                 continue
             try:
@@ -124,12 +130,16 @@ class JsonSource:
                 self.filtered += 1
                 continue
             yield from ((start, length, number, turn) for turn in range(len(examples)))
-        if rows and broken == rows:
-            problem = re.sub(r"^, row \d+", "", str(self.errors[0]).removeprefix(self.name))
-            raise RowError(f"{self.name}{problem}; expected a JSON array or one JSON object a line")
+        self.fingerprint = digest.hexdigest()
 
     def _parse(self, row: object, number: int) -> list[Example]:
         return parse_row(row, source=self.name, number=number, image_root=self._root)
+
+
+def _check_file(path: str) -> None:
+    if not os.path.isfile(path):
+        problem = "a folder" if os.path.isdir(path) else "no such file"
+        raise RowError(f"{path}: {problem}; expected a JSON array or JSONL file")
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:
@@ -140,8 +150,12 @@ def _stamp(status: os.stat_result) -> tuple[int, int]:
 Row = tuple[int, int, int, object]
 
 
-def _scan(path: str) -> Iterator[Row]:
-    """The rows of a file, read once from front to end. Raises RowError where it is no JSON array and no JSONL."""
+def _scan(path: str, see: Callable[[bytes], None] = lambda data: None) -> Iterator[Row]:
+    """The rows of a file, read once from front to end; `see` gets its bytes.
+
+    Raises RowError where it is no JSON array and no JSONL.
+    """
+    _check_file(path)
     with open(path, "rb") as file:
         begin = 3 if file.read(3) == codecs.BOM_UTF8 else 0
         file.seek(begin)
@@ -152,28 +166,35 @@ def _scan(path: str) -> Iterator[Row]:
         size, label = os.path.getsize(path), f"reading {os.path.basename(path)}"
         with tqdm(total=size, unit="B", unit_scale=True, desc=label, delay=2, leave=False) as bar:
             rows = _scan_array if head.lstrip().startswith(b"[") else _scan_lines
-            for row in rows(file, path, begin):
+            for row in rows(file, path, begin, see):
                 yield row
                 bar.update(row[1] + row[2] - bar.n)
 
 
-def _scan_lines(file: BinaryIO, path: str, at: int) -> Iterator[Row]:
+def _scan_lines(file: BinaryIO, path: str, at: int, see: Callable[[bytes], None]) -> Iterator[Row]:
     """JSONL: a row's number is its line's. Lines end with a line feed and with nothing else that Unicode has."""
+    first = True
     for number, line in enumerate(file):
+        see(line)
         if line.strip():
+            problem, row = None, None
             try:
                 row = json.loads(line)
             except UnicodeDecodeError as error:
-                row = RowError(f"{path}, row {number}: not UTF-8 text ({error})")
+                problem = f"not UTF-8 text ({error})"
             except (ValueError, RecursionError) as error:
-                row = RowError(f"{path}, row {number}: not JSON ({error})")
-            yield number, at, len(line), row
+                problem = f"not JSON ({error})"
+            if first and not isinstance(row, dict):  # a table, a picture, an object over many lines
+                problem = problem or f"not JSON of rows (line {number} holds {short(row)})"
+                raise RowError(f"{path}: {problem}; expected a JSON array, or one JSON object a line")
+            yield number, at, len(line), RowError(f"{path}, row {number}: {problem}") if problem else row
+            first = False
         at += len(line)
 
 
-def _scan_array(file: BinaryIO, path: str, at: int) -> Iterator[Row]:
+def _scan_array(file: BinaryIO, path: str, at: int, see: Callable[[bytes], None]) -> Iterator[Row]:
     """A JSON array, parsed row by row."""
-    text, number = _Window(file, path, at), 0
+    text, number = _Window(file, at, see), 0
 
     def fail(problem: object) -> RowError:
         return RowError(f"{path}: not JSON ({problem}; row {number}, byte {text.at}); expected one array of objects")
@@ -187,6 +208,8 @@ def _scan_array(file: BinaryIO, path: str, at: int) -> Iterator[Row]:
             text.peek()
             try:
                 start, row = text.at, text.value()
+            except json.JSONDecodeError as error:
+                raise fail(error.msg) from error  # without its place, which is one in the window
             except (ValueError, RecursionError) as error:
                 raise fail(error) from error
             yield number, start, text.at - start, row
@@ -199,29 +222,28 @@ def _scan_array(file: BinaryIO, path: str, at: int) -> Iterator[Row]:
 
 
 class _Window:
-    """The part of a UTF-8 file that is being parsed; `at` is the place in bytes, from the file's start."""
+    """The part of a file that is being parsed; `at` is the place in bytes, from the file's start.
 
-    def __init__(self, file: BinaryIO, path: str, at: int):
-        self._file, self._path, self.at = file, path, at
-        self._decode = codecs.getincrementaldecoder("utf-8")().decode
+    Bytes that are no UTF-8 become lone surrogates: the row that they stand in is refused, and no other.
+    """
+
+    def __init__(self, file: BinaryIO, at: int, see: Callable[[bytes], None]):
+        self._file, self._see, self.at = file, see, at
+        self._decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
         self._parse = json.JSONDecoder().raw_decode
         self._text, self._place, self._complete = "", 0, False
 
     def _advance(self, place: int) -> None:
-        self.at += len(self._text[self._place : place].encode())
+        self.at += len(self._text[self._place : place].encode("utf-8", "surrogateescape"))
         self._place = place
 
     def _more(self) -> None:
         """Reads on: at least as much again as there is, so that a long row is not parsed too often."""
         rest = self._text[self._place :]
         data = self._file.read(max(CHUNK, len(rest)))
+        self._see(data)
         self._complete = not data
-        try:
-            self._text, self._place = rest + self._decode(data, final=self._complete), 0
-        except UnicodeDecodeError as error:
-            raise RowError(
-                f"{self._path}: not UTF-8 text ({error}, behind byte {self.at}); expected a JSON array or JSONL file"
-            ) from error
+        self._text, self._place = rest + self._decode(data, final=self._complete), 0
 
     def peek(self) -> str:
         """Goes to the next character that is no white space and gives it; "" at the end of the file."""

@@ -6,6 +6,7 @@ rows in the order of the file it was made from, images included: source[i] is wh
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -42,7 +43,7 @@ class TfdsSource:
         self.errors: list[RowError] = []
         self.filtered = 0
         self._drop_matching = tuple(drop_matching)
-        self._records = _open(folder, split)
+        self._records, self.fingerprint = _open(folder, split)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -93,8 +94,8 @@ def _versions(folder: Path) -> list[str]:
     return sorted(filter(tfds.core.Version.is_valid, names), key=tfds.core.Version)
 
 
-def _open(folder: Path, split: str) -> Any:
-    """Random access to the records of a split, as dictionaries."""
+def _open(folder: Path, split: str) -> tuple[Any, str]:
+    """Random access to the records of a split, as dictionaries; and what changes when its files do."""
     try:
         builder = tfds.builder_from_directory(folder)
     except Exception as error:  # TFDS raises what its parsers raise
@@ -115,4 +116,5 @@ def _open(folder: Path, split: str) -> Any:
     missing = [path for path in files if not os.path.isfile(path)]
     if missing:
         raise RowError(f"{missing[0]}: no such file, and {len(missing) - 1} more; the data set is not whole")
-    return builder.as_data_source(split)
+    sizes = "".join(f"{os.path.basename(path)} {os.path.getsize(path)}\n" for path in files)
+    return builder.as_data_source(split), hashlib.blake2b(sizes.encode(), digest_size=8).hexdigest()

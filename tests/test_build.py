@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -205,42 +204,61 @@ def big_rows(folder, count):
     return path
 
 
+DRIVER = """
+import os, signal, sys
+from r1vl_jax.data import build
+
+last, how, real = int(sys.argv[1]), int(sys.argv[2]), build.to_record
+rows = 0
+
+def counted(*arguments):
+    global rows
+    rows += 1
+    if rows == last:
+        os.kill(os.getpid(), how)
+    return real(*arguments)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+build.to_record = counted
+sys.exit(build.main(sys.argv[3:]))
+"""
+
+
 def test_a_killed_build_goes_on(tmp_path):
-    """SIGKILL at random moments: no complete shard is made again, and the result is that of a build left alone."""
+    """SIGKILL and Ctrl-C at random rows of real processes: no complete shard is made again, and the result is that of a
+    build left alone."""
     path = big_rows(tmp_path / "in", 400)
     options = ["--source", str(path), "--rows-per-shard", "20"]
     assert run("mulberry_sft", *options, "--out", tmp_path / "alone") == 0
     alone = files_of(tmp_path / "alone" / "mulberry_sft" / "1.0.0")
     final = tmp_path / "out" / "mulberry_sft" / "1.0.0"
     work = final.with_name("1.0.0.incomplete")
-    arguments = [sys.executable, "-m", "r1vl_jax.data.build", "mulberry_sft", *options, "--out", str(tmp_path / "out")]
-    draw, inodes, codes = random.Random(), {}, []
+    arguments = ["mulberry_sft", *options, "--out", str(tmp_path / "out")]
+    draw, inodes = random.Random(), {}
 
     def complete():
         notes = {path.stem for path in (work / "shards").glob("*.json")}
         paths = (work / "data").glob("*array_record*")
         return {path.name: path.stat().st_ino for path in paths if f"train-{path.name[-14:-9]}" in notes}
 
-    for share, how in ((0.1, signal.SIGKILL), (0.3, signal.SIGINT), (0.5, signal.SIGKILL), (0.7, signal.SIGKILL)):
-        target = len(alone) * share
-        process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        while process.poll() is None and len(complete()) < target:
-            time.sleep(0.001)
-        time.sleep(draw.uniform(0, 0.02))
-        process.send_signal(how)
-        said = process.communicate()[1]
-        codes.append(process.returncode)
-        if process.returncode == 130:
-            assert "the same command goes on" in said and "Traceback" not in said
-        if final.exists():
-            break
+    def build_until(row, how):
+        command = [sys.executable, "-c", DRIVER, str(row), str(int(how)), *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    for how, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGKILL, -9), (signal.SIGKILL, -9)):
+        row, before = draw.randrange(1, 90), len(inodes)
+        done = build_until(row, how)
+        assert done.returncode == code, done.stderr
+        assert how == signal.SIGKILL or ("the same command goes on" in done.stderr and "Traceback" not in done.stderr)
+        if len(complete()) == 0:  # stopped in the first shard: a Ctrl-C leaves nothing
+            continue
         assert inodes.items() <= complete().items()
         inodes = complete()
+        assert len(inodes) == before + (row - 1) // 20  # what was being written is lost
         with pytest.raises(RowError, match="1.0.0.incomplete: this data set is not complete; .* goes on"):
             TfdsSource("mulberry_sft", data_dir=tmp_path / "out")
-    assert -signal.SIGKILL in codes and 130 in codes and inodes
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True) if not final.exists() else None
-    assert done is None or done.returncode == 0, done.stderr
+    done = build_until(0, signal.SIGKILL)
+    assert done.returncode == 0, done.stderr
     assert files_of(final) == alone
     assert inodes.items() <= {path.name: path.stat().st_ino for path in final.iterdir()}.items()
     assert [path.name for path in final.parent.iterdir()] == ["1.0.0"]

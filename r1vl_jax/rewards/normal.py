@@ -167,11 +167,13 @@ class NormalText:
         words = self.words
         before = words[first - 1] if first > 0 else END
         after = words[last + 1] if last + 1 < len(words) else END
-        cut_before = before in _TIGHT or self._is_unary_minus(first - 1) or self._is_factor(first - 1, first)
+        minus = before == "-" and self._is_unary_minus(first - 1)
+        cut_before = before in _TIGHT or minus or self._is_factor(first - 1, first)
         cut_after = after in _TIGHT or self._is_factor(last, last + 1)
         if not relational:
-            ends_open = _is_math(words[last]) or words[last] in _UNIT_SIGNS
-            return (cut_before and _is_math(words[first])) or (cut_after and ends_open)
+            if cut_before and _is_math(words[first]):
+                return True
+            return cut_after and (_is_math(words[last]) or words[last] in _UNIT_SIGNS)
         if cut_before or cut_after:
             return True
         near_before, near_after = self._touch(first - 1, first), self._touch(last, last + 1)
@@ -194,10 +196,10 @@ class NormalText:
         """Whether two neighbours without a blank between them are a product such as 2x, or an index such as x2."""
         if left < 0 or right >= len(self.words) or self.ends[left] != self.starts[right]:
             return False
-        pair = self.words[left], self.words[right]
-        if pair[0][0].isdecimal():
-            return _is_letters(pair[1]) and pair[1] not in _UNIT_SIGNS
-        return _is_letters(pair[0]) and pair[1][0].isdecimal()
+        a, b = self.words[left], self.words[right]
+        if b[0].isdecimal():
+            return a[0].isalpha()
+        return a[0].isdecimal() and b[0].isalpha() and b not in _UNIT_SIGNS
 
     def _is_operator(self, i: int) -> bool:
         """Whether token i is +, -, *, ± between two operands, rather than a dash or a mark of emphasis."""
@@ -212,10 +214,6 @@ class NormalText:
         if i < 0 or self.words[i] != "-" or i + 1 >= len(self.words) or self.ends[i] != self.starts[i + 1]:
             return False
         return i == 0 or not (_is_operand(self.words[i - 1]) or self.ends[i - 1] == self.starts[i])
-
-
-def _is_letters(word: str) -> bool:
-    return word[0].isalpha()
 
 
 def _is_math(word: str) -> bool:

@@ -194,12 +194,14 @@ class NormalText:
 
     def _is_factor(self, left: int, right: int) -> bool:
         """Whether two neighbours without a blank between them are a product such as 2x, or an index such as x2."""
-        if left < 0 or right >= len(self.words) or self.ends[left] != self.starts[right]:
+        words = self.words
+        if left < 0 or right >= len(words):
             return False
-        a, b = self.words[left], self.words[right]
-        if b[0].isdecimal():
-            return a[0].isalpha()
-        return a[0].isdecimal() and b[0].isalpha() and b not in _UNIT_SIGNS
+        a, b = words[left], words[right]
+        number = b[0].isdecimal()
+        if number == a[0].isdecimal() or self.ends[left] != self.starts[right]:  # most often: neither is a number
+            return False
+        return a[0].isalpha() if number else b[0].isalpha() and b not in _UNIT_SIGNS
 
     def _is_operator(self, i: int) -> bool:
         """Whether token i is +, -, *, ± between two operands, rather than a dash or a mark of emphasis."""

@@ -185,23 +185,18 @@ LONG = {
 @pytest.mark.parametrize("kind", LONG)
 @pytest.mark.parametrize("size", [MEGABYTE // 8, pytest.param(MEGABYTE, marks=pytest.mark.slow)])
 def test_string_rules_take_linear_time(rules, kind, size):
-    """Microseconds a character of processor time, however many there are; of three tries, since machines are shared."""
+    """Microseconds a character of processor time, however many there are."""
     rules, text = PRESETS[rules], LONG[kind](size)
     more = [["6", "1"], ["a a", "a b"], ["1 1"], ["{"], ["\x00"], ["^"], ["(" * 10], [text[:30], text[-30:]]]
     groups, _ = key_step_groups([*KEY_STEPS["Steps"], *more])
     for completion in (text, f"{SECTIONS}### Step 1: {text}\n### The final answer is: 3", HEAD + text):
-        bound = 0.05 + 8e-6 * len(completion)
-        for _ in range(3):
-            start = time.process_time()
-            hits = key_step_hits(completion, groups, rules)
-            section_faults(completion, rules)
-            step_starts(completion)
-            expected_answer(completion, rules)
-            choice_letter(found_answer(completion, rules) or "")
-            seconds = time.process_time() - start
-            if seconds < bound:
-                break
-        assert seconds < bound
+        start = time.process_time()
+        hits = key_step_hits(completion, groups, rules)
+        section_faults(completion, rules)
+        step_starts(completion)
+        expected_answer(completion, rules)
+        choice_letter(found_answer(completion, rules) or "")
+        assert time.process_time() - start < 0.05 + 8e-6 * len(completion)
         assert all(0 <= hit.start <= hit.end <= len(completion) for hit in hits)
 
 

@@ -105,11 +105,12 @@ _SHORT_WORDS = frozenset(_LITTLE.split())  # too short not to look like names
 class NormalText:
     """The tokens of `text`: `words[i]` came from its characters `starts[i]` to `ends[i]`."""
 
-    __slots__ = ("_joined", "_numbers", "_offsets", "ends", "starts", "text", "words")
+    __slots__ = ("_bound_after", "_bound_before", "_joined", "_numbers", "_offsets", "ends", "starts", "text", "words")
 
     def __init__(self, text: str, words: list[str], starts: list[int], ends: list[int]):
         self.text, self.words, self.starts, self.ends = text, words, starts, ends
         self._joined = self._offsets = self._numbers = None
+        self._bound_before, self._bound_after = {}, {}  # found once, though many texts are looked for at one place
 
     def __len__(self) -> int:
         return len(self.words)
@@ -122,11 +123,12 @@ class NormalText:
     def _find_words(self, needle: _Needle) -> Iterator[tuple[int, int]]:
         if self._joined is None:
             self._joined = f"{_SEP}{_SEP.join(self.words)}{_SEP}"
-        place = self._joined.find(needle.joined) if needle.length else -1
+        place, first = self._joined.find(needle.joined) if needle.length else -1, -1
         while place >= 0:
             if self._offsets is None:
                 self._offsets = list(itertools.accumulate((len(word) + 1 for word in self.words), initial=0))
-            first = bisect_right(self._offsets, place) - 1
+            # Mostly far on, and sometimes the very next token.
+            first = first + 1 if self._offsets[first + 1] == place else bisect_right(self._offsets, place) - 1
             last = first + needle.length - 1
             if not self._cut_from_expression(first, last, needle.relational):
                 yield first, last + 1
@@ -165,17 +167,22 @@ class NormalText:
         functions: "x = 1" is neither in "y + x = 1" nor in "2 x = 1", "sin x = 1" or "x = 1 + z".
         """
         words = self.words
-        before = words[first - 1] if first > 0 else END
-        after = words[last + 1] if last + 1 < len(words) else END
-        minus = before == "-" and self._is_unary_minus(first - 1)
-        cut_before = before in _TIGHT or minus or self._is_factor(first - 1, first)
-        cut_after = after in _TIGHT or self._is_factor(last, last + 1)
+        cut_before, cut_after = self._bound_before.get(first), self._bound_after.get(last)
+        if cut_before is None:
+            tight = first > 0 and words[first - 1] in _TIGHT
+            cut_before = tight or self._is_unary_minus(first - 1) or self._is_factor(first - 1, first)
+            self._bound_before[first] = cut_before
+        if cut_after is None:
+            tight = last + 1 < len(words) and words[last + 1] in _TIGHT
+            cut_after = self._bound_after[last] = tight or self._is_factor(last, last + 1)
         if not relational:
             if cut_before and _is_math(words[first]):
                 return True
             return cut_after and (_is_math(words[last]) or words[last] in _UNIT_SIGNS)
         if cut_before or cut_after:
             return True
+        before = words[first - 1] if first > 0 else END
+        after = words[last + 1] if last + 1 < len(words) else END
         near_before, near_after = self._touch(first - 1, first), self._touch(last, last + 1)
         if near_before and (before[0].isdecimal() or before in _FUNCTIONS or before == "π"):
             return True

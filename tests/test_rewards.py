@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from r1vl_jax.rewards import PRESETS, Rules, get_rules, score_answer, step_accuracy, step_validity
 from r1vl_jax.rewards.answer import MAX_ANSWER_CHARS, choice_letter
+from r1vl_jax.rewards.normal import normal_text
 from r1vl_jax.rewards.steps import answer_line, answer_section, section_faults, step_bodies
 
 GOLDEN = Path(__file__).parents[1].parent / "shared" / "golden" / "released_rewards.jsonl"
@@ -675,3 +676,20 @@ def test_a_megabyte_of_final_answer_is_cut():
     score = score_answer(answer(marks), "3", None)
     assert (score.correct, len(score.answer)) == (False, MAX_ANSWER_CHARS)
     assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize(
+    "wanted, text, places",
+    [
+        ("ab = bc = ab", "ab = bc = ab = bc = ab", [(0, 12)]),
+        ("so so", "so so so so so", [(0, 5), (6, 11)]),
+        ("so so", "so so, so", [(0, 5)]),
+        ("2", "2 2 x2 2", [(0, 1), (2, 3), (7, 8)]),
+        ("x", "2x x x^2 x", [(3, 4), (9, 10)]),
+        ("1/2", "0.5 is 1/2", [(0, 3), (7, 10)]),
+    ],
+)
+def test_places_of_a_normal_form_do_not_overlap(wanted, text, places):
+    found = normal_text(text)
+    assert list(found.find(wanted)) == places
+    assert found.find(wanted) == places  # what was found once is the same again

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from r1vl_jax.rewards.normal import END, NormalText, normal_text
@@ -17,7 +17,7 @@ from r1vl_jax.rewards.rules import Rules
 from r1vl_jax.rewards.steps import step_bodies
 
 Groups = tuple[tuple[str, ...], ...]
-Finder = Callable[[str], Iterator[tuple[int, int]]]  # a text to find -> ranges of characters, from left to right
+Finder = Callable[[str], Iterable[tuple[int, int]]]  # a text to find -> ranges of characters, from left to right
 
 # Words that only string key steps together, and words that make one follow from another.
 _LIST_WORDS = frozenset(["and", "or", "also", "then", "plus", "next", "key", "step", "steps", "frac"])
@@ -70,16 +70,16 @@ def key_step_hits(completion: str, groups: Sequence[Sequence[str]], rules: Rules
         return ()
     bodies = step_bodies(completion)
     tokens = _tokens(completion, bodies) if rules.match_tokens or rules.refuse_stuffing else None
-    find = _token_finder(tokens) if rules.match_tokens else _substring_finder(completion, bodies)
+    find = tokens.find if rules.match_tokens else _substring_finder(completion, bodies)
     blank = (bodies[0][0],) * 2 if bodies else (0, 0)
 
-    def places(alternative: str) -> Iterator[tuple[int, int]]:
+    def places(alternative: str) -> Iterable[tuple[int, int]]:
         if alternative.strip():
             return find(alternative)
-        return iter((blank,) if rules.empty_alternative_matches else ())
+        return (blank,) if rules.empty_alternative_matches else ()
 
     if not rules.refuse_stuffing or not bodies:
-        found = [[next(places(text), None) for text in group] for group in groups]
+        found = [[next(iter(places(text)), None) for text in group] for group in groups]
     else:
         every = [[list(places(text)) for text in group] for group in groups]
         stuffed = _stuffed_bodies(tokens, bodies, every)
@@ -128,14 +128,6 @@ def _tokens(completion: str, bodies: list[tuple[int, int]]) -> NormalText:
     return NormalText(completion, words, starts, ends)
 
 
-def _token_finder(tokens: NormalText) -> Finder:
-    def find(text: str) -> Iterator[tuple[int, int]]:
-        for first, last in tokens.find(text):
-            yield tokens.starts[first], tokens.ends[last - 1]
-
-    return find
-
-
 def _stuffed_bodies(
     tokens: NormalText, bodies: list[tuple[int, int]], every: list[list[list[tuple[int, int]]]]
 ) -> set[int]:
@@ -147,7 +139,7 @@ def _stuffed_bodies(
     depth = [0] * (len(tokens) + 1)  # +1 where a key step begins, -1 behind its end
     places = [[] for _ in bodies]  # (end, start, group) of each key step, in tokens
     for group, alternatives in enumerate(every):
-        for start, end in itertools.chain.from_iterable(alternatives):
+        for start, end in dict.fromkeys(itertools.chain.from_iterable(alternatives)):
             first, last = bisect_right(tokens.ends, start), bisect_left(tokens.starts, end)
             depth[first] += 1
             depth[last] -= 1

@@ -105,24 +105,38 @@ _SHORT_WORDS = frozenset(_LITTLE.split())  # too short not to look like names
 class NormalText:
     """The tokens of `text`: `words[i]` came from its characters `starts[i]` to `ends[i]`."""
 
-    __slots__ = ("_bound_after", "_bound_before", "_joined", "_numbers", "_offsets", "ends", "starts", "text", "words")
+    __slots__ = (
+        *("_bound_after", "_bound_before", "_joined", "_numbers", "_offsets", "_places"),
+        *("ends", "starts", "text", "words"),
+    )
 
     def __init__(self, text: str, words: list[str], starts: list[int], ends: list[int]):
         self.text, self.words, self.starts, self.ends = text, words, starts, ends
         self._joined = self._offsets = self._numbers = None
-        self._bound_before, self._bound_after = {}, {}  # found once, though many texts are looked for at one place
+        # Found once, though many texts are looked for at one place, and many texts have one normal form.
+        self._bound_before, self._bound_after, self._places = {}, {}, {}
 
     def __len__(self) -> int:
         return len(self.words)
 
-    def find(self, text: str) -> Iterator[tuple[int, int]]:
-        """Where `text` occurs, as ranges of token indices, from left to right; nowhere if it has no tokens."""
+    def find(self, text: str) -> list[tuple[int, int]]:
+        """Where `text` occurs, as ranges of characters, from left to right; nowhere if it has no tokens.
+
+        Two places do not overlap, as with `str.count`.
+        """
         needle = _needle(text)
-        return self._find_number(needle.value) if needle.value is not None else self._find_words(needle)
+        if needle.value is not None:
+            return self._find_number(needle.value)
+        places = self._places.get(needle.joined)
+        if places is None:
+            places = self._places[needle.joined] = list(self._find_words(needle))
+        return places
 
     def _find_words(self, needle: _Needle) -> Iterator[tuple[int, int]]:
         if self._joined is None:
             self._joined = f"{_SEP}{_SEP.join(self.words)}{_SEP}"
+        _, _, opens, closes, relational, _ = needle
+        check = opens or closes or relational
         place, first = self._joined.find(needle.joined) if needle.length else -1, -1
         while place >= 0:
             if self._offsets is None:
@@ -130,57 +144,49 @@ class NormalText:
             # Mostly far on, and sometimes the very next token.
             first = first + 1 if self._offsets[first + 1] == place else bisect_right(self._offsets, place) - 1
             last = first + needle.length - 1
-            if not self._cut_from_expression(first, last, needle.relational):
-                yield first, last + 1
-            place = self._joined.find(needle.joined, place + 1)
+            if check and self._cut_from_expression(first, last, opens, closes, relational):
+                place += 1
+            else:
+                yield self.starts[first], self.ends[last]
+                first, place = last, place + len(needle.joined) - 1
+            place = self._joined.find(needle.joined, place)
 
-    def _find_number(self, value: Fraction) -> Iterator[tuple[int, int]]:
+    def _find_number(self, value: Fraction) -> list[tuple[int, int]]:
         if self._numbers is None:
             self._numbers = {}
-            for first, end, number in self._bare_numbers():
-                self._numbers.setdefault(number, []).append((first, end))
-        yield from self._numbers.get(value, ())
+            for number, place in self._bare_numbers():
+                self._numbers.setdefault(number, []).append(place)
+        return self._numbers.get(value, [])
 
-    def _bare_numbers(self) -> Iterator[tuple[int, int, Fraction]]:
+    def _bare_numbers(self) -> Iterator[tuple[Fraction, tuple[int, int]]]:
         """Every number and fraction of numbers that is not a part of a power, a product such as 3x, or an index."""
-        words, i = self.words, 0
-        while i < len(words):
-            if not words[i][0].isdecimal():
-                i += 1
+        words, behind = [*self.words, END, END], 0
+        for first in [i for i, word in enumerate(words) if word[0].isdecimal()]:
+            if first < behind:
                 continue
-            first, end = i, i + 1
-            if words[end : end + 1] == ["/"] and end + 1 < len(words) and words[end + 1][0].isdecimal():
-                end += 2
-            i = end
-            if self._is_unary_minus(first - 1):
+            behind = first + 3 if words[first + 1] == "/" and words[first + 2][0].isdecimal() else first + 1
+            end, signed = behind, self._is_unary_minus(first - 1)
+            if signed:
                 first -= 1
-            percent = self.words[end : end + 1] == ["%"]
-            if not percent and not self._cut_from_expression(first, end - 1, relational=False):
+            if words[end] != "%" and not self._cut_from_expression(first, end - 1, not signed, True, False):
                 value = _value(tuple(words[first:end]))
                 if value is not None:
-                    yield first, end, value
+                    yield value, (self.starts[first], self.ends[end - 1])
 
-    def _cut_from_expression(self, first: int, last: int, relational: bool) -> bool:
+    def _cut_from_expression(self, first: int, last: int, opens: bool, closes: bool, relational: bool) -> bool:
         """Whether the tokens around first..last make these a piece of a larger expression.
 
-        Tight operators bind to whatever mathematics ends beside them; an equation is also cut by terms, factors and
-        functions: "x = 1" is neither in "y + x = 1" nor in "2 x = 1", "sin x = 1" or "x = 1 + z".
+        Tight operators bind to whatever mathematics begins (`opens`) or ends (`closes`) beside them; an equation is
+        also cut by terms, factors and functions: "x = 1" is neither in "y + x = 1" nor in "2 x = 1", "sin x = 1" or
+        "x = 1 + z".
         """
-        words = self.words
-        cut_before, cut_after = self._bound_before.get(first), self._bound_after.get(last)
-        if cut_before is None:
-            tight = first > 0 and words[first - 1] in _TIGHT
-            cut_before = tight or self._is_unary_minus(first - 1) or self._is_factor(first - 1, first)
-            self._bound_before[first] = cut_before
-        if cut_after is None:
-            tight = last + 1 < len(words) and words[last + 1] in _TIGHT
-            cut_after = self._bound_after[last] = tight or self._is_factor(last, last + 1)
-        if not relational:
-            if cut_before and _is_math(words[first]):
-                return True
-            return cut_after and (_is_math(words[last]) or words[last] in _UNIT_SIGNS)
-        if cut_before or cut_after:
+        if (opens or relational) and self._is_bound_before(first):
             return True
+        if (closes or relational) and self._is_bound_after(last):
+            return True
+        if not relational:
+            return False
+        words = self.words
         before = words[first - 1] if first > 0 else END
         after = words[last + 1] if last + 1 < len(words) else END
         near_before, near_after = self._touch(first - 1, first), self._touch(last, last + 1)
@@ -191,6 +197,21 @@ class NormalText:
         if near_after and words[last][0].isdecimal() and (after == "(" or after[0].isdecimal()):
             return True
         return self._is_operator(first - 1) or self._is_operator(last + 1)
+
+    def _is_bound_before(self, i: int) -> bool:
+        """Whether something binds to mathematics that begins with token i."""
+        bound = self._bound_before.get(i)
+        if bound is None:
+            bound = (i > 0 and self.words[i - 1] in _TIGHT) or self._is_unary_minus(i - 1) or self._is_factor(i - 1, i)
+            self._bound_before[i] = bound
+        return bound
+
+    def _is_bound_after(self, i: int) -> bool:
+        bound = self._bound_after.get(i)
+        if bound is None:
+            bound = (i + 1 < len(self.words) and self.words[i + 1] in _TIGHT) or self._is_factor(i, i + 1)
+            self._bound_after[i] = bound
+        return bound
 
     def _touch(self, left: int, right: int) -> bool:
         """Whether nothing but a blank, or what LaTeX groups with, stands between two neighbours."""
@@ -237,12 +258,14 @@ def _is_operand(word: str) -> bool:
 
 
 class _Needle(NamedTuple):
-    """A text to find: its tokens joined, their number, whether they have a relation, its value if it is a number."""
+    """A text to find."""
 
-    joined: str
-    length: int
+    joined: str  # its tokens
+    length: int  # their number
+    opens: bool  # mathematics begins it
+    closes: bool  # mathematics, or a unit, ends it
     relational: bool
-    value: Fraction | None
+    value: Fraction | None  # of a number
 
 
 @functools.lru_cache(maxsize=8192)
@@ -254,7 +277,14 @@ def _needle(text: str) -> _Needle:
     while words and words[0] == END:
         words.pop(0)
     relational = not _RELATIONS.isdisjoint(words)
-    return _Needle(f"{_SEP}{_SEP.join(words)}{_SEP}", len(words), relational, _value(tuple(words)))
+    return _Needle(
+        f"{_SEP}{_SEP.join(words)}{_SEP}",
+        len(words),
+        bool(words) and _is_math(words[0]),
+        bool(words) and (_is_math(words[-1]) or words[-1] in _UNIT_SIGNS),
+        relational,
+        _value(tuple(words)),
+    )
 
 
 @functools.lru_cache(maxsize=8192)

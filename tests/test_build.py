@@ -24,6 +24,7 @@ import tensorflow_datasets as tfds
 
 from r1vl_jax.config import SourceSection, load
 from r1vl_jax.data import build as command
+from r1vl_jax.data import shards
 from r1vl_jax.data.builders import BUILDERS, MulberrySft, R1vl10k, Shapes
 from r1vl_jax.data.shapes import make_task
 from r1vl_jax.data.sources import JsonSource, open_source
@@ -206,9 +207,9 @@ def big_rows(folder, count):
 
 DRIVER = """
 import os, signal, sys
-from r1vl_jax.data import build
+from r1vl_jax.data import build, shards
 
-last, how, real = int(sys.argv[1]), int(sys.argv[2]), build.to_record
+last, how, real = int(sys.argv[1]), int(sys.argv[2]), shards.to_record
 rows = 0
 
 def counted(*arguments):
@@ -219,7 +220,7 @@ def counted(*arguments):
     return real(*arguments)
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
-build.to_record = counted
+shards.to_record = counted
 sys.exit(build.main(sys.argv[3:]))
 """
 
@@ -396,7 +397,7 @@ def test_a_complete_data_set_stays(tmp_path, capsys):
 
 def test_bad_rows_are_named_and_left_out(tmp_path, capsys):
     video = {"messages": [message("user", "<video>?"), message("assistant", "3")], "videos": "v.mp4"}
-    many = [warm_up_row(n, "none.png") for n in range(command.MAX_REPORTED)]
+    many = [warm_up_row(n, "none.png") for n in range(shards.MAX_REPORTED)]
     (tmp_path / "in").mkdir()
     path = write(tmp_path / "in", [warm_up_row(0), {"x": 1}, video, warm_up_row(3, "."), warm_up_row(4), *many])
     assert run("mulberry_sft", "--source", path, "--out", tmp_path / "out") == 0
@@ -419,7 +420,7 @@ def test_bad_rows_are_named_and_left_out(tmp_path, capsys):
     ):
         assert re.search(text, line), line
         assert f"left out: {line}\n" in printed.err
-    assert printed.err.count("left out: ") == command.MAX_REPORTED + 1
+    assert printed.err.count("left out: ") == shards.MAX_REPORTED + 1
     assert "left out: more, all of them named in left_out.txt" in printed.err and named[-1] not in printed.err
 
 
@@ -467,7 +468,7 @@ def test_a_disk_that_is_full(tmp_path, monkeypatch, capsys):
     path = write(tmp_path, WARM_UP)
     arguments = ["mulberry_sft", "--source", path, "--out", tmp_path / "out"]
     with monkeypatch.context() as patch:
-        patch.setattr(command, "ArrayRecordWriter", Full)
+        patch.setattr(shards, "ArrayRecordWriter", Full)
         assert run(*arguments) == 2
     assert re.search(r"error: .*shard.tmp: cannot be written \(.*No space left", capsys.readouterr().err)
     assert run(*arguments) == 0

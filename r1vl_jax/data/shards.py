@@ -1,0 +1,174 @@
+"""The shards of a data set that data/build.py makes: which there are, what they hold, and how one is written.
+
+A shard is written under another name; the rename and then its note in shards/ make it complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.core import example_serializer, naming
+from tqdm import tqdm
+
+from r1vl_jax.data.builders.record import features, to_record
+from r1vl_jax.data.sources import JsonSource
+from r1vl_jax.jsonfile import read_object, writing
+from r1vl_jax.types import RowError
+
+ROWS_PER_SHARD = 1000
+MAX_REPORTED = 20
+LEFT_OUT = "left_out.txt"
+FORMAT = "array_record"
+WRITER_OPTIONS = "group_size:1"  # as TFDS writes it: each record can be read by itself
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file of a split, for the examples `start` to `stop` of its source."""
+
+    split: str
+    index: int
+    start: int
+    stop: int
+    path: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """What a complete shard holds. `left_out`: examples of the source that could not be stored."""
+
+    rows: int
+    record_bytes: int
+    file_bytes: int
+    left_out: tuple[int, ...]
+
+
+def plan(data: Path, name: str, sources: Mapping[str, JsonSource], rows: int) -> list[Shard]:
+    """The shards of all splits. Where each begins does not depend on which rows turn out to be bad."""
+    shards = []
+    for split, source in sources.items():
+        files = naming.ShardedFileTemplate(data_dir=data, dataset_name=name, split=split, filetype_suffix=FORMAT)
+        starts = range(0, len(source), rows)
+        for index, start in enumerate(starts):
+            path = Path(files.sharded_filepath(shard_index=index, num_shards=len(starts)))
+            shards.append(Shard(split, index, start, min(start + rows, len(source)), path))
+    return shards
+
+
+class Problems:
+    """Rows that are left out: all into a file, the first ones to standard error, too."""
+
+    def __init__(self, file: TextIO):
+        self.count = 0
+        self.first: RowError | None = None
+        self._file = file
+
+    def add(self, error: RowError | None) -> None:
+        if error is None:
+            return
+        self.count += 1
+        self.first = self.first or error
+        self._file.write(f"{error}\n".encode("utf-8", "replace").decode())
+        if self.count <= MAX_REPORTED:
+            tqdm.write(f"left out: {error}", file=sys.stderr)
+        elif self.count == MAX_REPORTED + 1:
+            tqdm.write(f"left out: more, all of them named in {LEFT_OUT}", file=sys.stderr)
+
+
+def write_shards(
+    work: Path, shards: list[Shard], sources: Mapping[str, JsonSource], roots: Mapping[str, str], problems: Problems
+) -> dict[Shard, Content]:
+    """Writes the shards that are not complete."""
+    for source in sources.values():
+        for error in source.errors:
+            problems.add(error)
+    total = sum(map(len, sources.values()))
+    contents = {}
+    with tqdm(total=total, desc="building", unit=" rows", file=sys.stderr) as bar:
+        for shard in shards:
+            source, root = sources[shard.split], roots[shard.split]
+            content = _complete(work, shard, source, root)
+            if content is None:
+                content = _write_shard(work, shard, source, root, problems, bar)
+            else:
+                for index in content.left_out:
+                    problems.add(_problem(source, index, root))
+                bar.initial += shard.stop - shard.start  # not counted into the speed
+                bar.update(shard.stop - shard.start)
+            contents[shard] = content
+    return contents
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where the file is missing or broken, as after a loss of power."""
+    try:
+        return read_object(path)
+    except (OSError, ValueError):
+        return {}
+
+
+def _note(work: Path, shard: Shard) -> Path:
+    return work / "shards" / f"{shard.split}-{shard.index:05d}.json"
+
+
+def _complete(work: Path, shard: Shard, source: JsonSource, root: str) -> Content | None:
+    """What a shard holds; None if it must be written: it is not there, or what it leaves out could be read now."""
+    note = read_note(_note(work, shard))
+    if not note or not shard.path.is_file() or shard.path.stat().st_size != note["file_bytes"]:
+        return None
+    content = Content(**note | {"left_out": tuple(note["left_out"])})
+    return content if all(_problem(source, index, root) for index in content.left_out) else None
+
+
+def _problem(source: JsonSource, index: int, root: str) -> RowError | None:
+    try:
+        to_record(source[index], root)
+    except RowError as error:
+        return error
+    return None
+
+
+def _write_shard(work: Path, shard: Shard, source: JsonSource, root: str, problems: Problems, bar: tqdm) -> Content:
+    fields = features()
+    serializer = example_serializer.ExampleSerializer(fields.get_serialized_info())
+    temporary = work / "shard.tmp"
+    rows, size, left_out = 0, 0, []
+    with _array_record(temporary) as writer:
+        for index in range(shard.start, shard.stop):
+            try:
+                record = to_record(source[index], root)
+            except RowError as error:
+                problems.add(error)
+                left_out.append(index)
+            else:
+                example = serializer.get_tf_example(fields.encode_example(record))
+                data = example.SerializeToString(deterministic=True)
+                writer.write(data)
+                rows, size = rows + 1, size + len(data)
+            bar.update()
+    content = Content(rows, size, temporary.stat().st_size, tuple(left_out))
+    note = _note(work, shard)
+    note.unlink(missing_ok=True)  # it was about an older file
+    os.replace(temporary, shard.path)
+    with writing(note) as file:
+        json.dump(dataclasses.asdict(content), file)
+    return content
+
+
+@contextlib.contextmanager
+def _array_record(path: Path) -> Iterator[ArrayRecordWriter]:
+    """A writer; what goes wrong in it is an OSError."""
+    try:
+        writer = ArrayRecordWriter(os.fspath(path), WRITER_OPTIONS)
+        yield writer
+        writer.close()
+    except RuntimeError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from error

@@ -110,6 +110,7 @@ def test_export_loads_in_transformers(models, nested, tmp_path):
         shards = sorted(path.name for path in out.glob("*.safetensors"))
         assert len(shards) > 2 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
         assert all((out / shard).stat().st_size < 170_000 for shard in shards)
+        assert len({path.stat().st_mode for path in out.iterdir()}) == 1, "files that others may not read"
         index = json.loads((out / INDEX).read_text())
         assert index["metadata"]["total_size"] == sum(len(data) for _, _, data in tensors_of(out).values())
         assert set(index["weight_map"]) == set(tensors_of(out)) == set(tensors_of(source))

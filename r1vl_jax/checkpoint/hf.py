@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -270,6 +271,7 @@ def save_hf(
                 tensors[name] = _to_hf(np.asarray(array), specs[leaf], dtypes[leaf])
                 weight_map[name] = file
             save_file(tensors, temporary / file, metadata={"format": "pt"})
+            shutil.copymode(temporary / "config.json", temporary / file)  # safetensors lets nobody else read it
             for name in tensors if on_tensor else ():
                 on_tensor(name)
         if len(shards) > 1:

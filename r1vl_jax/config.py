@@ -48,9 +48,14 @@ class ModelSection:
     path: str = _field("", "a Qwen2-VL folder: Hugging Face layout, or made by r1vl_jax.convert from-hf")
     dtype: str = _field("bfloat16", "dtype of the computation; master weights are always float32")
     remat: bool = _field(True, "recompute layers in the backward pass: less memory, more work")
+    attention: str = _field("auto", "cudnn (GPU, bfloat16), splash (TPU), xla (anywhere), or auto: the platform's")
+    kernels: str = _field("auto", "pallas (GPU, TPU), their reference in XLA, or auto: pallas where there is one")
+    shared_prefix: bool = _field(True, "StepGRPO runs a prompt once for all its answers; false: once each")
 
     def __post_init__(self):
         _one_of("model.dtype", self.dtype, ("bfloat16", "float32"))
+        _one_of("model.attention", self.attention, ("auto", "xla", "cudnn", "splash"))
+        _one_of("model.kernels", self.kernels, ("auto", "pallas", "reference"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +193,12 @@ class RLSection:
     zero_variance: str = _field("keep", "groups with equal rewards: keep, skip, or resample (take further questions)")
     max_resamples: int = _field(3, "zero_variance resample: rounds of further questions in an update")
     beta: float = _field(0.04, "weight of the KL to the frozen reference")
+    updates_per_rollout: int = _field(1, "updates made from the same answers; after the first, ratios are clipped")
+    clip_low: float = _field(0.2, "updates_per_rollout: the probability ratio is cut below 1 - clip_low")
+    clip_high: float = _field(0.2, "updates_per_rollout: and above 1 + clip_high (DAPO: 0.28)")
+    average: str = _field(
+        "sequence", "of the loss: sequence (the paper's), token (DAPO), constant (Dr. GRPO: over max_new_tokens)"
+    )
     min_pixels: int = _field(3136, "smaller images are enlarged to this")
     max_pixels: int = _field(400_000, "larger images are shrunk to this")
     optimizer: OptimizerSection = _field(OptimizerSection, "")
@@ -213,12 +224,13 @@ class RLSection:
             _require(len(self.reward_weights) == len(self.rewards), "rl.reward_weights", self.reward_weights, expected)
             finite = all(map(math.isfinite, self.reward_weights)) and any(self.reward_weights)
             _require(finite, "rl.reward_weights", self.reward_weights, "finite numbers, not all 0")
-        for key in ("alpha", "beta", "temperature", "std_floor"):
+        _one_of("rl.average", self.average, ("sequence", "token", "constant"))
+        for key in ("alpha", "beta", "temperature", "std_floor", "clip_low", "clip_high"):
             _require(math.isfinite(getattr(self, key)), f"rl.{key}", getattr(self, key), "a finite number")
         _at_least("rl", self, max_resamples=0)
         _require(self.std_floor > 0, "rl.std_floor", self.std_floor, "more than 0")
         _at_least("rl", self, steps=1, questions_per_step=1, group_size=2, micro_batch_size=1, max_new_tokens=2)
-        _at_least("rl", self, alpha=0, beta=0, top_k=0, min_pixels=1)
+        _at_least("rl", self, alpha=0, beta=0, top_k=0, min_pixels=1, updates_per_rollout=1, clip_low=0, clip_high=0)
         _at_least("rl", self, max_pixels=max(784, self.min_pixels))
         _require(self.temperature > 0, "rl.temperature", self.temperature, "more than 0: a group needs variety")
         _require(0 < self.top_p <= 1, "rl.top_p", self.top_p, "more than 0 and at most 1")
@@ -259,6 +271,9 @@ class Config:
     output_dir: str = _field("runs/r1vl", "the run folder")
     stages: tuple[str, ...] = _field(("sft", "step_grpo"), "the stages to run, in order: sft, step_grpo")
     seed: int = _field(0, "fixes the order of rows and every sampled token")
+    compilation_cache: str = _field(
+        "auto", "folder of compiled programs, kept between runs; auto: r1vl_jax in the user's cache folder; or off"
+    )
     model: ModelSection = _field(ModelSection, "")
     mesh: MeshSection = _field(MeshSection, "")
     data: DataSection = _field(DataSection, "")

@@ -26,7 +26,9 @@ from PIL import Image
 from r1vl_jax.checkpoint.store import find_model, load_model
 from r1vl_jax.data.batching import collate_prompts
 from r1vl_jax.data.buckets import Buckets
+from r1vl_jax.model.backend import choose
 from r1vl_jax.model.config import CheckpointError, ModelConfig
+from r1vl_jax.model.fused import fuse
 from r1vl_jax.model.spec import num_params, param_spec
 from r1vl_jax.parallel.sharding import ROLLOUT_RULES, make_mesh, param_shardings
 from r1vl_jax.processing.images import smart_resize
@@ -47,7 +49,7 @@ def say(message: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A checkpoint ready to answer: parameters on one device, and what turns questions into prompts."""
+    """A checkpoint ready to answer: fused parameters on one device, and what turns questions into prompts."""
 
     params: Any
     cfg: ModelConfig
@@ -55,7 +57,7 @@ class Loaded:
     mesh: Any
 
 
-def load(model: str | Path, *, dtype: str = "bfloat16") -> Loaded:
+def load(model: str | Path, *, dtype: str = "bfloat16", attention: str = "auto", kernels: str = "auto") -> Loaded:
     """Reads a checkpoint folder (Hugging Face, converted, or a run). Raises CheckpointError or ValueError."""
     started = time.perf_counter()
     mesh = make_mesh(devices=jax.devices()[:1])
@@ -69,6 +71,8 @@ def load(model: str | Path, *, dtype: str = "bfloat16") -> Loaded:
         shardings=lambda cfg: param_shardings(param_spec(cfg), mesh, ROLLOUT_RULES["replicated"]),
     )
     cfg = cfg.with_pixels(processor.image_spec.mean, processor.image_spec.std)
+    cfg = cfg.with_backend(*choose(attention, kernels, dtype=dtype))
+    params = jax.jit(partial(fuse, cfg=cfg))(params)
     say(f"{model}: {num_params(cfg) / 1e6:.1f}M parameters loaded in {time.perf_counter() - started:.1f} s")
     return Loaded(params, cfg, processor, mesh)
 
@@ -127,7 +131,7 @@ def generate(loaded: Loaded, encoded: EncodedPrompt, *, samples: int = 1, sampli
             loaded.params, loaded.cfg, collate_prompts([encoded], Buckets(32)), np.zeros(1, np.uint32),
             group=samples, sampling=sampling, stop_ids=loaded.processor.stop_ids, seed=seed, step=0,
         )  # fmt: skip
-        answers = jax.tree.map(lambda a: a[0], jax.device_get(answers))
+        answers = jax.tree.map(lambda a: a[0], answers)
     found = []
     for tokens, logprobs, mask in zip(answers.tokens_BGT, answers.logprobs_BGT, answers.mask_BGT, strict=True):
         text = loaded.processor.decode(tokens[mask])
@@ -163,6 +167,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--video-pixels", type=int, default=video.max_pixels, help="frames are shrunk to this (default %(default)s)")
     add("--seed", type=int, default=None, help="fixes what is sampled; default: another one each time, said on stderr")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default %(default)s")
+    add("--attention", choices=("auto", "xla", "cudnn", "splash"), default="auto", help="default: the platform's")
+    add("--kernels", choices=("auto", "pallas", "reference"), default="auto", help="default: pallas where there is one")
     add("--json", action="store_true", help="print one JSON object on stdout and nothing else")
     return parser
 
@@ -180,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
         check_sampling(sampling)
         if args.samples < 1:
             raise ValueError(f"samples is {args.samples}, expected at least 1")
-        loaded = load(args.model, dtype=args.dtype)
+        loaded = load(args.model, dtype=args.dtype, attention=args.attention, kernels=args.kernels)
         video = VideoSpec(args.fps, args.max_frames, args.video_pixels)
         encoded = encode(loaded.processor, args.prompt, args.image, args.video, max_pixels=args.max_pixels, video=video)
     except (CheckpointError, RowError, ValueError, OSError) as error:

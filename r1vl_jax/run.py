@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import closing
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from r1vl_jax.data.buckets import Buckets
 from r1vl_jax.data.loader import Loader, Position, read_rows
 from r1vl_jax.data.sources import Source, open_source
 from r1vl_jax.judge import Paid, rollout_rows, start_judging
+from r1vl_jax.model.backend import choose
 from r1vl_jax.model.config import load_config
+from r1vl_jax.model.fused import fuse, fused_shardings
 from r1vl_jax.model.qwen2_vl import cast
 from r1vl_jax.model.spec import num_params, param_spec
 from r1vl_jax.parallel.sharding import ROLLOUT_RULES, batch_shards, param_shardings, put_batch
@@ -30,10 +33,19 @@ from r1vl_jax.runlog import RunLog
 from r1vl_jax.types import Prompts, RowError, Sampling
 
 
+def keep_programs(folder: str) -> None:
+    """Compiled programs are kept in a folder from run to run: `auto`, `off` or its path. JAX's own settings win."""
+    if folder == "off" or jax.config.jax_compilation_cache_dir:
+        return
+    if folder == "auto":
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "r1vl_jax"
+    jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+
+
 class Compilations:
     """Counts the programs that are built while it is open: one for each shape of prefill, decoding, gradient, ..."""
 
-    PROGRAMS = tuple(f"jit({name})" for name in ("prefill", "decode_loop", "ref_logprobs", "accumulate", "update"))
+    PROGRAMS = tuple(f"jit({name})" for name in ("prefill", "decode", "token_logprobs", "accumulate", "update"))
 
     def __init__(self):
         self.count = 0
@@ -59,13 +71,15 @@ class Run:
         self.files = find_model(self.started_from).files
         self.processor = Processor.from_folder(self.files)
         pixels = self.processor.image_spec
-        self.model = load_config(self.files).with_pixels(pixels.mean, pixels.std)
+        means = choose(config.model.attention, config.model.kernels, dtype=config.model.dtype)
+        self.model = load_config(self.files).with_pixels(pixels.mean, pixels.std).with_backend(*means)
         self.spec = param_spec(self.model)
         self.shardings = param_shardings(self.spec, mesh)
         self.paid = Paid.from_config(config.rl)
         log.say(
             f"{self.started_from}: {num_params(self.model) / 1e6:.1f}M parameters; {mesh.devices.size} "
-            f"{jax.devices()[0].platform} device(s), mesh {dict(mesh.shape)}; compute in {config.model.dtype}"
+            f"{jax.devices()[0].platform} device(s), mesh {dict(mesh.shape)}; compute in {config.model.dtype}, "
+            f"attention {self.model.attention}, kernels {self.model.kernels}"
         )
 
     def load_weights(self, folder: Path, dtype: str):
@@ -73,9 +87,9 @@ class Run:
 
     @cached_property
     def rollout_weights(self):
-        """fp32 masters -> the rollout's copy in the dtype of the computation, gathered once an update."""
-        shardings = param_shardings(self.spec, self.mesh, ROLLOUT_RULES[self.config.mesh.rollout_weights])
-        return jax.jit(partial(cast, dtype=self.config.model.dtype), out_shardings=shardings)
+        """fp32 masters -> the rollout's fused copy in the dtype of the computation, gathered once an update."""
+        shardings = fused_shardings(self.model, self.mesh, ROLLOUT_RULES[self.config.mesh.rollout_weights])
+        return jax.jit(lambda p: fuse(cast(p, self.config.model.dtype), self.model), out_shardings=shardings)
 
     def source(self, section: SourceSection) -> Source:
         """Opens a stage's rows; names those that cannot be used. Raises RowError where none can."""
@@ -124,11 +138,10 @@ class Run:
         file: a question may come twice in a step.
         """
         row_ids = np.arange(first, first + len(prompts.next_position_B), dtype=np.uint32)
-        answers = rollout(
+        return rollout(
             weights, self.model, prompts, row_ids,
             group=group, sampling=sampling, stop_ids=self.processor.stop_ids, seed=self.config.seed, step=step,
         )  # fmt: skip
-        return jax.device_get(answers)
 
     def start_judging(self, rows, answers, *, by_step: bool = False, **where):
         """Starts scoring; returns a function that waits for it and gives B lists of G judged answers.

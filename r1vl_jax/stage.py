@@ -23,13 +23,18 @@ from r1vl_jax.types import TrainState
 
 
 class Stage:
-    """Starts from given weights, or where a run was cut off: `position` is where the loader of its rows goes on."""
+    """Starts from given weights, or where a run was cut off: `position` is where the loader of its rows goes on.
 
-    def __init__(self, run: Run, name: str, config: OptimizerSection, steps: int, params, resume: bool):
-        self.run, self.name, self.steps, self.position = run, name, steps, Position()
+    A step has `updates` of them; state.step counts updates.
+    """
+
+    def __init__(
+        self, run: Run, name: str, config: OptimizerSection, steps: int, params, resume: bool, *, updates: int = 1
+    ):
+        self.run, self.name, self.steps, self.updates, self.position = run, name, steps, updates, Position()
         self.parts = trained_parts(config)
-        self.schedule = make_schedule(config, steps)
-        optimizer = make_optimizer(config, steps, run.spec)
+        self.schedule = make_schedule(config, steps * updates)
+        optimizer = make_optimizer(config, steps * updates, run.spec)
         layout = abstract_state(optimizer, self.parts, run.spec, run.shardings, run.mesh)
         self.update = make_update(optimizer, layout)
         self.checkpoints = StageCheckpoints(run.log.folder / "checkpoints" / name, run.config.checkpoint.keep)
@@ -41,7 +46,7 @@ class Stage:
         else:
             params = run.load_weights(run.started_from, "float32") if params is None else params
             self.state = init_state(params, optimizer, self.parts, layout)
-        self.start = int(self.state.step)
+        self.start = int(self.state.step) // updates
         run.log.forget_after(name, self.start)
 
     def step(self, batches, loss_fn) -> dict[str, float]:
@@ -53,7 +58,7 @@ class Stage:
 
     def pass_step(self) -> dict[str, float]:
         """Counts a step that has nothing to learn from: parameters and moments stay."""
-        self.state = self.state.replace(step=self.state.step + 1)
+        self.state = self.state.replace(step=self.state.step + self.updates)
         return {}
 
     def finish_step(
@@ -63,7 +68,7 @@ class Stage:
         log, every = self.run.log, self.run.config.checkpoint.every
         values = {
             **metrics,
-            "learning_rate": self.schedule(step - 1),
+            "learning_rate": self.schedule(step * self.updates - 1),
             "tokens_per_second": tokens / max(phases.total, 1e-9),
             "compilations": self.run.compilations.count,
             **phases.metrics(),

@@ -147,6 +147,7 @@ class TrainBatch:
       weight_BGT: the weight of each token in the loss, 0 outside the answer; over all micro-batches of an update it
         carries the whole normalisation, so that losses and gradients of micro-batches simply add up.
       advantage_BGT, ref_logprobs_BGT: RL only.
+      old_logprobs_BGT: RL only, under the policy that sampled; None where that is the one being trained.
       start_B: SFT only: where the answer begins in its row.
     """
 
@@ -155,6 +156,7 @@ class TrainBatch:
     weight_BGT: jax.Array
     advantage_BGT: jax.Array | None = None
     ref_logprobs_BGT: jax.Array | None = None
+    old_logprobs_BGT: jax.Array | None = None
     start_B: jax.Array | None = None
 
 

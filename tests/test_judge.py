@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from r1vl_kernels.reference import step_advantages, token_advantages
 from tiny_tokenizer import write_checkpoint
 
 from r1vl_jax.config import ConfigError, RLSection
@@ -21,7 +22,7 @@ from r1vl_jax.judge import (
 from r1vl_jax.processing.spans import decode, token_at
 from r1vl_jax.rewards import Score, ScorerPool
 from r1vl_jax.rewards.user import RewardError
-from r1vl_jax.step_grpo.advantages import gate_rewards, step_advantages, token_advantages
+from r1vl_jax.step_grpo.advantages import gate_rewards
 from r1vl_jax.types import Example, Rollout
 
 HEAD = "### Image Description: 😀\n### Rationales: r\n### Let's think step by step.\n"

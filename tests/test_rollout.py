@@ -11,7 +11,9 @@ import pytest
 import tiny
 from tiny_jax import batch_of, left_padded, questions, random_params, tiny_config
 
+from r1vl_jax.model.fused import fuse
 from r1vl_jax.model.qwen2_vl import answer_logprobs, prompt_logits
+from r1vl_jax.parallel.sharding import make_mesh
 from r1vl_jax.rollout import generate
 from r1vl_jax.rollout.generate import rollout
 from r1vl_jax.rollout.sampling import answer_uniforms, check_sampling, sample
@@ -29,17 +31,25 @@ def model():
 
 
 @cache
+def weights():
+    return fuse(*model())
+
+
+@cache
 def prompts():
     return batch_of(questions([3, IMAGE_A, 2], [4], [9, IMAGE_B, 3, IMAGE_B]))
 
 
-def answers(prompts=None, *, temperature=1.2, stop_ids=NEVER, group=2, seed=0, step=1, rows=(7, 3, 5), **sampling):
-    params, cfg = model()
+def answers(
+    prompts=None, *, temperature=1.2, stop_ids=NEVER, group=2, seed=0, step=1, rows=(7, 3, 5), limits=None, **sampling
+):
+    _, cfg = model()
+    limits = {} if limits is None else {"limit_BG": limits}
     spec = Sampling(temperature=temperature, max_new_tokens=STEPS, **sampling)
     prompts = globals()["prompts"]() if prompts is None else prompts
     rows = np.array(rows, np.uint32)
-    return jax.device_get(
-        rollout(params, cfg, prompts, rows, group=group, sampling=spec, stop_ids=stop_ids, seed=seed, step=step)
+    return rollout(
+        weights(), cfg, prompts, rows, group=group, sampling=spec, stop_ids=stop_ids, seed=seed, step=step, **limits
     )
 
 
@@ -96,7 +106,7 @@ def test_greedy_equals_transformers(tmp_path):
         )  # fmt: skip
     theirs = theirs[0, len(row.tokens) :].numpy()
     ours = rollout(
-        params, cfg, tiny.make_prompts(hf, [row]), np.zeros(1, np.uint32),
+        fuse(params, cfg), cfg, tiny.make_prompts(hf, [row]), np.zeros(1, np.uint32),
         group=1, sampling=Sampling(temperature=0.0, max_new_tokens=64), stop_ids=NEVER, seed=0, step=0,
     )  # fmt: skip
     np.testing.assert_array_equal(np.asarray(ours.tokens_BGT)[0, 0], theirs)
@@ -142,6 +152,85 @@ def test_decoding_ends_with_the_last_answer(monkeypatch):
     assert 1 < len(calls) == longest < STEPS
 
 
+# Loops: caches that grow, questions that are dropped when they are finished.
+
+
+def test_segments():
+    """Caches double up to the length that is asked for; no loop is longer than a segment."""
+    assert list(generate.segments(96)) == [(0, 96, 96)]
+    assert list(generate.segments(1000)) == [(0, 256, 256), (256, 512, 512), (512, 768, 1000), (768, 1000, 1000)]
+    assert [length for *_, length in generate.segments(2048)] == [256, 512, 1024, 1024] + [2048] * 4
+
+
+def test_fewer():
+    assert [generate.fewer(live, 64) for live in (64, 33, 32, 17, 16, 1, 0)] == [64, 64, 32, 32, 16, 1, 1]
+    assert [generate.fewer(live, 12) for live in (7, 6, 3, 1)] == [12, 6, 3, 3]
+    with jax.set_mesh(make_mesh(4, devices=jax.devices()[:4])):
+        assert [generate.fewer(live, 16) for live in (9, 8, 4, 1)] == [16, 8, 4, 4]
+
+
+LIMITS = np.array([[1, 3], [12, 2], [5, 9], [2, 1]])
+
+
+@cache
+def four():
+    return batch_of(questions([3, IMAGE_A, 2], [4], [9, IMAGE_B, 3, IMAGE_B], [5, IMAGE_A]))
+
+
+def test_an_answer_ends_at_its_limit():
+    full, got = (answers(four(), rows=range(4), limits=limits) for limits in (None, LIMITS))
+    mask = np.arange(STEPS) < LIMITS[..., None]
+    np.testing.assert_array_equal(got.mask_BGT, mask)
+    np.testing.assert_array_equal(got.tokens_BGT[mask], full.tokens_BGT[mask])
+
+
+@pytest.mark.parametrize("segment", [1, 2, 3, 5])
+def test_growing_caches_and_dropped_questions_change_nothing(segment, monkeypatch):
+    """Short loops, that drop finished questions on the way, give what one loop over all of them gives."""
+    want = answers(four(), rows=range(4), limits=LIMITS)
+    batches, decode = [], generate.decode
+    monkeypatch.setattr(generate, "SEGMENT", segment)
+    monkeypatch.setattr(generate, "decode", lambda *args: batches.append(len(args[3].done_BG)) or decode(*args))
+    got = answers(four(), rows=range(4), limits=LIMITS)
+    np.testing.assert_array_equal(got.tokens_BGT, want.tokens_BGT)
+    np.testing.assert_array_equal(got.mask_BGT, want.mask_BGT)
+    np.testing.assert_allclose(got.logprobs_BGT, want.logprobs_BGT, atol=1e-5)
+    assert batches[0] == 4 and batches[-1] == 1 and sorted(batches, reverse=True) == batches
+
+
+def test_twenty_batches_compile_once(monkeypatch):
+    """Questions and answers of any length, in one shape: a program for each shape of a loop, and none after that."""
+    monkeypatch.setattr(generate, "SEGMENT", 3)
+    built, calls, decode = [], [], generate.decode
+
+    def hear(event, seconds, **about):
+        if event == "/jax/core/compile/backend_compile_duration":
+            built.append(about.get("fun_name"))
+
+    def counted(*args):
+        calls.append((len(args[3].done_BG), args[3].cache[0].k.shape[3]))
+        return decode(*args)
+
+    def run(step):
+        rng = np.random.default_rng(step)
+        batch = questions(*[[int(length), IMAGE_A] for length in rng.integers(1, 20, 4)], seed=step)
+        answers(batch_of(batch, pad_multiple=32), rows=range(4), step=step, limits=rng.integers(1, STEPS + 1, (4, 2)))
+
+    monkeypatch.setattr(generate, "decode", counted)
+    jax.monitoring.register_event_duration_secs_listener(hear)
+    try:
+        for step in range(20):
+            run(step)
+        assert built.count("jit(prefill)") == 1 and len(calls) > 50
+        assert built.count("jit(decode)") == len(set(calls)) <= 3 * 3  # caches of 3, 6, 12; batches of 4, 2, 1
+        del built[:]
+        for step in range(20):
+            run(step)
+        assert built == []
+    finally:
+        jax.monitoring.unregister_event_duration_listener(hear)
+
+
 # What is drawn.
 
 
@@ -156,7 +245,7 @@ def test_vision_ids_are_never_drawn():
     assert np.isin(logits[np.asarray(prompts().mask_BT)].argmax(-1), cfg.vision_ids).mean() > 0.9
     for temperature in (0.0, 1.0):
         got = rollout(
-            params, cfg, prompts(), np.arange(3, dtype=np.uint32),
+            fuse(params, cfg), cfg, prompts(), np.arange(3, dtype=np.uint32),
             group=4, sampling=Sampling(temperature=temperature, max_new_tokens=STEPS), stop_ids=(1,), seed=0, step=0,
         )  # fmt: skip
         assert not np.isin(got.tokens_BGT, cfg.vision_ids).any()

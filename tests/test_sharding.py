@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from tiny_jax import batch_of, questions, random_params, tiny_config
 
 from r1vl_jax.config import OptimizerSection
+from r1vl_jax.model.fused import fuse, fused_shardings
 from r1vl_jax.model.spec import param_spec
 from r1vl_jax.optim import (
     abstract_state,
@@ -25,7 +26,7 @@ from r1vl_jax.optim import (
 )
 from r1vl_jax.parallel.sharding import ROLLOUT_RULES, batch_shards, make_mesh, param_shardings, put_batch
 from r1vl_jax.rollout.generate import rollout
-from r1vl_jax.step_grpo.loss import answer_weights, step_grpo_loss
+from r1vl_jax.step_grpo.loss import Objective, answer_weights, step_grpo_loss
 from r1vl_jax.types import Sampling, TrainBatch
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 2), (2, 2, 2)]
@@ -51,7 +52,7 @@ def setting():
 
 @cache
 def loss_fn():
-    return partial(step_grpo_loss, cfg=setting()[0], temperature=3.0, beta=0.1, remat=False)
+    return partial(step_grpo_loss, cfg=setting()[0], objective=Objective(3.0, 0.1), remat=False)
 
 
 def train_batch(prompts):
@@ -65,10 +66,10 @@ def train_batch(prompts):
 
 def sampled(mesh, rules):
     cfg, params, prompts = setting()
-    shardings = param_shardings(param_spec(cfg), mesh, ROLLOUT_RULES[rules])
+    weights = jax.jit(partial(fuse, cfg=cfg), out_shardings=fused_shardings(cfg, mesh, ROLLOUT_RULES[rules]))
     with jax.set_mesh(mesh):
         got = rollout(
-            jax.device_put(params, shardings), cfg, put_batch(prompts, mesh), np.arange(B, dtype=np.uint32),
+            weights(params), cfg, put_batch(prompts, mesh), np.arange(B, dtype=np.uint32),
             group=G, sampling=Sampling(max_new_tokens=8), stop_ids=(1, 2), seed=0, step=1,
         )  # fmt: skip
         return jax.device_get(got)

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from r1vl_kernels.reference import step_advantages, token_advantages
+from r1vl_kernels.reference_jax import k3
 from tiny_jax import batch_of, questions, random_params, tiny_config, with_answer
 
 from r1vl_jax.model import qwen2_vl
@@ -20,11 +22,9 @@ from r1vl_jax.step_grpo.advantages import (
     gate_rewards,
     group_advantages,
     shaped_only,
-    step_advantages,
     teaches,
-    token_advantages,
 )
-from r1vl_jax.step_grpo.loss import answer_weights, k3, policy_loss, step_grpo_loss
+from r1vl_jax.step_grpo.loss import Objective, answer_weights, policy_loss, step_grpo_loss
 from r1vl_jax.types import TrainBatch
 
 # Advantages.
@@ -162,6 +162,12 @@ def loop_loss(lp, ref, advantage, mask, beta):
     return loss, kl_mean, gradient
 
 
+def loss_and_kl(lp, ref, advantage, weight, beta):
+    values = {"ref": ref, "advantage": advantage, "weight": weight}
+    loss, metrics = policy_loss(lp, jnp.zeros_like(lp), values, objective=Objective(1.0, beta), backend="reference")
+    return loss, metrics["kl"]
+
+
 def test_answer_weights():
     got = answer_weights(MASK, answers=8)
     assert got.dtype == np.float32
@@ -180,7 +186,7 @@ def test_policy_loss_by_hand():
     weight = jnp.asarray(answer_weights(np.ones((1, 1, 2), bool), 1))
 
     def loss(lp):
-        return policy_loss(lp, ref, jnp.full((1, 1, 2), 2.0), weight, 0.04)
+        return loss_and_kl(lp, ref, jnp.full((1, 1, 2), 2.0), weight, 0.04)
 
     (value, kl), gradient = jax.value_and_grad(loss, has_aux=True)(lp)
     np.testing.assert_allclose(value, -1.98350375, rtol=1e-6)
@@ -197,7 +203,7 @@ def test_policy_loss_and_gradient(behind):
 
     def of(lp):
         weight = jnp.asarray(answer_weights(MASK, MASK.shape[0] * MASK.shape[1]))
-        return policy_loss(lp, jnp.asarray(ref, jnp.float32), jnp.asarray(advantage, jnp.float32), weight, 0.04)
+        return loss_and_kl(lp, jnp.asarray(ref, jnp.float32), jnp.asarray(advantage, jnp.float32), weight, 0.04)
 
     (got, got_kl), got_gradient = jax.value_and_grad(of, has_aux=True)(jnp.asarray(lp, jnp.float32))
     np.testing.assert_allclose(got, loss, rtol=1e-5)
@@ -209,7 +215,7 @@ def test_long_answers_do_not_weigh_more():
     """Two answers of 1 and 4 tokens with advantages 1 and -1 cancel: a mean over answers, not over tokens."""
     mask = np.array([[[1, 0, 0, 0], [1, 1, 1, 1]]], bool)
     zeros, advantage = jnp.zeros(mask.shape), jnp.broadcast_to(jnp.array([1.0, -1.0])[None, :, None], mask.shape)
-    loss, _ = policy_loss(zeros, zeros, advantage, jnp.asarray(answer_weights(mask, 2)), 0.04)
+    loss, _ = loss_and_kl(zeros, zeros, advantage, jnp.asarray(answer_weights(mask, 2)), 0.04)
     np.testing.assert_allclose(loss, 0.0, atol=1e-7)
 
 
@@ -278,7 +284,7 @@ def warm_up_loss(cfg):
 @cache
 def grpo_loss(cfg):
     """The same function each time: it is a static argument of jit."""
-    return partial(step_grpo_loss, cfg=cfg, temperature=TEMPERATURE, beta=BETA, remat=False)
+    return partial(step_grpo_loss, cfg=cfg, objective=Objective(TEMPERATURE, BETA), remat=False)
 
 
 def largest_difference(a, b):

@@ -48,7 +48,10 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Text model, vision tower and the ids that the forward pass needs. Hashable: it is a static jit argument."""
+    """Text model, vision tower and the ids that the forward pass needs. Hashable: it is a static jit argument.
+
+    `attention` (xla, cudnn, splash) and `kernels` (reference, pallas) say how it is computed, not what: `with_backend`.
+    """
 
     vocab: int
     width: int
@@ -65,6 +68,8 @@ class ModelConfig:
     video_token_id: int
     vision_start_token_id: int
     vision_end_token_id: int
+    attention: str = "xla"
+    kernels: str = "reference"
 
     @property
     def head_dim(self) -> int:
@@ -78,6 +83,10 @@ class ModelConfig:
     def with_pixels(self, mean: tuple[float, ...], std: tuple[float, ...]) -> ModelConfig:
         """The same model on pixels that the checkpoint's image processor normalises by `mean` and `std`."""
         return dataclasses.replace(self, vision=dataclasses.replace(self.vision, pixel_mean=mean, pixel_std=std))
+
+    def with_backend(self, attention: str, kernels: str) -> ModelConfig:
+        """The same model computed by other means: see model.attention and r1vl_kernels."""
+        return dataclasses.replace(self, attention=attention, kernels=kernels)
 
 
 def load_config(folder: str | Path) -> ModelConfig:

@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from r1vl_jax.model.attention import attend_frames
 from r1vl_jax.model.config import VisionConfig
-from r1vl_jax.model.layers import attend, layer_norm, linear, rope_frequencies, rotate
+from r1vl_jax.model.layers import layer_norm, linear, rope_frequencies, rotate
 from r1vl_jax.parallel.sharding import constrain
 
 
@@ -39,10 +40,10 @@ def vision_angles(hw_RP2: jax.Array, cfg: VisionConfig) -> jax.Array:
     return angle_RP2f.reshape(*hw_RP2.shape[:-1], -1)
 
 
-def _block(x_RPD, p, *, angle, mask_RPP, cfg: VisionConfig):
+def _block(x_RPD, p, *, angle, segment_RP, cfg: VisionConfig, attention: str):
     h = layer_norm(x_RPD, p["norm1"], cfg.norm_eps)
     q, k, v = jnp.moveaxis(linear(h, p["qkv"]["kernel"]) + p["qkv"]["bias"], 2, 0)
-    attended = attend(rotate(q, angle), rotate(k, angle), v, mask_RPP)
+    attended = attend_frames(rotate(q, angle), rotate(k, angle), v, segment_RP, attention)
     x_RPD = x_RPD + linear(attended, p["proj"]["kernel"], inputs=2) + p["proj"]["bias"]
     h = layer_norm(x_RPD, p["norm2"], cfg.norm_eps)
     h = quick_gelu(linear(h, p["fc1"]["kernel"]) + p["fc1"]["bias"])
@@ -51,7 +52,14 @@ def _block(x_RPD, p, *, angle, mask_RPP, cfg: VisionConfig):
 
 
 def encode_images(
-    params: dict[str, Any], cfg: VisionConfig, patches_RPC, hw_RP2, segment_RP, *, remat: bool = False
+    params: dict[str, Any],
+    cfg: VisionConfig,
+    patches_RPC,
+    hw_RP2,
+    segment_RP,
+    *,
+    attention: str = "xla",
+    remat: bool = False,
 ) -> jax.Array:
     """Vision tower and merger.
 
@@ -60,13 +68,13 @@ def encode_images(
       patches_RPC: patches, rows of 3*2*14*14 values: uint8 pixels, or floats that are normalised already.
       hw_RP2: each patch's (h, w) in its frame, in merge order.
       segment_RP: the frame that a patch belongs to, unique in its row; -1 for padding.
+      attention: see model.attention.
       remat: recompute blocks in the backward pass.
     Returns:
       image features (R, M, D) in the parameters' dtype, M = P / 4.
     """
     x = linear(normalise(patches_RPC, cfg).astype(params["patch_embed"].dtype), params["patch_embed"])
-    mask_RPP = (segment_RP[:, :, None] == segment_RP[:, None, :]) & (segment_RP >= 0)[:, None, :]
-    block = partial(_block, angle=vision_angles(hw_RP2, cfg), mask_RPP=mask_RPP, cfg=cfg)
+    block = partial(_block, angle=vision_angles(hw_RP2, cfg), segment_RP=segment_RP, cfg=cfg, attention=attention)
     x, _ = jax.lax.scan(jax.checkpoint(block) if remat else block, x, params["blocks"])
     p = params["merger"]
     x = layer_norm(x, p["norm"], cfg.norm_eps)

@@ -97,9 +97,33 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(put, batch)
 
 
+def ambient_shards() -> int:
+    """Parts that a batch is split into on the ambient mesh; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Tells the compiler how an activation lies on the ambient mesh; does nothing without one."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+
+
+def per_shard(f: Any, in_axes: Any, out_axes: Any) -> Any:
+    """`f` run by each device on its own rows and heads: for kernels, which the partitioner cannot split.
+
+    Args:
+      in_axes, out_axes: trees of tuples of logical axes, one for each argument and result.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return f
+    specs = [jax.tree.map(partition_spec, axes, is_leaf=is_axes) for axes in (in_axes, out_axes)]
+    return jax.shard_map(f, in_specs=specs[0], out_specs=specs[1], check_vma=False)
+
+
+def is_axes(node: Any) -> bool:
+    """True for a tuple of logical axes."""
+    return type(node) is tuple and all(axis is None or isinstance(axis, str) for axis in node)

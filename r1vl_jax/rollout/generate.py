@@ -1,79 +1,142 @@
-"""Answers for a batch of questions: prefill once a question, then G answers of each decoded in one jitted loop.
+"""Answers for a batch of questions: prefill once a question, then G answers of each decoded in a few jitted loops.
 
 data -> [rollout] -> rewards -> step_grpo. The prompt's keys and values are held once a group and read by all its
 answers; each answer has its own cache, and all write at one common index.
+
+    prefill -> decode up to 256 tokens -> drop finished groups, enlarge the cache -> decode on -> ...
+
+The host looks at the state between these loops only. Their shapes (cache lengths 256, 512, 1,024, ...; batches halved
+again and again) are few, so that nothing is compiled anew from one batch to the next.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from r1vl_jax.model import qwen2_vl, text
 from r1vl_jax.model.config import ModelConfig
+from r1vl_jax.parallel.sharding import ambient_shards, constrain
 from r1vl_jax.rollout.sampling import answer_uniforms, check_sampling, sample
 from r1vl_jax.types import Prompts, Rollout, Sampling
 
+SEGMENT = 256  # tokens decoded between two looks of the host, and the shortest cache
 
-class _Loop(NamedTuple):
-    step: jax.Array
+
+class Questions(NamedTuple):
+    """What the answers to B questions are decoded from; does not change.
+
+    Attributes:
+      prefix: per layer the prompts' KV; length_B: their real keys.
+      start_B: the position of the first answer token.
+      uniforms_BGT: random numbers.
+      limit_BG: tokens at which an answer ends even without a stop token.
+    """
+
+    prefix: tuple[text.KV, ...]
+    length_B: jax.Array
+    start_B: jax.Array
+    uniforms_BGT: jax.Array
+    limit_BG: jax.Array
+
+
+class Answers(NamedTuple):
+    """Answers on their way: what the next token comes from, which are finished, caches, and what has been sampled."""
+
     hidden_BGD: jax.Array
     done_BG: jax.Array
-    cache: text.KV
+    cache: tuple[text.KV, ...]
     out: Rollout
 
 
 @partial(jax.jit, static_argnames="cfg")
-def prefill(params, cfg: ModelConfig, prompts: Prompts):
-    """Vision and prompts: (the last token's hidden_BD, KV (L, B, S, K, H))."""
-    _, last_BD, kv = qwen2_vl.prefill(params, cfg, prompts)
-    return last_BD, kv
+def prefill(weights, cfg: ModelConfig, prompts: Prompts):
+    """Vision and prompts: (the last token's hidden_BD, per layer KV, lengths_B)."""
+    _, last_BD, kv = qwen2_vl.prefill(weights, cfg, prompts)
+    return last_BD, kv, qwen2_vl.lengths(prompts)
 
 
-@partial(jax.jit, static_argnames=("cfg", "sampling", "stop_ids"))
-def decode_loop(
-    params, cfg: ModelConfig, last_BD, prefix: text.KV, prompts: Prompts, uniforms_BGT, sampling: Sampling, stop_ids
-) -> Rollout:
-    """Samples until each answer has a stop token or the length is used up."""
-    B, G, T = uniforms_BGT.shape
-    prefix_mask_BS, start_B = prompts.mask_BT, prompts.next_position_B
-    layers = text.unstack(params["text"]["layers"], cfg.layers)
-    prefix_layers = text.unstack(prefix, cfg.layers)
-    stops = jnp.array(stop_ids)
+@partial(jax.jit, static_argnames=("cfg", "sampling", "stop_ids"), donate_argnames="answers")
+def decode(
+    weights, cfg: ModelConfig, asked: Questions, answers: Answers, first, last, sampling: Sampling, stop_ids
+) -> Answers:
+    """Samples tokens first..last - 1, until all answers are finished."""
 
-    def body(loop: _Loop) -> _Loop:
-        logits = text.logits(params["text"], loop.hidden_BGD)
-        uniform_BG = jax.lax.dynamic_index_in_dim(uniforms_BGT, loop.step, axis=2, keepdims=False)
+    def body(loop):
+        step, (hidden_BGD, done_BG, cache, out) = loop
+        uniform_BG = jax.lax.dynamic_index_in_dim(asked.uniforms_BGT, step, axis=2, keepdims=False)
+        logits = text.logits(weights["text"], hidden_BGD)
         token_BG, logprob_BG = sample(logits, uniform_BG, sampling, cfg.vision_ids)
-        live_BG = ~loop.done_BG
-        token_BG = jnp.where(live_BG, token_BG, stop_ids[0])
-        out = Rollout(
-            tokens_BGT=loop.out.tokens_BGT.at[:, :, loop.step].set(token_BG),
-            logprobs_BGT=loop.out.logprobs_BGT.at[:, :, loop.step].set(jnp.where(live_BG, logprob_BG, 0.0)),
-            mask_BGT=loop.out.mask_BGT.at[:, :, loop.step].set(live_BG),
-        )
-        done_BG = loop.done_BG | jnp.isin(token_BG, stops)
-        x_BGD = qwen2_vl.embed_tokens(params, token_BG)
-        hidden, cache = text.decode(
-            params["text"], layers, cfg, x_BGD, start_B, loop.step, prefix_layers, prefix_mask_BS, loop.cache
-        )
-        return _Loop(loop.step + 1, hidden, done_BG, cache, out)
+        token_BG = jnp.where(done_BG, stop_ids[0], token_BG)
+        new = Rollout(token_BG, jnp.where(done_BG, 0.0, logprob_BG), ~done_BG)
+        out = jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b[:, :, None], step, 2), out, new)
+        done_BG |= jnp.isin(token_BG, jnp.array(stop_ids)) | (step + 1 >= asked.limit_BG)
+        hidden_BGD, cache = text.decode(
+            weights["text"], cfg, qwen2_vl.embed_tokens(weights, token_BG), asked.start_B, step,
+            asked.prefix, asked.length_B, cache, ~done_BG,
+        )  # fmt: skip
+        return step + 1, Answers(hidden_BGD, done_BG, cache, out)
 
-    start = _Loop(
-        step=jnp.int32(0),
-        hidden_BGD=jnp.broadcast_to(last_BD[:, None], (B, G, last_BD.shape[-1])),
-        done_BG=jnp.zeros((B, G), bool),
-        cache=text.empty_cache(cfg, B, G, T, last_BD.dtype),
-        out=Rollout(jnp.full((B, G, T), stop_ids[0]), jnp.zeros((B, G, T)), jnp.zeros((B, G, T), bool)),
-    )
-    return jax.lax.while_loop(lambda loop: (loop.step < T) & ~loop.done_BG.all(), body, start).out
+    def unfinished(loop):
+        return (loop[0] < last) & ~loop[1].done_BG.all()
+
+    return jax.lax.while_loop(unfinished, body, (first, answers))[1]
+
+
+@partial(jax.jit, static_argnames="length")
+def enlarge(answers: Answers, length: int) -> Answers:
+    """The same answers with room for `length` tokens."""
+    missing = length - answers.cache[0].k.shape[3]
+    cache = jax.tree.map(lambda a: jnp.pad(a, [(0, 0)] * 3 + [(0, missing), (0, 0)]), answers.cache)
+    return answers._replace(cache=cache)
+
+
+@jax.jit
+def compact(asked: Questions, answers: Answers, places_B) -> tuple[Questions, Answers]:
+    """The questions at these places alone."""
+
+    def take(a):
+        return constrain(a[places_B], "batch", *[None] * (a.ndim - 1))
+
+    return jax.tree.map(take, (asked, answers))
+
+
+@partial(jax.jit, static_argnames=("cfg", "samples", "tokens", "length", "stop"))
+def start(cfg: ModelConfig, last_BD, *, samples: int, tokens: int, length: int, stop: int) -> Answers:
+    """Nothing sampled yet; caches have room for `length` tokens."""
+    shape = (last_BD.shape[0], samples, tokens)
+    hidden_BGD = jnp.broadcast_to(last_BD[:, None], (*shape[:2], last_BD.shape[-1]))
+    cache = text.empty_cache(cfg, *shape[:2], length, last_BD.dtype)
+    out = Rollout(jnp.full(shape, stop, jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool))
+    hidden_BGD, out = jax.tree.map(lambda a: constrain(a, "batch", None, None), (hidden_BGD, out))
+    return Answers(hidden_BGD, jnp.zeros(shape[:2], bool), cache, out)
+
+
+def segments(tokens: int) -> Iterator[tuple[int, int, int]]:
+    """(first, last, cache length) of each decode loop for so many tokens: caches double, loops stay short."""
+    length, first = min(SEGMENT, tokens), 0
+    while first < tokens:
+        last = min(first + SEGMENT, tokens)
+        while length < last:
+            length = min(2 * length, tokens)
+        yield first, last, length
+        first = last
+
+
+def fewer(live: int, batch: int) -> int:
+    """The batch to go on with: halved while the unfinished questions fit, and it can be split over the devices."""
+    while batch % (2 * ambient_shards()) == 0 and live <= batch // 2:
+        batch //= 2
+    return batch
 
 
 def rollout(
-    params,
+    weights,
     cfg: ModelConfig,
     prompts: Prompts,
     row_ids_B,
@@ -83,20 +146,52 @@ def rollout(
     stop_ids: tuple[int, ...],
     seed: int,
     step: int,
+    limit_BG=None,
 ) -> Rollout:
     """Samples `group` answers to each question.
 
     Args:
-      params: weights in the dtype of the computation.
+      weights: fused (model.fused.fuse), in the dtype of the computation.
       prompts: B questions; row_ids_B: a number for each that, with (seed, step, sample), fixes its random numbers.
       stop_ids: an answer ends with the first of these; it counts.
+      limit_BG: tokens at which each answer ends at the latest, if other than max_new_tokens.
     Returns:
-      Rollout of (B, group, max_new_tokens) arrays.
+      Rollout of (B, group, max_new_tokens) arrays, on the host.
     """
     check_sampling(sampling)
-    uniforms = _uniforms(seed, step, row_ids_B, group, sampling.max_new_tokens)
-    last_BD, kv = prefill(params, cfg, prompts)
-    return decode_loop(params, cfg, last_BD, kv, prompts, uniforms, sampling, tuple(stop_ids))
+    T, stop_ids = sampling.max_new_tokens, tuple(stop_ids)
+    uniforms_BGT = _uniforms(seed, step, row_ids_B, group, T)
+    last_BD, prefix, length_B = prefill(weights, cfg, prompts)
+    limit_BG = np.full(uniforms_BGT.shape[:2], T) if limit_BG is None else limit_BG
+    asked = Questions(prefix, length_B, prompts.next_position_B, uniforms_BGT, jnp.asarray(limit_BG, jnp.int32))
+    answers = start(cfg, last_BD, samples=group, tokens=T, length=min(SEGMENT, T), stop=stop_ids[0])
+    whole, places_B = None, np.arange(len(length_B))
+    for first, last, length in segments(T):
+        if length > answers.cache[0].k.shape[3]:
+            answers = enlarge(answers, length)
+        answers = decode(weights, cfg, asked, answers, first, last, sampling, stop_ids)
+        if last == T:
+            break
+        live_B = ~jax.device_get(answers.done_BG).all(axis=1)
+        if not live_B.any():
+            break
+        batch = fewer(live_B.sum(), len(live_B))
+        if batch < len(live_B):
+            whole = _put(whole, answers.out, places_B)
+            kept = np.argsort(~live_B, kind="stable")[:batch]
+            asked, answers = compact(asked, answers, kept)
+            places_B = places_B[kept]
+    return _put(whole, answers.out, places_B)
+
+
+def _put(whole: Rollout | None, part: Rollout, places_B: np.ndarray) -> Rollout:
+    """The whole batch's answers, on the host, with those of some questions as they are now."""
+    part = jax.device_get(part)
+    if whole is None:
+        return jax.tree.map(np.array, part)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(part), strict=True):
+        a[places_B] = b
+    return whole
 
 
 _uniforms = jax.jit(answer_uniforms, static_argnames=("seed", "group", "length"))

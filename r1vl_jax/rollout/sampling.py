@@ -5,8 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from r1vl_jax.model.text import log_softmax
+from r1vl_jax.model.head import without
 from r1vl_jax.types import Sampling
+
+BLOCK = 128  # tokens
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -44,17 +46,18 @@ def sample(logits: jax.Array, uniform: jax.Array, sampling: Sampling, forbidden:
     Returns:
       (tokens (...) int32, their log-probability under log softmax(z / T), before top-k and top-p).
     """
-    log_p = log_softmax(logits, sampling.temperature, forbidden)
+    scaled = without(logits.astype(jnp.float32) / (sampling.temperature or 1.0), forbidden)
     if sampling.temperature == 0:
-        token = jnp.argmax(log_p, axis=-1)
+        token = jnp.argmax(scaled, axis=-1)
     else:
-        token = _inverse_cdf(_truncated(log_p, sampling), uniform)
-    return token.astype(jnp.int32), jnp.take_along_axis(log_p, token[..., None], axis=-1)[..., 0]
+        p = jnp.exp(scaled - scaled.max(axis=-1, keepdims=True))
+        token = _inverse_cdf(_truncated(p, sampling), uniform)
+    taken = jnp.take_along_axis(scaled, token[..., None], axis=-1)[..., 0]
+    return token.astype(jnp.int32), taken - jax.nn.logsumexp(scaled, axis=-1)
 
 
-def _truncated(log_p: jax.Array, sampling: Sampling) -> jax.Array:
-    """Probabilities (unnormalised) with everything outside top-k, then outside top-p, set to zero."""
-    p = jnp.exp(log_p)
+def _truncated(p: jax.Array, sampling: Sampling) -> jax.Array:
+    """Probabilities, not normalised, with everything outside top-k, then outside top-p, set to zero."""
     vocab = p.shape[-1]
     if not 0 < sampling.top_k < vocab and sampling.top_p == 1:
         return p
@@ -70,8 +73,22 @@ def _truncated(log_p: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def _inverse_cdf(p: jax.Array, uniform: jax.Array) -> jax.Array:
-    """The first token whose cumulative probability exceeds uniform * total; a token of probability 0 never."""
-    cdf = jnp.cumsum(p, axis=-1)
-    hit = (cdf > uniform[..., None] * cdf[..., -1:]) & (p > 0)
-    # Rounding may leave no hit at the very end of the CDF: then the most probable token.
+    """The first token whose cumulative probability exceeds uniform * total; a token of probability 0 never.
+
+    First among blocks of tokens, then inside the one found: a running sum over a whole vocabulary takes many passes.
+    """
+    p = jnp.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, -p.shape[-1] % BLOCK)]).reshape(*p.shape[:-1], -1, BLOCK)
+    sums = p.sum(axis=-1)
+    below = jnp.cumsum(sums, axis=-1)
+    target = uniform * below[..., -1]
+    block = _first_above(sums, below, target)[..., None]
+    inside = jnp.take_along_axis(p, block[..., None], axis=-2)[..., 0, :]
+    before = jnp.take_along_axis(below - sums, block, axis=-1)
+    rest = target - before[..., 0]
+    return block[..., 0] * BLOCK + _first_above(inside, jnp.cumsum(inside, axis=-1), rest)
+
+
+def _first_above(p: jax.Array, cdf: jax.Array, target: jax.Array) -> jax.Array:
+    hit = (cdf > target[..., None]) & (p > 0)
+    # Rounding may leave no hit at the very end: then the most probable one.
     return jnp.where(hit.any(axis=-1), jnp.argmax(hit, axis=-1), jnp.argmax(p, axis=-1))

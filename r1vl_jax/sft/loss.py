@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from r1vl_jax.model.config import ModelConfig
-from r1vl_jax.model.qwen2_vl import answer_logprobs
+from r1vl_jax.model.qwen2_vl import answer_loss
 from r1vl_jax.types import TrainBatch
 
 
@@ -19,11 +19,13 @@ def token_weights(mask_BGT: np.ndarray, tokens: int) -> np.ndarray:
     return (mask_BGT / tokens).astype(np.float32)
 
 
+def cross_entropy(logprobs, entropy, weight) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss and metrics of some tokens; tokens of weight 0 do not count."""
+    loss = -jnp.sum(weight * jnp.where(weight > 0, logprobs, 0.0))
+    return loss, {"loss": loss, "entropy": jnp.sum(weight * entropy)}
+
+
 def sft_loss(params, batch: TrainBatch, *, cfg: ModelConfig, remat: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss and metrics of one micro-batch; over the micro-batches of an update they add up."""
-    logprobs, entropy = answer_logprobs(
-        params, cfg, batch.prompts, batch.tokens_BGT, start_B=batch.start_B, remat=remat
-    )
-    real = batch.weight_BGT > 0
-    loss = -jnp.sum(batch.weight_BGT * jnp.where(real, logprobs, 0.0))
-    return loss, {"loss": loss, "entropy": jnp.sum(batch.weight_BGT * entropy)}
+    inputs = (batch.prompts, batch.tokens_BGT, batch.weight_BGT)
+    return answer_loss(cross_entropy, params, cfg, *inputs, start_B=batch.start_B, remat=remat)

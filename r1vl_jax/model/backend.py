@@ -1,0 +1,37 @@
+"""By what means a model is computed on this machine: which attention, and kernels or their references.
+
+`auto` is the fastest that is known to work; what is named runs or raises. Nothing falls back in silence: commands say
+what was chosen.
+
+                 attention            kernels
+    gpu, bf16    cudnn                pallas
+    gpu, fp32    xla (cuDNN has none) pallas
+    tpu          splash               pallas
+    cpu          xla                  reference
+"""
+
+from __future__ import annotations
+
+import jax
+
+
+def choose(attention: str, kernels: str, *, dtype: str, platform: str | None = None) -> tuple[str, str]:
+    """(attention, kernels) for ModelConfig.with_backend, with `auto` resolved.
+
+    Args:
+      dtype: of the computation.
+      platform: gpu, tpu or cpu; None: that of this machine's devices.
+    Raises: ValueError where the platform or the dtype does not go with what is named.
+    """
+    platform = platform or jax.devices()[0].platform
+    fused = {"gpu": "cudnn" if dtype == "bfloat16" else "xla", "tpu": "splash"}
+    attention = fused.get(platform, "xla") if attention == "auto" else attention
+    kernels = ("pallas" if platform in fused else "reference") if kernels == "auto" else kernels
+    wants = {"cudnn": "gpu", "splash": "tpu"}.get(attention)
+    if wants and platform != wants:
+        raise ValueError(f"model.attention {attention} needs a {wants}, not a {platform}; xla runs anywhere")
+    if attention == "cudnn" and dtype != "bfloat16":
+        raise ValueError(f"model.attention cudnn needs model.dtype bfloat16, it is {dtype}; xla takes any")
+    if kernels == "pallas" and platform not in fused:
+        raise ValueError(f"model.kernels pallas needs a gpu or a tpu, not a {platform}: use reference")
+    return attention, kernels

@@ -47,13 +47,14 @@ def _at_least(section: str, config: Any, **bounds: float) -> None:
 class ModelSection:
     path: str = _field("", "a Qwen2-VL folder: Hugging Face layout, or made by r1vl_jax.convert from-hf")
     dtype: str = _field("bfloat16", "dtype of the computation; master weights are always float32")
-    remat: bool = _field(True, "recompute layers in the backward pass: less memory, more work")
+    remat: str = _field("full", "kept for the gradient: full recomputation: a layer's input; matmuls: more; none: all")
     attention: str = _field("auto", "cudnn (GPU, bfloat16), splash (TPU), xla (anywhere), or auto: the platform's")
     kernels: str = _field("auto", "pallas (GPU, TPU), their reference in XLA, or auto: pallas where there is one")
     shared_prefix: bool = _field(True, "StepGRPO runs a prompt once for all its answers; false: once each")
 
     def __post_init__(self):
         _one_of("model.dtype", self.dtype, ("bfloat16", "float32"))
+        _one_of("model.remat", self.remat, ("none", "matmuls", "full"))
         _one_of("model.attention", self.attention, ("auto", "xla", "cudnn", "splash"))
         _one_of("model.kernels", self.kernels, ("auto", "pallas", "reference"))
 
@@ -232,6 +233,7 @@ class RLSection:
         _at_least("rl", self, steps=1, questions_per_step=1, group_size=2, micro_batch_size=1, max_new_tokens=2)
         _at_least("rl", self, alpha=0, beta=0, top_k=0, min_pixels=1, updates_per_rollout=1, clip_low=0, clip_high=0)
         _at_least("rl", self, max_pixels=max(784, self.min_pixels))
+        _require(self.clip_low <= 1, "rl.clip_low", self.clip_low, "at most 1")
         _require(self.temperature > 0, "rl.temperature", self.temperature, "more than 0: a group needs variety")
         _require(0 < self.top_p <= 1, "rl.top_p", self.top_p, "more than 0 and at most 1")
         _divides("rl.questions_per_step", self.questions_per_step, "rl.micro_batch_size", self.micro_batch_size)

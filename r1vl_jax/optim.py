@@ -7,6 +7,7 @@ state = update(state, grads)
 from __future__ import annotations
 
 from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import jax
@@ -76,13 +77,13 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, parts, layo
 
 @partial(jax.jit, static_argnames=("loss_fn", "parts", "dtype"), donate_argnames="grads")
 def accumulate(grads: Any, params: Any, batch: Any, *, loss_fn, parts: tuple[str, ...], dtype: str):
-    """grads + gradient of `loss_fn(params in dtype, batch) -> (loss, metrics)`, and the metrics."""
+    """grads + gradient of `loss_fn(params in dtype, batch) -> (loss, metrics)`, and the metrics. grads None: 0."""
 
     def loss(trained):
         return loss_fn(cast({**params, **trained}, dtype), batch)
 
     (_, metrics), new = jax.value_and_grad(loss, has_aux=True)({part: params[part] for part in parts})
-    return jax.tree.map(jnp.add, grads, new), metrics
+    return new if grads is None else jax.tree.map(jnp.add, grads, new), metrics
 
 
 def make_update(optimizer: optax.GradientTransformation, layout: TrainState):
@@ -106,8 +107,12 @@ def zero_grads(params: Any, parts: tuple[str, ...]):
 
 def gradient_step(state: TrainState, batches, *, update, loss_fn, parts, dtype: str):
     """One update from a step's micro-batches, on the device: (state, metrics summed over them, with grad_norm)."""
-    grads, totals = zero_grads(state.params, parts), None
-    for batch in batches:
+    batches = iter(batches)
+    first = list(islice(batches, 2))
+    # One micro-batch needs no sum of gradients; on several devices it does, for the sum lies as the parameters do.
+    alone = len(first) == 1 and state.step.sharding.num_devices == 1
+    grads, totals = None if alone else zero_grads(state.params, parts), None
+    for batch in chain(first, batches):
         grads, metrics = accumulate(grads, state.params, batch, loss_fn=loss_fn, parts=parts, dtype=dtype)
         totals = metrics if totals is None else jax.tree.map(jnp.add, totals, metrics)
     state, norm = update(state, grads)

@@ -27,6 +27,7 @@ from workloads import OBJECTIVE, OPTIMIZER, SIZES, TEMPERATURE, random_questions
 from r1vl_jax.data.batching import collate_prompts
 from r1vl_jax.data.buckets import Buckets
 from r1vl_jax.model.fused import fuse, fused_shardings
+from r1vl_jax.model.layers import REMAT
 from r1vl_jax.model.qwen2_vl import answer_logprobs, cast
 from r1vl_jax.model.spec import abstract_params, param_spec
 from r1vl_jax.optim import abstract_state, accumulate, make_optimizer, make_update, trained_parts
@@ -59,7 +60,7 @@ def placed(tree, mesh, *axes):
 class Programs:
     """The programs of a step as train.py runs them, compiled for the target; `rows` collects what they take."""
 
-    def __init__(self, mesh, cfg, size, *, remat: bool):
+    def __init__(self, mesh, cfg, size, *, remat: str):
         self.mesh, self.cfg, self.size, self.remat, self.rows = mesh, cfg, size, remat, []
         spec = param_spec(cfg)
         self.shardings = param_shardings(spec, mesh)
@@ -147,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--micro", type=int, default=4, help="questions in a gradient computation (default 4)")
     add("--attention", default="cudnn", help="default cudnn")
     add("--kernels", default="pallas", help="default pallas")
-    add("--no-remat", action="store_true", help="keep all activations")
+    add("--remat", choices=REMAT, default="full", help="what the gradient keeps of the layers (default full)")
     add("--limit", type=float, default=80, help="GB that the device has; exit code 1 above it (default 80)")
     add("--json", type=Path, help="write the figures here too")
     return parser
@@ -161,9 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     mesh = make_mesh(1, args.devices, 1, devices=topology.devices)
     size = SIZES[args.size]
-    programs = Programs(
-        mesh, size.cfg.with_backend(args.attention, args.kernels), size, remat=not args.no_remat
-    )
+    programs = Programs(mesh, size.cfg.with_backend(args.attention, args.kernels), size, remat=args.remat)
     print(f"{args.size}, {args.questions} questions x {size.group}, prompt {size.prompt}, {size.new} new tokens, "
           f"micro-batches of {args.micro} questions, attention {args.attention}, kernels {args.kernels}\n")  # fmt: skip
     print(f"{'GiB':<24}{'arguments':>11}{'temporaries':>13}{'beside':>9}{'peak':>8}{'compile, s':>11}")

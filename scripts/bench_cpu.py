@@ -99,7 +99,7 @@ class Bench:
         advantages = random_advantages(GROUPS, size.group)
         self.advantages = torch.from_numpy(advantages.reshape(-1, 1))
         masters = jax.tree.map(lambda a: a.copy(), self.policy)  # the update takes them over
-        self.ours = Training(self.cfg, masters, reference, dtype=size.dtype, remat=False)
+        self.ours = Training(self.cfg, masters, reference, dtype=size.dtype, remat="matmuls")
         batches = self.ours.micro_batches(questions, self.sampled.tokens_BGT, GROUPS, multiple=1)
         self.batches = self.ours.with_advantages(batches, advantages)
         self.torch = {

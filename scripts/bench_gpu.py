@@ -64,6 +64,7 @@ from workloads import (
 )
 
 from r1vl_jax.arguments import at_least_one
+from r1vl_jax.model.layers import REMAT
 from r1vl_jax.rewards import ScorerPool
 from r1vl_jax.step_grpo.advantages import group_advantages
 
@@ -119,7 +120,7 @@ class Worker:
 
     @cached_property
     def training(self) -> Training:
-        dtype, remat = self.size.dtype, self.args.size != "tiny"
+        dtype, remat = self.size.dtype, self.args.remat
         masters, reference = random_params(self.cfg, "float32"), random_params(self.cfg, dtype, seed=1)
         return Training(self.cfg, masters, reference, dtype=dtype, remat=remat)
 
@@ -279,7 +280,7 @@ def work(args: argparse.Namespace) -> None:
 def commands(args: argparse.Namespace) -> Iterator[tuple[list[str], list[str]]]:
     """(names of workloads, command line) of each process, in order."""
     common = ["--size", args.size, "--repeats", str(args.repeats)]
-    ours = ["--attention", args.attention, "--kernels", args.kernels, "--micro", str(args.micro)]
+    ours = ["--attention", args.attention, "--kernels", args.kernels, "--micro", str(args.micro), "--remat", args.remat]
     ours += ["--profile", str(args.profile)] if args.profile else []
     here = Path(__file__).resolve()
     processes: dict[Any, list[str]] = {}
@@ -433,6 +434,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--budget", type=float, default=570, metavar="S", help="seconds for everything (default: 570)")
     option("--repeats", type=at_least_one, default=5, help="the median is taken of these, if time allows (default: 5)")
     option("--micro", type=at_least_one, default=4, help="questions in a gradient computation (default: 4)")
+    option("--remat", choices=REMAT, default="matmuls", help="what the gradient keeps of the layers (default: matmuls)")
     option(
         "--attention",
         choices=["auto", "xla", "cudnn", "splash"],

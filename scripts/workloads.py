@@ -214,7 +214,7 @@ def answer(weights, cfg: ModelConfig, prompts: Prompts, group: int, new: int, *,
 class Training:
     """Policy, its optimizer and the reference on one device, as train.py's second stage has them."""
 
-    def __init__(self, cfg: ModelConfig, params: Any, reference: Any, *, dtype: str, remat: bool):
+    def __init__(self, cfg: ModelConfig, params: Any, reference: Any, *, dtype: str, remat: str):
         self.cfg, self.dtype, self.reference = cfg, dtype, reference
         spec, mesh, self.parts = param_spec(cfg), single_device(), trained_parts(OPTIMIZER)
         optimizer = make_optimizer(OPTIMIZER, 1000, spec)
@@ -268,7 +268,9 @@ def head_gradient(cfg: ModelConfig, hidden_BGTD, head_VD, tokens_BGT, values: di
     token_loss = partial(policy_loss, objective=OBJECTIVE, backend=cfg.kernels)
 
     def loss(hidden_BGTD, head_VD):
-        return head_loss(token_loss, hidden_BGTD, head_VD, tokens_BGT, values, TEMPERATURE, cfg.vision_ids)
+        return head_loss(
+            token_loss, hidden_BGTD, head_VD, tokens_BGT, values, TEMPERATURE, cfg.vision_ids, cfg.logit_rows
+        )
 
     return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden_BGTD, head_VD)
 

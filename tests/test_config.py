@@ -74,7 +74,7 @@ def test_an_unknown_key_like_nothing_lists_what_is_known(read):
         ("rl.beta", "small", "float"),
         ("rl.beta", "true", "float"),
         ("rl.beta", "null", "float"),
-        ("model.remat", "1", "bool"),
+        ("model.shared_prefix", "1", "bool"),
         ("model.path", "7", "str"),
         ("stages", "sft", "a list"),
         ("rl", "3", "a section with keys"),

@@ -101,14 +101,14 @@ def compiled_bytes(T, chunk, gradient):
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_memory_does_not_grow_with_rows(gradient):
-    """Beyond the chunk: what 64 times the rows take more is far from another chunk's logits, let alone their own.
+    """Beyond the chunk: what eight times the rows take more is far from another chunk's logits, let alone their own.
 
-    64 tokens an answer are a chunk of 384 rows: logits of 6.3 MB. A thousand tokens would be 100 MB.
+    64 tokens an answer are a chunk of 384 rows: logits of 6.3 MB. Two chunks against sixteen, of 100 MB.
     """
-    small, large = (compiled_bytes(T, chunk=64 * B * G, gradient=gradient) for T in (64, 1024))
+    small, large = (compiled_bytes(T, chunk=64 * B * G, gradient=gradient) for T in (128, 1024))
     logits = 64 * B * G * 4096 * 4
     assert small > logits  # a chunk's logits are there, so the analysis sees them
     rows = 1024 * B * G * D * 4  # of the hidden states, which the gradient has in full
     assert large - small < (2 * rows if gradient else rows) < 0.2 * logits
     whole = compiled_bytes(1024, chunk=10**9, gradient=gradient)
-    assert whole > 10 * large  # without chunks the analysis sees them all
+    assert whole > 5 * large  # without chunks the analysis sees them all

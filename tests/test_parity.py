@@ -163,9 +163,9 @@ def hf_answers(model, rows, tokens, mask, weights, temperature, forbidden):
 @pytest.mark.parametrize(
     "tied, side, temperature, forbidden, remat, chunk",
     [
-        (True, "left", 1.0, (), False, 4096),
-        (False, "right", 1.2, (tiny.IMAGE, tiny.VIDEO, tiny.START, tiny.END), True, 13),
-        (False, "left", 0.0, (tiny.IMAGE,), False, 1),
+        (True, "left", 1.0, (), "none", 4096),
+        (False, "right", 1.2, (tiny.IMAGE, tiny.VIDEO, tiny.START, tiny.END), "full", 13),
+        (False, "left", 0.0, (tiny.IMAGE,), "matmuls", 1),
     ],
 )
 def test_answers(tied, side, temperature, forbidden, remat, chunk, tmp_path):

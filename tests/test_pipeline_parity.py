@@ -561,7 +561,7 @@ def test_loss_and_gradients(world, tmp_path):
 
     prompts, start, tokens, mask = collate_pairs(pairs, Buckets(8, shards=2))
     batch = TrainBatch(prompts, tokens, token_weights(mask, mask.sum()), start_B=start)
-    loss = jax.jit(jax.grad(partial(sft_loss, cfg=ours.cfg, remat=True), has_aux=True))
+    loss = jax.jit(jax.grad(partial(sft_loss, cfg=ours.cfg, remat="full"), has_aux=True))
     gradients, metrics = loss(ours.params, batch)
     print(f"\nloss {metrics['loss']:.6f}, {abs(metrics['loss'] - expected.item()):.1e} from transformers', ", end="")
     np.testing.assert_allclose(metrics["loss"], expected.item(), rtol=0, atol=1e-5)

@@ -52,7 +52,7 @@ def setting():
 
 @cache
 def loss_fn():
-    return partial(step_grpo_loss, cfg=setting()[0], objective=Objective(3.0, 0.1), remat=False)
+    return partial(step_grpo_loss, cfg=setting()[0], objective=Objective(3.0, 0.1), remat="none")
 
 
 def train_batch(prompts):

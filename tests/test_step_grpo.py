@@ -278,13 +278,13 @@ def gradients(params, batch, loss_fn, grads=None):
 
 @cache
 def warm_up_loss(cfg):
-    return partial(sft_loss, cfg=cfg, remat=False)
+    return partial(sft_loss, cfg=cfg, remat="none")
 
 
 @cache
 def grpo_loss(cfg):
     """The same function each time: it is a static argument of jit."""
-    return partial(step_grpo_loss, cfg=cfg, objective=Objective(TEMPERATURE, BETA), remat=False)
+    return partial(step_grpo_loss, cfg=cfg, objective=Objective(TEMPERATURE, BETA), remat="none")
 
 
 def largest_difference(a, b):

@@ -147,7 +147,7 @@ def run_config(inputs: Path, output: Path, **sections) -> Config:
     tree = {
         "output_dir": str(output),
         "stages": ["sft", "step_grpo"],
-        "model": {"path": str(inputs / "model"), "dtype": "float32", "remat": False},
+        "model": {"path": str(inputs / "model"), "dtype": "float32", "remat": "none"},
         "mesh": {"data": 1},
         "data": {
             "sft": {"path": str(inputs / "task" / "sft.json")},

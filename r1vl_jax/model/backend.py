@@ -1,22 +1,26 @@
-"""By what means a model is computed on this machine: which attention, and kernels or their references.
+"""By what means a model is computed on this machine: which attention, kernels or their references, how many logits.
 
 `auto` is the fastest that is known to work; what is named runs or raises. Nothing falls back in silence: commands say
 what was chosen.
 
-                 attention            kernels
-    gpu, bf16    cudnn                pallas
-    gpu, fp32    xla (cuDNN has none) pallas
-    tpu          splash               pallas
-    cpu          xla                  reference
+                 attention            kernels      rows of logits at once
+    gpu, bf16    cudnn                pallas       4,096: fewer leave matmuls too small
+    gpu, fp32    xla (cuDNN has none) pallas       4,096
+    tpu          splash               pallas       4,096
+    cpu          xla                  reference    256: more are not in the caches, and memory is slow to come by
 """
 
 from __future__ import annotations
 
 import jax
 
+from r1vl_jax.model.config import LOGIT_ROWS
 
-def choose(attention: str, kernels: str, *, dtype: str, platform: str | None = None) -> tuple[str, str]:
-    """(attention, kernels) for ModelConfig.with_backend, with `auto` resolved.
+CPU_LOGIT_ROWS = 256
+
+
+def choose(attention: str, kernels: str, *, dtype: str, platform: str | None = None) -> tuple[str, str, int]:
+    """(attention, kernels, logit_rows) for ModelConfig.with_backend, with `auto` resolved.
 
     Args:
       dtype: of the computation.
@@ -34,4 +38,4 @@ def choose(attention: str, kernels: str, *, dtype: str, platform: str | None = N
         raise ValueError(f"model.attention cudnn needs model.dtype bfloat16, it is {dtype}; xla takes any")
     if kernels == "pallas" and platform not in fused:
         raise ValueError(f"model.kernels pallas needs a gpu or a tpu, not a {platform}: use reference")
-    return attention, kernels
+    return attention, kernels, LOGIT_ROWS if platform in fused else CPU_LOGIT_ROWS

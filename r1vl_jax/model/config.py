@@ -12,6 +12,8 @@ from typing import Any
 
 from r1vl_jax.jsonfile import inner_object, read_object
 
+LOGIT_ROWS = 4096
+
 
 class CheckpointError(ValueError):
     """A checkpoint folder is not what it should be. The message names the file and the key or tensor."""
@@ -50,7 +52,8 @@ class VisionConfig:
 class ModelConfig:
     """Text model, vision tower and the ids that the forward pass needs. Hashable: it is a static jit argument.
 
-    `attention` (xla, cudnn, splash) and `kernels` (reference, pallas) say how it is computed, not what: `with_backend`.
+    `attention` (xla, cudnn, splash), `kernels` (reference, pallas) and `logit_rows` (of a device, held at once) say how
+    it is computed, not what: `with_backend`.
     """
 
     vocab: int
@@ -70,6 +73,7 @@ class ModelConfig:
     vision_end_token_id: int
     attention: str = "xla"
     kernels: str = "reference"
+    logit_rows: int = LOGIT_ROWS
 
     @property
     def head_dim(self) -> int:
@@ -84,9 +88,9 @@ class ModelConfig:
         """The same model on pixels that the checkpoint's image processor normalises by `mean` and `std`."""
         return dataclasses.replace(self, vision=dataclasses.replace(self.vision, pixel_mean=mean, pixel_std=std))
 
-    def with_backend(self, attention: str, kernels: str) -> ModelConfig:
-        """The same model computed by other means: see model.attention and r1vl_kernels."""
-        return dataclasses.replace(self, attention=attention, kernels=kernels)
+    def with_backend(self, attention: str, kernels: str, logit_rows: int = LOGIT_ROWS) -> ModelConfig:
+        """The same model computed by other means: see model.backend."""
+        return dataclasses.replace(self, attention=attention, kernels=kernels, logit_rows=logit_rows)
 
 
 def load_config(folder: str | Path) -> ModelConfig:

@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from r1vl_jax.model.config import LOGIT_ROWS
 from r1vl_jax.parallel.sharding import ambient_shards
 
-CHUNK = 4096  # rows on each device whose logits are held at once
 FP32 = {"preferred_element_type": jnp.float32}
 
 
@@ -40,15 +40,24 @@ def without(logits: jax.Array, forbidden: tuple[int, ...]) -> jax.Array:
 
 def _score(logits, tokens):
     """(log p of the tokens, entropy, p), fp32."""
-    logsumexp = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    log_p = logits - logsumexp
-    p = jnp.exp(log_p)
-    entropy = -jnp.sum(jnp.where(p > 0, p * log_p, 0.0), axis=-1)
-    return jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0], entropy, p
+    top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    below = logits - top
+    weights = jnp.exp(below)
+    total = weights.sum(axis=-1, keepdims=True)
+    mean = jnp.sum(jnp.where(weights > 0, weights * below, 0.0), axis=-1) / total[..., 0]
+    log_total = jnp.log(total[..., 0])
+    taken = jnp.take_along_axis(below, tokens[..., None], axis=-1)[..., 0]
+    return taken - log_total, log_total - mean, weights / total
 
 
 def token_logprobs(
-    hidden_BGTD, head_VD, tokens_BGT, *, temperature: float = 1.0, forbidden: tuple[int, ...] = (), chunk: int = CHUNK
+    hidden_BGTD,
+    head_VD,
+    tokens_BGT,
+    *,
+    temperature: float = 1.0,
+    forbidden: tuple[int, ...] = (),
+    chunk: int = LOGIT_ROWS,
 ) -> tuple[jax.Array, jax.Array]:
     """log p of each token under the distribution that its hidden state gives, and that distribution's entropy.
 
@@ -83,7 +92,7 @@ def head_loss(
     values: Any,
     temperature: float = 1.0,
     forbidden: tuple[int, ...] = (),
-    chunk: int = CHUNK,
+    chunk: int = LOGIT_ROWS,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of tokens and its metrics, summed over all of them.
 
@@ -104,8 +113,7 @@ def _head_loss(token_loss, hidden_BGTD, head_VD, tokens_BGT, values, temperature
     real_BGT = jnp.ones((B, G, T), bool)
     rows = _padded((hidden_BGTD, tokens_BGT, values, real_BGT), chunks * width)
 
-    def one(carry, i):
-        totals, grads = carry
+    def one(i):
         hidden, tokens, value, real = _part(rows, i, width)
         logprobs, entropy, p = _score(scaled_logits(hidden, head_VD, temperature, forbidden), tokens)
 
@@ -113,20 +121,27 @@ def _head_loss(token_loss, hidden_BGTD, head_VD, tokens_BGT, values, temperature
             return token_loss(jnp.where(real, logprobs, 0.0), jnp.where(real, entropy, 0.0), value)
 
         if not with_gradient:
-            return (jax.tree.map(jnp.add, totals, loss(logprobs)), grads), None
-        new, slope = jax.value_and_grad(loss, has_aux=True)(logprobs)
-        taken = jax.nn.one_hot(tokens, p.shape[-1], dtype=jnp.float32)
-        d_logits = (slope[..., None] / (temperature or 1.0) * (taken - p)).astype(dtype).reshape(-1, p.shape[-1])
+            return loss(logprobs), ()
+        totals, slope = jax.value_and_grad(loss, has_aux=True)(logprobs)
+        taken = tokens[..., None] == jnp.arange(p.shape[-1])
+        d_logits = slope[..., None] / (temperature or 1.0) * (taken - p)
+        d_logits = d_logits.astype(dtype).reshape(-1, p.shape[-1])
         d_hidden = jnp.einsum("NV,VD->ND", d_logits, head_VD, **FP32).astype(dtype).reshape(hidden.shape)
-        d_head = jnp.einsum("NV,ND->VD", d_logits, hidden.reshape(-1, D), **FP32)
-        d_hidden = jax.lax.dynamic_update_slice_in_dim(grads[0], d_hidden, i * width, axis=2)
-        return (jax.tree.map(jnp.add, totals, new), (d_hidden, grads[1] + d_head)), None
+        return totals, (d_hidden, jnp.einsum("NV,ND->VD", d_logits, hidden.reshape(-1, D), **FP32))
 
-    floats = jnp.zeros((B, G, width))
-    totals = jax.eval_shape(token_loss, floats, floats, _part(rows, 0, width)[2])
-    totals = jax.tree.map(lambda shape: jnp.zeros(shape.shape, jnp.float32), totals)
+    if chunks == 1:
+        return one(0)
+
+    def add(carry, i):
+        totals, grads = one(i)
+        if with_gradient:
+            all_hidden = jax.lax.dynamic_update_slice_in_dim(carry[1][0], grads[0], i * width, axis=2)
+            grads = (all_hidden, carry[1][1] + grads[1])
+        return (jax.tree.map(jnp.add, carry[0], totals), grads), None
+
+    totals = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), jax.eval_shape(one, 0)[0])
     grads = (jnp.zeros_like(rows[0]), jnp.zeros(head_VD.shape, jnp.float32)) if with_gradient else ()
-    (totals, grads), _ = jax.lax.scan(one, (totals, grads), jnp.arange(chunks))
+    (totals, grads), _ = jax.lax.scan(add, (totals, grads), jnp.arange(chunks))
     return totals, (grads[0][:, :, :T], grads[1]) if with_gradient else ()
 
 

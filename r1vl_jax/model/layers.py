@@ -7,6 +7,16 @@ import math
 import jax
 import jax.numpy as jnp
 
+REMAT = ("none", "matmuls", "full")
+
+
+def recomputed(block, remat: str):
+    """A layer that keeps for its gradient: all (none), the outputs of its linear layers (matmuls), its input (full)."""
+    if remat == "none":
+        return block
+    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "matmuls" else None
+    return jax.checkpoint(block, policy=keep)
+
 
 def linear(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
     """x (..., ins) times kernel (ins, outs), contracting the last `inputs` axes of x.

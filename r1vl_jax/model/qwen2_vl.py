@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from r1vl_jax.model import text
 from r1vl_jax.model.config import ModelConfig
-from r1vl_jax.model.head import CHUNK, TokenLoss, head_loss, token_logprobs
+from r1vl_jax.model.head import TokenLoss, head_loss, token_logprobs
 from r1vl_jax.model.vision import encode_images
 from r1vl_jax.parallel.sharding import constrain
 from r1vl_jax.types import Prompts
@@ -55,7 +55,7 @@ def lengths(prompts: Prompts) -> jax.Array:
     return jnp.sum(prompts.mask_BT, axis=1, dtype=jnp.int32)
 
 
-def embed_prompts(params: Any, cfg: ModelConfig, prompts: Prompts, *, remat: bool = False) -> jax.Array:
+def embed_prompts(params: Any, cfg: ModelConfig, prompts: Prompts, *, remat: str = "none") -> jax.Array:
     """Token embeddings (B, T, D) with image features where `image_slot` says, never where a token id says."""
     x = embed_tokens(params, prompts.tokens_BT)
     if prompts.patches_RPC.shape[0] == 0:
@@ -67,7 +67,7 @@ def embed_prompts(params: Any, cfg: ModelConfig, prompts: Prompts, *, remat: boo
     return jnp.where(slot_BT1 >= 0, features[jnp.maximum(prompts.image_slot_BT, 0)], x)
 
 
-def prefill(params: Any, cfg: ModelConfig, prompts: Prompts, *, remat: bool = False):
+def prefill(params: Any, cfg: ModelConfig, prompts: Prompts, *, remat: str = "none"):
     """Vision and prompt, once a question, padding last.
 
     Returns (hidden_BTD, the last real token's hidden_BD, KV as text.prefill gives it).
@@ -89,7 +89,7 @@ def prompt_logits(params: Any, cfg: ModelConfig, prompts: Prompts) -> jax.Array:
 
 
 def answer_hidden(
-    params: Any, cfg: ModelConfig, prompts: Prompts, tokens_BGT, *, shared: bool = True, remat: bool = False
+    params: Any, cfg: ModelConfig, prompts: Prompts, tokens_BGT, *, shared: bool = True, remat: str = "none"
 ) -> jax.Array:
     """Hidden states (B, G, T, D) that predict each answer token: the prompt's last for the first, then the answer's.
 
@@ -107,7 +107,7 @@ def answer_hidden(
     return jnp.concatenate([first, hidden[:, :, :-1]], axis=2)
 
 
-def _unshared_hidden(params, cfg: ModelConfig, prompts: Prompts, tokens_BGT, *, remat: bool) -> jax.Array:
+def _unshared_hidden(params, cfg: ModelConfig, prompts: Prompts, tokens_BGT, *, remat: str) -> jax.Array:
     """`answer_hidden` with each answer directly behind a copy of its prompt's embeddings, one causal row each."""
     prompts, _ = padding_last(prompts)
     (B, G, T), length_B1 = tokens_BGT.shape, lengths(prompts)[:, None]
@@ -131,7 +131,7 @@ def _unshared_hidden(params, cfg: ModelConfig, prompts: Prompts, tokens_BGT, *, 
     return _at(hidden, jnp.repeat(length_B1, G, axis=0) - 1 + jnp.arange(T)).reshape(B, G, T, -1)
 
 
-def joined_hidden(params: Any, cfg: ModelConfig, rows: Prompts, start_B, T: int, *, remat: bool = False) -> jax.Array:
+def joined_hidden(params: Any, cfg: ModelConfig, rows: Prompts, start_B, T: int, *, remat: str = "none") -> jax.Array:
     """As `answer_hidden`, (B, 1, T, D), for one answer each that stands behind its prompt, in the same row."""
     hidden, _, _ = prefill(params, cfg, rows, remat=remat)
     return _at(hidden, jnp.minimum(start_B[:, None] - 1 + jnp.arange(T), hidden.shape[1] - 1))[:, None]
@@ -147,8 +147,8 @@ def answer_logprobs(
     temperature: float = 1.0,
     forbidden: tuple[int, ...] = (),
     shared: bool = True,
-    remat: bool = False,
-    chunk: int = CHUNK,
+    remat: str = "none",
+    chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """log softmax(z / temperature) of the given answer tokens, and the entropy of the distribution they came from.
 
@@ -158,14 +158,16 @@ def answer_logprobs(
       temperature: the sampling temperature; 0 stands for 1 (greedy answers are scored at T = 1).
       forbidden: ids taken out of the distribution, as the sampler does.
       shared: see `answer_hidden`.
-      remat: recompute layers in the backward pass.
-      chunk: see model.head.
+      remat: what the gradient keeps of the layers, see layers.recomputed.
+      chunk: rows whose logits are held at once (model.head); None: cfg.logit_rows.
     Returns:
       fp32 (logprobs_BGT, entropy_BGT); values behind an answer's end mean nothing.
     """
     hidden = _hidden(params, cfg, prompts, tokens_BGT, start_B, shared, remat)
     rows = text.head(params["text"])
-    return token_logprobs(hidden, rows, tokens_BGT, temperature=temperature, forbidden=forbidden, chunk=chunk)
+    return token_logprobs(
+        hidden, rows, tokens_BGT, temperature=temperature, forbidden=forbidden, chunk=chunk or cfg.logit_rows
+    )
 
 
 def answer_loss(
@@ -180,17 +182,19 @@ def answer_loss(
     temperature: float = 1.0,
     forbidden: tuple[int, ...] = (),
     shared: bool = True,
-    remat: bool = False,
+    remat: str = "none",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """(loss, metrics): sums of `token_loss` over all answer tokens, in one pass through the loss head.
 
     Args: as for `answer_logprobs`; token_loss, values: as for model.head.head_loss.
     """
     hidden = _hidden(params, cfg, prompts, tokens_BGT, start_B, shared, remat)
-    return head_loss(token_loss, hidden, text.head(params["text"]), tokens_BGT, values, temperature, forbidden)
+    return head_loss(
+        token_loss, hidden, text.head(params["text"]), tokens_BGT, values, temperature, forbidden, cfg.logit_rows
+    )
 
 
-def _hidden(params, cfg, prompts, tokens_BGT, start_B, shared: bool, remat: bool):
+def _hidden(params, cfg, prompts, tokens_BGT, start_B, shared: bool, remat: str):
     if start_B is None:
         return answer_hidden(params, cfg, prompts, tokens_BGT, shared=shared, remat=remat)
     return joined_hidden(params, cfg, prompts, start_B, tokens_BGT.shape[2], remat=remat)

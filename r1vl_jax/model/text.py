@@ -20,7 +20,7 @@ from r1vl_kernels.prefix_decode_attention import prefix_decode_attention
 
 from r1vl_jax.model.attention import attend_prompt, attend_shared
 from r1vl_jax.model.config import ModelConfig
-from r1vl_jax.model.layers import linear, rms_norm, rope_frequencies, rotate
+from r1vl_jax.model.layers import linear, recomputed, rms_norm, rope_frequencies, rotate
 from r1vl_jax.parallel.sharding import constrain, per_shard
 
 
@@ -69,7 +69,7 @@ def _block(x, p, angle, cfg: ModelConfig, attention):
     return constrain(x, "batch", *[None] * (x.ndim - 1)), kept
 
 
-def prefill(params, cfg: ModelConfig, x_BTD, positions_3BT, *, remat: bool = False):
+def prefill(params, cfg: ModelConfig, x_BTD, positions_3BT, *, remat: str = "none"):
     """Runs embedded prompts, padded at their ends.
 
     Returns (hidden states after the final norm (B, T, D), KV: stacked (L, B, K, T, H), or a tuple over fused layers).
@@ -82,7 +82,7 @@ def prefill(params, cfg: ModelConfig, x_BTD, positions_3BT, *, remat: bool = Fal
 
         return _block(x, p, angle, cfg, attention)
 
-    x, kv = _over_layers(jax.checkpoint(block) if remat else block, x_BTD, params["layers"])
+    x, kv = _over_layers(recomputed(block, remat), x_BTD, params["layers"])
     return rms_norm(x, params["norm"], cfg.norm_eps), kv
 
 
@@ -96,7 +96,7 @@ def _over_layers(block, x, layers):
     return x, tuple(kept)
 
 
-def extend(params, cfg: ModelConfig, x_BGTD, start_B, prefix: KV, prefix_length_B, *, remat: bool = False):
+def extend(params, cfg: ModelConfig, x_BGTD, start_B, prefix: KV, prefix_length_B, *, remat: str = "none"):
     """Runs G whole answers behind each prompt. Padding stands at their ends, so causality alone hides it.
 
     Args:
@@ -115,7 +115,7 @@ def extend(params, cfg: ModelConfig, x_BGTD, start_B, prefix: KV, prefix_length_
             x, p, angle, cfg, lambda q, k, v: (attend_shared(q, prefix, k, v, prefix_length_B, cfg.attention), None)
         )
 
-    x, _ = jax.lax.scan(jax.checkpoint(block) if remat else block, x_BGTD, (params["layers"], prefix))
+    x, _ = jax.lax.scan(recomputed(block, remat), x_BGTD, (params["layers"], prefix))
     return rms_norm(x, params["norm"], cfg.norm_eps)
 
 

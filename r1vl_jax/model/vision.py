@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from r1vl_jax.model.attention import attend_frames
 from r1vl_jax.model.config import VisionConfig
-from r1vl_jax.model.layers import layer_norm, linear, rope_frequencies, rotate
+from r1vl_jax.model.layers import layer_norm, linear, recomputed, rope_frequencies, rotate
 from r1vl_jax.parallel.sharding import constrain
 
 
@@ -59,7 +59,7 @@ def encode_images(
     segment_RP,
     *,
     attention: str = "xla",
-    remat: bool = False,
+    remat: str = "none",
 ) -> jax.Array:
     """Vision tower and merger.
 
@@ -69,13 +69,13 @@ def encode_images(
       hw_RP2: each patch's (h, w) in its frame, in merge order.
       segment_RP: the frame that a patch belongs to, unique in its row; -1 for padding.
       attention: see model.attention.
-      remat: recompute blocks in the backward pass.
+      remat: see layers.recomputed.
     Returns:
       image features (R, M, D) in the parameters' dtype, M = P / 4.
     """
     x = linear(normalise(patches_RPC, cfg).astype(params["patch_embed"].dtype), params["patch_embed"])
     block = partial(_block, angle=vision_angles(hw_RP2, cfg), segment_RP=segment_RP, cfg=cfg, attention=attention)
-    x, _ = jax.lax.scan(jax.checkpoint(block) if remat else block, x, params["blocks"])
+    x, _ = jax.lax.scan(recomputed(block, remat), x, params["blocks"])
     p = params["merger"]
     x = layer_norm(x, p["norm"], cfg.norm_eps)
     x = x.reshape(x.shape[0], x.shape[1] // cfg.merge_size**2, -1)

@@ -25,7 +25,7 @@ def cross_entropy(logprobs, entropy, weight) -> tuple[jax.Array, dict[str, jax.A
     return loss, {"loss": loss, "entropy": jnp.sum(weight * entropy)}
 
 
-def sft_loss(params, batch: TrainBatch, *, cfg: ModelConfig, remat: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
+def sft_loss(params, batch: TrainBatch, *, cfg: ModelConfig, remat: str) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss and metrics of one micro-batch; over the micro-batches of an update they add up."""
     inputs = (batch.prompts, batch.tokens_BGT, batch.weight_BGT)
     return answer_loss(cross_entropy, params, cfg, *inputs, start_B=batch.start_B, remat=remat)

@@ -74,7 +74,7 @@ def policy_loss(logprobs, entropy, values, *, objective: Objective, backend: str
 
 
 def step_grpo_loss(
-    params, batch: TrainBatch, *, cfg: ModelConfig, objective: Objective, remat: bool, shared: bool = True
+    params, batch: TrainBatch, *, cfg: ModelConfig, objective: Objective, remat: str, shared: bool = True
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss and metrics of one micro-batch; over the micro-batches of an update they add up."""
     values = {"ref": batch.ref_logprobs_BGT, "advantage": batch.advantage_BGT, "weight": batch.weight_BGT}

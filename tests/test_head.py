@@ -111,4 +111,4 @@ def test_memory_does_not_grow_with_rows(gradient):
     rows = 1024 * B * G * D * 4  # of the hidden states, which the gradient has in full
     assert large - small < (2 * rows if gradient else rows) < 0.2 * logits
     whole = compiled_bytes(1024, chunk=10**9, gradient=gradient)
-    assert whole > 5 * large  # without chunks the analysis sees them all
+    assert whole > 10 * large  # without chunks the analysis sees them all

@@ -176,6 +176,28 @@ def test_answer_weights():
     np.testing.assert_array_equal(answer_weights(np.zeros((1, 1, 3), bool), answers=1), np.zeros((1, 1, 3)))
 
 
+def test_averages():
+    """Answers of 3, 1, 4 and 2 tokens: token: 1 / 10 each; constant: 1 / (4 answers * T = 4) each."""
+    np.testing.assert_allclose(answer_weights(MASK, 4, "token"), MASK / 10, rtol=1e-6)
+    np.testing.assert_allclose(answer_weights(MASK, 4, "constant"), MASK / 16, rtol=1e-6)
+    np.testing.assert_allclose(answer_weights(MASK, 4, "sequence").sum(axis=2), 1 / 4, rtol=1e-6)
+
+
+def test_the_ratio_is_cut_only_where_the_batch_has_the_sampling_policys():
+    """lp - old = log 2 with A = 1: the ratio 2 is cut to 1.2 and has no gradient; without `old` it is 1 and has."""
+    lp, old = jnp.full((1, 1, 1), -1.0), jnp.full((1, 1, 1), -1.0 - math.log(2))
+    values = {"ref": lp, "advantage": jnp.ones((1, 1, 1)), "weight": jnp.ones((1, 1, 1))}
+    objective = Objective(1.0, 0.0, clip=(0.2, 0.2))
+
+    def loss(lp, values):
+        return policy_loss(lp, jnp.zeros_like(lp), values, objective=objective, backend="reference")[0]
+
+    value, gradient = jax.value_and_grad(loss)(lp, values | {"old": old})
+    np.testing.assert_allclose([value, gradient[0, 0, 0]], [-1.2, 0.0], atol=1e-6)
+    value, gradient = jax.value_and_grad(loss)(lp, values)
+    np.testing.assert_allclose([value, gradient[0, 0, 0]], [-1.0, -1.0], atol=1e-6)
+
+
 def test_policy_loss_by_hand():
     """One answer of two tokens: A = 2, beta = 0.04, KLs 0.10653066 and 0.71828183 (see k3 above).
 

@@ -18,6 +18,7 @@ from r1vl_jax.checkpoint.hf import load_hf
 from r1vl_jax.model.config import load_config
 from r1vl_jax.rewards import Score
 from r1vl_jax.rewards.user import RewardError
+from r1vl_jax.run import keep_programs
 from r1vl_jax.train import main, train
 
 
@@ -184,3 +185,81 @@ def test_another_number_of_workers_resumes_bit_for_bit(inputs, tmp_path):
     resumed = train(run_config(inputs, tmp_path / "broken", **sections), resume=True)
     for a, b in zip(jax.tree.leaves(params(whole)), jax.tree.leaves(params(resumed)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_prompt_once_for_all_answers_or_once_each(inputs, tmp_path, monkeypatch):
+    """`model.shared_prefix` and what the gradient keeps of the layers change no number but by rounding."""
+    monkeypatch.setattr(train_module, "ScorerPool", FakeScorerPool)
+    rows = {}
+    for name, model in {"once": {}, "each": {"shared_prefix": False}, "kept": {"remat": "matmuls"}}.items():
+        train(run_config(inputs, tmp_path / name, stages=["step_grpo"], model=model, rl={"steps": 1}))
+        rows[name] = steps(tmp_path / name, "step_grpo")[0]
+    for name in ("each", "kept"):
+        for key in ("loss", "kl", "entropy", "grad_norm", "reward"):
+            np.testing.assert_allclose(rows[name][key], rows["once"][key], rtol=1e-4, atol=1e-6)
+    assert rows["once"]["grad_norm"] > 1e-3
+
+
+def test_several_updates_a_rollout(inputs, tmp_path, monkeypatch):
+    """They move the policy further, count as updates of the schedule, and resume bit for bit."""
+    monkeypatch.setattr(train_module, "ScorerPool", FakeScorerPool)
+    options = {"updates_per_rollout": 3, "clip_high": 0.28}
+    rates = {"optimizer": {"learning_rate": 1e-3, "schedule": "linear", "warmup_ratio": 0.0}}
+    straight, broken = (rl(inputs, tmp_path / name, **options, **rates) for name in ("straight", "broken"))
+    whole = train(straight)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        cut(patch, "step_grpo", 3)
+        train(broken)
+    resumed = train(broken, resume=True)
+    assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+    rows = steps(tmp_path / "straight", "step_grpo")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    # The rate of a step's last update: number 3, 6, 9, 12 of 12, on the way from 1e-3 to 0.
+    expected = [1e-3 * (1 - update / 12) for update in (2, 5, 8, 11)]
+    np.testing.assert_allclose([row["learning_rate"] for row in rows], expected, rtol=1e-5)
+    train(rl(inputs, tmp_path / "one", **rates))
+    assert steps(tmp_path / "one", "step_grpo")[0]["kl"] < rows[0]["kl"]  # after one update, and after three
+
+
+def test_answers_of_a_micro_batch_are_alike(inputs, tmp_path, monkeypatch):
+    """Questions are trained in the order of their longest answer, padded to it and no further; nothing is lost."""
+    monkeypatch.setattr(train_module, "ScorerPool", FakeScorerPool)
+    monkeypatch.setattr(train_module, "ANSWER_UNIT", 4)
+    seen, taken = [], train_module.StepGRPO.batches
+
+    def watched(self, groups, old=None):
+        batches = list(taken(self, groups, old))
+        seen.append((groups, batches))
+        return iter(batches)
+
+    monkeypatch.setattr(train_module.StepGRPO, "batches", watched)
+    train(run_config(
+        inputs, tmp_path / "run", stages=["step_grpo"], data={"pad_multiple": 4},
+        rl={"steps": 3, "max_new_tokens": 24, "temperature": 4.0},
+    ))  # fmt: skip
+    assert len(seen) == 3
+    for groups, batches in seen:
+        lengths = [batch.tokens_BGT.shape[2] for batch in batches]
+        longest = sorted(groups.mask_BGT.any(axis=1).sum(axis=1))
+        assert lengths == [-(-longest[i + 1] // 4) * 4 for i in (0, 2)]
+        trained = np.concatenate([batch.weight_BGT.sum(axis=2).ravel() for batch in batches])
+        np.testing.assert_allclose(trained, 1 / trained.size, rtol=1e-6)  # every answer, with the weight of its own
+        tokens = sum(int((batch.weight_BGT > 0).sum()) for batch in batches)
+        assert tokens == groups.mask_BGT.sum()
+
+
+@pytest.mark.parametrize("value", ["auto", "off", "own"])
+def test_compiled_programs_are_kept(tmp_path, monkeypatch, value):
+    """By default in the user's cache folder; `off` keeps none, and a folder that JAX was given stays."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir
+    expected = {"auto": str(tmp_path / "r1vl_jax"), "off": None, "own": "own"}[value]
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        keep_programs(value)
+        assert jax.config.jax_compilation_cache_dir == expected
+        jax.config.update("jax_compilation_cache_dir", "given")
+        keep_programs(value)
+        assert jax.config.jax_compilation_cache_dir == "given"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

@@ -165,6 +165,7 @@ def run_config(inputs: Path, output: Path, **sections) -> Config:
         },
         "checkpoint": {"every": 2},
         "scoring": {"workers": 1},
+        "compilation_cache": "off",
     }  # fmt: skip
     file = output.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(_merged(tree, sections)))

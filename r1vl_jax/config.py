@@ -47,7 +47,7 @@ def _at_least(section: str, config: Any, **bounds: float) -> None:
 class ModelSection:
     path: str = _field("", "a Qwen2-VL folder: Hugging Face layout, or made by r1vl_jax.convert from-hf")
     dtype: str = _field("bfloat16", "dtype of the computation; master weights are always float32")
-    remat: str = _field("full", "kept for the gradient: full recomputation: a layer's input; matmuls: more; none: all")
+    remat: str = _field("full", "what the gradient computes again: full: layers; matmuls: layers but for these; none")
     attention: str = _field("auto", "cudnn (GPU, bfloat16), splash (TPU), xla (anywhere), or auto: the platform's")
     kernels: str = _field("auto", "pallas (GPU, TPU), their reference in XLA, or auto: pallas where there is one")
     shared_prefix: bool = _field(True, "StepGRPO runs a prompt once for all its answers; false: once each")

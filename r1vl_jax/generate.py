@@ -168,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=None, help="fixes what is sampled; default: another one each time, said on stderr")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default %(default)s")
     add("--attention", choices=("auto", "xla", "cudnn", "splash"), default="auto", help="default: the platform's")
-    add("--kernels", choices=("auto", "pallas", "reference"), default="auto", help="default: pallas where there is one")
+    add("--kernels", choices=("auto", "pallas", "reference"), default="auto", help="default: pallas, on CPUs reference")
     add("--json", action="store_true", help="print one JSON object on stdout and nothing else")
     return parser
 

@@ -7,7 +7,6 @@ state = update(state, grads)
 from __future__ import annotations
 
 from functools import partial
-from itertools import chain, islice
 from typing import Any
 
 import jax
@@ -105,14 +104,14 @@ def zero_grads(params: Any, parts: tuple[str, ...]):
     return jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32, device=a.sharding), trained)
 
 
-def gradient_step(state: TrainState, batches, *, update, loss_fn, parts, dtype: str):
-    """One update from a step's micro-batches, on the device: (state, metrics summed over them, with grad_norm)."""
-    batches = iter(batches)
-    first = list(islice(batches, 2))
-    # One micro-batch needs no sum of gradients; on several devices it does, for the sum lies as the parameters do.
-    alone = len(first) == 1 and state.step.sharding.num_devices == 1
-    grads, totals = None if alone else zero_grads(state.params, parts), None
-    for batch in chain(first, batches):
+def gradient_step(state: TrainState, batches, *, update, loss_fn, parts, dtype: str, summed: bool = True):
+    """One update from a step's micro-batches, on the device: (state, metrics summed over them, with grad_norm).
+
+    Args:
+      summed: False where there is never more than one micro-batch: its gradient then needs no sum to be added to.
+    """
+    grads, totals = zero_grads(state.params, parts) if summed else None, None
+    for batch in batches:
         grads, metrics = accumulate(grads, state.params, batch, loss_fn=loss_fn, parts=parts, dtype=dtype)
         totals = metrics if totals is None else jax.tree.map(jnp.add, totals, metrics)
     state, norm = update(state, grads)

@@ -38,12 +38,13 @@ def keep_programs(folder: str) -> None:
     if folder == "off" or jax.config.jax_compilation_cache_dir:
         return
     if folder == "auto":
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "r1vl_jax"
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "r1vl_jax"
     jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
 
 
 class Compilations:
-    """Counts the programs that are built while it is open: one for each shape of prefill, decoding, gradient, ..."""
+    """Counts the programs that are built, or read from the folder of kept ones, while it is open: one for each shape
+    of prefill, decoding, log-probabilities, gradient, update."""
 
     PROGRAMS = tuple(f"jit({name})" for name in ("prefill", "decode", "token_logprobs", "accumulate", "update"))
 

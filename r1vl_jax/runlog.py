@@ -36,6 +36,10 @@ def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
                 raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
 
 
+# By what means a run computes, not what: another means changes results by rounding alone.
+MEANS = ("model.remat", "model.attention", "model.kernels", "model.shared_prefix", "compilation_cache")
+
+
 class RunLog:
     """Everything that a run writes but checkpoints and exports.
 
@@ -68,11 +72,11 @@ class RunLog:
     def _check_changes(self, config: Config) -> None:
         """A resumed run goes on with the settings it was started with, but for those that change no result so far."""
         old, new = yaml.safe_load(self._config_file.read_text()), yaml.safe_load(configs.dump(config))
-        free = ["checkpoint.", "scoring.", "eval.", "mesh.", "output_dir", "rl.steps", "data.workers"]
+        free = ["checkpoint.", "scoring.", "eval.", "mesh.", "output_dir", "rl.steps", "data.workers", *MEANS]
         if not (self.folder / "checkpoints" / "step_grpo").exists():
             free += ["sft.steps", "sft.epochs"]
-        for key, *_ in configs.describe():
-            before, after = _dig(old, key), _dig(new, key)
+        for key, default, _ in configs.describe():
+            before, after = _dig(old, key, default), _dig(new, key)
             if before != after and not key.startswith(tuple(free)):
                 raise ConfigError(f"{key} was {before!r} in this run and is now {after!r}; expected no change")
             if before != after:
@@ -156,7 +160,10 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, bool)) or value is None else float(value)
 
 
-def _dig(tree: dict, key: str) -> Any:
+def _dig(tree: dict, key: str, default: Any = None) -> Any:
+    """The value at a dotted key; the default, as YAML has it, where there is none (a run of an earlier version)."""
     for part in key.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
+        if not isinstance(tree, dict) or part not in tree:
+            return list(default) if isinstance(default, tuple) else default
+        tree = tree[part]
     return tree

@@ -25,13 +25,16 @@ from r1vl_jax.types import TrainState
 class Stage:
     """Starts from given weights, or where a run was cut off: `position` is where the loader of its rows goes on.
 
-    A step has `updates` of them; state.step counts updates.
+    A step has `updates`, which state.step counts, each of at most `micro_batches`.
     """
 
     def __init__(
-        self, run: Run, name: str, config: OptimizerSection, steps: int, params, resume: bool, *, updates: int = 1
-    ):
+        self, run: Run, name: str, config: OptimizerSection, steps: int, params, resume: bool, *,
+        micro_batches: int, updates: int = 1,
+    ):  # fmt: skip
         self.run, self.name, self.steps, self.updates, self.position = run, name, steps, updates, Position()
+        # On several devices a sum of gradients is made even of one: it lies as the parameters do.
+        self.summed = micro_batches > 1 or run.mesh.size > 1
         self.parts = trained_parts(config)
         self.schedule = make_schedule(config, steps * updates)
         optimizer = make_optimizer(config, steps * updates, run.spec)
@@ -43,17 +46,19 @@ class Stage:
             self.state, host = self.checkpoints.restore(latest, layout)
             self.position = Position.from_json(host)
             run.log.say(f"{name}: resumed after step {latest} of {steps}")
+            self.start = latest
         else:
             params = run.load_weights(run.started_from, "float32") if params is None else params
             self.state = init_state(params, optimizer, self.parts, layout)
-        self.start = int(self.state.step) // updates
+            self.start = 0
         run.log.forget_after(name, self.start)
 
     def step(self, batches, loss_fn) -> dict[str, float]:
         config = self.run.config.model
         self.state, metrics = gradient_step(
-            self.state, batches, update=self.update, loss_fn=loss_fn, parts=self.parts, dtype=config.dtype
-        )
+            self.state, batches, update=self.update, loss_fn=loss_fn, parts=self.parts, dtype=config.dtype,
+            summed=self.summed,
+        )  # fmt: skip
         return jax.device_get(metrics)
 
     def pass_step(self) -> dict[str, float]:

@@ -34,7 +34,7 @@ from r1vl_jax.model import backend
 from r1vl_jax.model.config import CheckpointError, load_config
 from r1vl_jax.model.qwen2_vl import answer_logprobs, cast
 from r1vl_jax.model.spec import param_spec
-from r1vl_jax.parallel.sharding import batch_shards, make_mesh, param_shardings
+from r1vl_jax.parallel.sharding import batch_shards, make_mesh, param_shardings, per_shard
 from r1vl_jax.processing.processor import Processor
 from r1vl_jax.quickstart import make_shapes
 from r1vl_jax.report import heldout_table, plot_metrics
@@ -65,7 +65,8 @@ def sft(run: Run, params, resume: bool):
     config, data = run.config.sft, run.config.data
     source = run.source(data.sft)
     steps = config.steps or max(1, math.ceil(config.epochs * len(source) / config.batch_size))
-    stage = Stage(run, "sft", config.optimizer, steps, params, resume)
+    parts = config.batch_size // config.micro_batch_size
+    stage = Stage(run, "sft", config.optimizer, steps, params, resume, micro_batches=parts)
     if stage.start == 0 and run.config.stages[0] == "sft":
         heldout(run, stage.state, "sft", 0)
     encode = partial(
@@ -146,7 +147,8 @@ class StepGRPO:
 
         self.token_logprobs = jax.jit(token_logprobs)
         scaled = {"scale": config.scale, "std_floor": config.std_floor, "backend": model.kernels}
-        self.token_advantages = jax.jit(partial(step_group_advantage, **scaled))
+        rows = ("batch", None, None)
+        self.token_advantages = jax.jit(per_shard(partial(step_group_advantage, **scaled), (rows,) * 3, rows))
 
     def questions(self, rows) -> tuple[list, Prompts]:
         """The questions of a rollout, the short ones first, so that micro-batches are alike; and on the device."""
@@ -244,8 +246,10 @@ def step_grpo(run: Run, params, resume: bool):
     """Stage 2: StepGRPO. Returns the trained fp32 parameters."""
     config = run.config.rl
     source = run.source(run.config.data.rl)
-    updates = config.updates_per_rollout
-    stage = Stage(run, "step_grpo", config.optimizer, config.steps, params, resume, updates=updates)
+    updates, parts = config.updates_per_rollout, config.questions_per_step // config.micro_batch_size
+    stage = Stage(
+        run, "step_grpo", config.optimizer, config.steps, params, resume, micro_batches=parts, updates=updates
+    )
     warm = _warm_up_folder(run) if "sft" in run.config.stages else run.started_from
     grpo = StepGRPO(run, source, reference=run.load_weights(warm, run.config.model.dtype))
     if stage.start == 0 and run.config.stages[0] == "step_grpo":

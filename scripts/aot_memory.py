@@ -31,7 +31,7 @@ from r1vl_jax.model.layers import REMAT
 from r1vl_jax.model.qwen2_vl import answer_logprobs, cast
 from r1vl_jax.model.spec import abstract_params, param_spec
 from r1vl_jax.optim import abstract_state, accumulate, make_optimizer, make_update, trained_parts
-from r1vl_jax.parallel.sharding import ROLLOUT_RULES, RULES, make_mesh, param_shardings, partition_spec
+from r1vl_jax.parallel.sharding import ROLLOUT_RULES, RULES, batch_shards, make_mesh, param_shardings, partition_spec
 from r1vl_jax.rollout import generate
 from r1vl_jax.step_grpo.loss import step_grpo_loss
 from r1vl_jax.types import Sampling, TrainBatch
@@ -95,7 +95,7 @@ class Programs:
               "{compile_s:>11.0f}".format(**self.rows[-1]), flush=True)  # fmt: skip
 
     def prompts(self, questions: int):
-        batch = collate_prompts(random_questions(self.size, questions), Buckets(128))
+        batch = collate_prompts(random_questions(self.size, questions), Buckets(128, shards=batch_shards(self.mesh)))
         positions = batch.positions_3BT
         return placed(batch, self.mesh).replace(positions_3BT=placed(positions, self.mesh, None))
 

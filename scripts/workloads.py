@@ -249,8 +249,9 @@ class Training:
     def update(self, batches: list[TrainBatch]) -> dict[str, float]:
         """Gradient of policy and update, from batches that have advantages and reference."""
         self.state, metrics = gradient_step(
-            self.state, batches, update=self._update, loss_fn=self._loss, parts=self.parts, dtype=self.dtype
-        )
+            self.state, batches, update=self._update, loss_fn=self._loss, parts=self.parts, dtype=self.dtype,
+            summed=len(batches) > 1,
+        )  # fmt: skip
         return jax.device_get(jax.block_until_ready((self.state, metrics))[1])
 
     def step(self, batches: list[TrainBatch]) -> dict[str, float]:

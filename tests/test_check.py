@@ -213,7 +213,7 @@ def test_training_drops_the_same_rows_and_plans_the_same_shapes(checked, folder,
     monkeypatch.setattr("r1vl_jax.train.ScorerPool", FakeScorerPool)
     monkeypatch.setattr(run.Run, "plan", plan)
     monkeypatch.setattr(run.Run, "sample", answers)
-    monkeypatch.setattr(StepGRPO, "_under_reference", lambda self, rows, answers: np.zeros(answers.mask_BGT.shape))
+    monkeypatch.setattr(StepGRPO, "logprobs", lambda self, params, rows, tokens, mask: np.zeros(mask.shape))
     monkeypatch.setattr(Stage, "step", lambda self, batches, loss_fn: {})
     train(config_of(folder, tmp_path / "run"))
     sets, said = checked[1]["sets"], capsys.readouterr().err.splitlines()

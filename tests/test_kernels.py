@@ -20,8 +20,8 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 from r1vl_kernels.kl_policy_loss import kl_policy_loss
 from r1vl_kernels.prefix_decode_attention import prefix_decode_attention
-from r1vl_kernels.reference import step_advantages, token_advantages
-from r1vl_kernels.reference_jax import k3, policy_terms, sequence_weights
+from r1vl_kernels.reference import sequence_weights, step_advantages, token_advantages
+from r1vl_kernels.reference_jax import k3, policy_terms
 from r1vl_kernels.step_group_advantage import step_group_advantage
 
 MODULES = [
@@ -356,6 +356,7 @@ SHAPES = {
     "odd": (3, 1, 3, 5, 24, 100, 77),
     "one": (1, 1, 1, 1, 16, 1, 1),
     "long": (1, 1, 2, 2, 32, 1100, 600),
+    "many answers": (2, 1, 30, 6, 16, 40, 20),  # 180 query rows: three programs of 64
 }
 
 

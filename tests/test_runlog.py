@@ -121,3 +121,25 @@ def test_resume_refuses_settings_that_change_what_was_trained(tmp_path):
     (tmp_path / "run" / "checkpoints" / "step_grpo").mkdir(parents=True)
     with pytest.raises(ConfigError, match="sft.steps was 9"):
         RunLog(config(sft={"steps": 10}, rl={"steps": 9}), resume=True)
+
+
+def test_resume_takes_other_means_and_runs_of_earlier_versions(tmp_path):
+    """How it is computed may change; a key that a run did not have yet counts as its default."""
+    path = tmp_path / "config.yaml"
+
+    def config(**model):
+        sections = {"model": {"path": "m", **model}, "data": {"sft": {"path": "s"}, "rl": {"path": "r"}}}
+        path.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "run"), **sections}))
+        return configs.load(path)
+
+    RunLog(config()).metrics("sft", 1, {})
+    RunLog(config(remat="matmuls", attention="xla", kernels="reference", shared_prefix=False), resume=True)
+    written = tmp_path / "run" / "config.yaml"
+    tree = yaml.safe_load(written.read_text())
+    del tree["rl"]["average"], tree["rl"]["rewards"], tree["compilation_cache"]
+    written.write_text(yaml.safe_dump(tree))
+    RunLog(config(), resume=True)
+    tree["rl"]["average"] = "token"
+    written.write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError, match="rl.average was 'token' in this run and is now 'sequence'"):
+        RunLog(config(), resume=True)

@@ -25,6 +25,7 @@ from r1vl_jax.optim import (
     zero_grads,
 )
 from r1vl_jax.parallel.sharding import ROLLOUT_RULES, batch_shards, make_mesh, param_shardings, put_batch
+from r1vl_jax.rollout import generate
 from r1vl_jax.rollout.generate import rollout
 from r1vl_jax.step_grpo.loss import Objective, answer_weights, step_grpo_loss
 from r1vl_jax.types import Sampling, TrainBatch
@@ -64,13 +65,13 @@ def train_batch(prompts):
     return TrainBatch(prompts, tokens, LOUDER * answer_weights(mask, B * G), advantage, ref)
 
 
-def sampled(mesh, rules):
+def sampled(mesh, rules, **limits):
     cfg, params, prompts = setting()
     weights = jax.jit(partial(fuse, cfg=cfg), out_shardings=fused_shardings(cfg, mesh, ROLLOUT_RULES[rules]))
     with jax.set_mesh(mesh):
         got = rollout(
             weights(params), cfg, put_batch(prompts, mesh), np.arange(B, dtype=np.uint32),
-            group=G, sampling=Sampling(max_new_tokens=8), stop_ids=(1, 2), seed=0, step=1,
+            group=G, sampling=Sampling(max_new_tokens=8), stop_ids=(1, 2), seed=0, step=1, **limits,
         )  # fmt: skip
         return jax.device_get(got)
 
@@ -124,6 +125,31 @@ def test_rollout(sizes, rules):
     np.testing.assert_array_equal(got.mask_BGT, expected.mask_BGT)
     np.testing.assert_allclose(got.logprobs_BGT, expected.logprobs_BGT, atol=1e-5)
     assert len(np.unique(expected.tokens_BGT)) > 20
+
+
+@pytest.mark.parametrize("sizes, rules", [((2, 1, 2), "tensor"), ((4, 2, 1), "replicated")])
+def test_finished_questions_are_dropped(sizes, rules, monkeypatch):
+    """On a mesh too the rest is what it would have been, and caches stay split by rows and by heads."""
+    limits = np.array([[8, 3]] + [[1 + i % 2, 2] for i in range(B - 1)])
+    expected, places, drop = one_device("sampled", "replicated"), [], generate.compact
+
+    def watched(*args):
+        asked, answers = drop(*args)
+        places.append((len(answers.done_BG), answers.cache[0].k.sharding.spec, asked.prefix[0].v.sharding.spec))
+        return asked, answers
+
+    monkeypatch.setattr(generate, "SEGMENT", 2)
+    monkeypatch.setattr(generate, "compact", watched)
+    mesh = make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
+    got = sampled(mesh, rules, limit_BG=limits)
+    mask = (np.arange(8) < limits[..., None]) & expected.mask_BGT
+    np.testing.assert_array_equal(got.mask_BGT, mask)
+    np.testing.assert_array_equal(got.tokens_BGT[mask], expected.tokens_BGT[mask])
+    if batch_shards(mesh) == B:
+        assert places == []  # as many questions as devices
+    else:
+        assert [count for count, *_ in places] == [2]
+        assert all(len(spec) > 1 and spec[1] == "tensor" and spec[0] for _, *specs in places for spec in specs)
 
 
 @pytest.mark.parametrize("sizes", MESHES)

@@ -2,9 +2,9 @@
 
     loss_R = w_R sum_t -(s_t - beta KL_t)      kl_R = w_R sum_t KL_t      entropy_R = w_R sum_t H_t
 
-`reference_jax` has s_t and KL_t with their source, and the weights w_R. A program takes a row (a TPU's eight) and walks
-its tokens in blocks; forward and backward are a kernel each, and the backward's is the vjp of the very terms that the
-forward adds up. Work is a few bytes a token: bound by launches, like what XLA makes of the reference.
+`reference_jax` has s_t and KL_t with their source, `reference` the weights w_R. A program takes a row (a TPU's eight)
+and walks its tokens in blocks; forward and backward are a kernel each, and the backward's is the vjp of the very terms
+that the forward adds up. Work is a few bytes a token: bound by launches, like what XLA makes of the reference.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from r1vl_kernels.backends import check_array, check_backend, on_device, padded, token_block, up_to
-from r1vl_kernels.reference_jax import AVERAGES, policy_sums, policy_terms, sequence_weights
+from r1vl_kernels.reference import AVERAGES, sequence_weights
+from r1vl_kernels.reference_jax import policy_sums, policy_terms
 
 
 class PolicyLoss(NamedTuple):
@@ -57,7 +58,7 @@ def kl_policy_loss(
       entropy_RT: float, the policy's entropy at each token; entropy_R is 0 without.
       beta: the weight of the KL.
       clip_low, clip_high: the ratio is cut to [1 - clip_low, 1 + clip_high]; both or neither, and only with old_RT.
-      average: sequence (GRPO), token (DAPO) or constant (Dr. GRPO, by max_length): `reference_jax.sequence_weights`.
+      average: sequence (GRPO), token (DAPO) or constant (Dr. GRPO, by max_length): `reference.sequence_weights`.
       backend: reference, pallas or interpret.
 
     Raises:

@@ -26,6 +26,7 @@ from r1vl_kernels.reference_jax import LOW, attention
 PROGRAMS = 528  # four for each of an H100's 132 SMs, of which two at least run at a time: ends are ragged, work is even
 GPU_BLOCK_BYTES = 128  # of a column of keys: 64 keys in bf16, 32 in fp32
 TPU_BLOCK = 512  # keys
+QUERY_ROWS = 64  # of a GPU program
 TINY = 1e-30
 
 
@@ -143,24 +144,25 @@ def _finish(state):
 
 
 def _partial_gpu(q_WQH, k_WSH, v_WSH, length_W, **call):
-    """out (W, C, Q, H) and lse (W, C, Q), fp32. Program (w, c) takes blocks c, c + C, ... up to row w's length.
+    """out (W, C, Q, H) and lse (W, C, Q), fp32. Program (w, c, i) takes blocks c, c + C, ... up to row w's length.
 
-    So all of them have work, however short the row is. Query rows are padded to 16 at least, for the tensor cores.
+    So all of them have work, however short the row is. Query rows are padded to 16 at least, for the tensor cores, and
+    more than 64 are cut into i parts, for the registers.
     """
     W, Q, H = q_WQH.shape
     S = k_WSH.shape[1]
-    rows, width = max(16, pl.next_power_of_2(Q)), max(16, pl.next_power_of_2(H))
+    rows, width = min(QUERY_ROWS, max(16, pl.next_power_of_2(Q))), max(16, pl.next_power_of_2(H))
     block = min(GPU_BLOCK_BYTES // k_WSH.dtype.itemsize, max(16, pl.next_power_of_2(S)))
     splits = min(pl.cdiv(S, block), pl.cdiv(PROGRAMS, W))
-    queries = pl.BlockSpec((None, rows, width), lambda w, c: (w, 0, 0))
-    keys = pl.BlockSpec((None, pl.cdiv(S, block) * block, width), lambda w, c: (w, 0, 0))
+    queries = pl.BlockSpec((None, rows, width), lambda w, c, i: (w, i, 0))
+    keys = pl.BlockSpec((None, pl.cdiv(S, block) * block, width), lambda w, c, i: (w, 0, 0))
     return pl.pallas_call(
         partial(_gpu_kernel, shape=(Q, S, H), block=block, splits=splits),
-        grid=(W, splits),
-        in_specs=[pl.BlockSpec((1,), lambda w, c: (w,)), queries, keys, keys],
+        grid=(W, splits, pl.cdiv(Q, rows)),
+        in_specs=[pl.BlockSpec((1,), lambda w, c, i: (w,)), queries, keys, keys],
         out_specs=[
-            pl.BlockSpec((None, None, rows, width), lambda w, c: (w, c, 0, 0)),
-            pl.BlockSpec((None, None, rows), lambda w, c: (w, c, 0)),
+            pl.BlockSpec((None, None, rows, width), lambda w, c, i: (w, c, i, 0)),
+            pl.BlockSpec((None, None, rows), lambda w, c, i: (w, c, i)),
         ],
         out_shape=[
             jax.ShapeDtypeStruct((W, splits, Q, H), jnp.float32),
@@ -175,7 +177,7 @@ def _gpu_kernel(length_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, *, shape, blo
     Q, S, H = shape
     rows, width = q_ref.shape
     split, length = pl.program_id(1), jnp.clip(length_ref[0], 0, S)
-    row, column = jnp.arange(rows) < Q, (jnp.arange(width) < H)[None, :]
+    row, column = pl.program_id(2) * rows + jnp.arange(rows) < Q, (jnp.arange(width) < H)[None, :]
     queries = row[:, None] & column
     q = triton.load(q_ref, mask=queries, other=0)
 

@@ -10,6 +10,7 @@ answers a group, K steps, T tokens.
 from __future__ import annotations
 
 SCALES = ("std", "none", "floor")
+AVERAGES = ("sequence", "token", "constant")
 
 
 def step_advantages(rewards_BMK, mask_BMK, *, scale: str = "std", std_floor: float = 0.1, eps: float = 1e-4):
@@ -61,3 +62,17 @@ def token_advantages(advantages_BMK, step_BMT):
     steps = advantages_BMK.shape[2]
     values_BMT = xp.take_along_axis(advantages_BMK, xp.clip(step_BMT, 0, steps - 1), axis=2)
     return xp.where((step_BMT >= 0) & (step_BMT < steps), values_BMT, 0)
+
+
+def sequence_weights(mask_RT, average: str, max_length: int | None = None, *, sequences: int | None = None):
+    """The weight (R,) of each sequence's token sum; float32 of jax arrays, float64 of NumPy's.
+
+    sequence: 1 / (R |c_i|), the mean of the sequences' means (GRPO); token: 1 / sum |c_i|, the mean over all tokens
+    (DAPO); constant: 1 / (R max_length) (Dr. GRPO). `sequences` stands for R where not all of them count.
+    """
+    xp = mask_RT.__array_namespace__()
+    length, count = xp.sum(mask_RT, axis=1), sequences or mask_RT.shape[0]
+    if average == "sequence":
+        return 1 / (count * xp.maximum(length, 1))
+    total = xp.maximum(xp.sum(length), 1) if average == "token" else count * max_length
+    return xp.ones_like(length) / total

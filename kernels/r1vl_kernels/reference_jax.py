@@ -13,7 +13,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-AVERAGES = ("sequence", "token", "constant")
 LOW = -1e30  # the score of a key that is not seen: finite, so that differences of two are
 
 
@@ -51,20 +50,6 @@ def policy_sums(arrays: dict[str, jax.Array], mask_RT: jax.Array, *, beta: float
     fixed = {name: jax.lax.stop_gradient(array) for name, array in real.items() if name != "logprobs"}
     loss, kl = policy_terms(real["logprobs"], **fixed, beta=beta, clip=clip)
     return tuple(jnp.sum(term, axis=1) for term in (loss, kl, entropy))
-
-
-def sequence_weights(mask_RT: jax.Array, average: str, max_length: int | None = None) -> jax.Array:
-    """The weight (R,) of each sequence's token sum, fp32.
-
-    sequence: 1 / (R |c_i|), the mean of the sequences' means (GRPO); token: 1 / sum |c_i|, the mean over all tokens
-    (DAPO); constant: 1 / (R max_length) (Dr. GRPO).
-    """
-    length = jnp.sum(mask_RT, axis=1).astype(jnp.float32)
-    if average == "sequence":
-        return 1 / (length.size * jnp.maximum(length, 1))
-    if average == "token":
-        return jnp.broadcast_to(1 / jnp.maximum(jnp.sum(length), 1), length.shape)
-    return jnp.full(length.shape, 1 / (length.size * max_length), jnp.float32)
 
 
 def attention(q_BKGRH, prefix_k_BKSH, prefix_v_BKSH, prefix_length_B, own_k_BKGSH, own_v_BKGSH, own_length_BG):

@@ -1,7 +1,7 @@
 """By what means a model is computed on this machine: which attention, kernels or their references, how many logits.
 
-`auto` is the fastest that is known to work; what is named runs or raises. Nothing falls back in silence: commands say
-what was chosen.
+`auto` is meant for NVIDIA GPUs from Ampere on (name xla and reference for others), TPUs and CPUs; what is named runs or
+raises. Nothing falls back in silence: commands say what was chosen.
 
                  attention            kernels      rows of logits at once
     gpu, bf16    cudnn                pallas       4,096: fewer leave matmuls too small

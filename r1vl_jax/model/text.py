@@ -55,7 +55,7 @@ def _projected(h, p, angle, cfg: ModelConfig):
 def _gate_up(h, p):
     if "gate_up" not in p:
         return linear(h, p["gate"]), linear(h, p["up"])
-    both = linear(h, p["gate_up"])
+    both = jnp.einsum("...D,DcF->...cF", h, p["gate_up"])  # as it lies: F may be split over devices
     return both[..., 0, :], both[..., 1, :]
 
 

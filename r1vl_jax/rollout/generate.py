@@ -101,9 +101,11 @@ def compact(asked: Questions, answers: Answers, places_B) -> tuple[Questions, An
     """The questions at these places alone."""
 
     def take(a):
+        if isinstance(a, text.KV):
+            return text.KV(*(constrain(b[places_B], "batch", "kv_heads", *[None] * (b.ndim - 2)) for b in a))
         return constrain(a[places_B], "batch", *[None] * (a.ndim - 1))
 
-    return jax.tree.map(take, (asked, answers))
+    return jax.tree.map(take, (asked, answers), is_leaf=lambda node: isinstance(node, text.KV))
 
 
 @partial(jax.jit, static_argnames=("cfg", "samples", "tokens", "length", "stop"))

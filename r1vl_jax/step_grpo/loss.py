@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from r1vl_kernels.kl_policy_loss import PolicyLoss, kl_policy_loss
+from r1vl_kernels.reference import sequence_weights
 
 from r1vl_jax.model.config import ModelConfig
 from r1vl_jax.model.qwen2_vl import answer_loss
@@ -45,9 +46,9 @@ def answer_weights(mask_BGT: np.ndarray, answers: int, average: str = "sequence"
       average: sequence: the mean over answers of their token means (the paper, GRPO); token: the mean over all tokens
         (DAPO); constant: sums over T, by answer, and their mean (Dr. GRPO).
     """
-    lengths = np.maximum(mask_BGT.sum(axis=-1, keepdims=True), 1)
-    total = {"sequence": answers * lengths, "token": max(1, mask_BGT.sum()), "constant": answers * mask_BGT.shape[2]}
-    return (mask_BGT / total[average]).astype(np.float32)
+    T = mask_BGT.shape[2]
+    weight_R = sequence_weights(mask_BGT.reshape(-1, T), average, T, sequences=answers)
+    return (mask_BGT * weight_R.reshape(*mask_BGT.shape[:2], 1)).astype(np.float32)
 
 
 def policy_loss(logprobs, entropy, values, *, objective: Objective, backend: str):

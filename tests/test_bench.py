@@ -74,3 +74,33 @@ def test_gpu_failure(scripts, monkeypatch, capsys):
     failed, measured = map(json.loads, capsys.readouterr().out.splitlines())
     assert failed == {"name": "T2", "error": "MemoryError: out of memory"}
     assert measured["name"] == "K" and measured["value"] > 0
+
+
+@pytest.mark.parametrize("platform, attention", [("cuda", "xla"), ("tpu", "splash")])
+def test_every_program_of_a_step_lowers(scripts, monkeypatch, platform, attention):
+    """As scripts/aot_memory.py compiles them, short of compiling: with the kernels, for accelerators not there."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    import aot_memory
+    import jax
+    from workloads import SIZES
+
+    from r1vl_jax.parallel.sharding import make_mesh
+
+    lowered = {}
+
+    class Lowered(aot_memory.Programs):
+        def add(self, name, jitted, *args, beside, **kwargs):
+            with jax.set_mesh(self.mesh):
+                lowered[name] = jitted.trace(*args, **kwargs).lower(lowering_platforms=(platform,)).as_text()
+            assert aot_memory.size_of(beside) > 0
+
+    size = SIZES["tiny"]
+    cfg = size.cfg.with_backend(attention, "pallas")
+    programs = Lowered(make_mesh(1, 2, 1, devices=jax.devices()[:2]), cfg, size, remat="matmuls")
+    programs.rollout(2)
+    programs.training(2)
+    call = {"cuda": "__gpu$xla.gpu.triton", "tpu": "tpu_custom_call"}[platform]
+    with_kernels = {name for name, text in lowered.items() if call in text}
+    expected = {"decode, longest cache", "gradient"} | ({"prefill", "reference"} if attention == "splash" else set())
+    assert with_kernels == expected
+    assert {"rollout_weights", "update"} < set(lowered)

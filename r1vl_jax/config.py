@@ -43,6 +43,11 @@ def _at_least(section: str, config: Any, **bounds: float) -> None:
         _require(value is None or value >= bound, f"{section}.{key}", value, f"at least {bound}")
 
 
+REMAT = ("none", "matmuls", "full")
+ATTENTION = ("auto", "xla", "cudnn", "splash")
+KERNELS = ("auto", "pallas", "reference")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelSection:
     path: str = _field("", "a Qwen2-VL folder: Hugging Face layout, or made by r1vl_jax.convert from-hf")
@@ -54,9 +59,9 @@ class ModelSection:
 
     def __post_init__(self):
         _one_of("model.dtype", self.dtype, ("bfloat16", "float32"))
-        _one_of("model.remat", self.remat, ("none", "matmuls", "full"))
-        _one_of("model.attention", self.attention, ("auto", "xla", "cudnn", "splash"))
-        _one_of("model.kernels", self.kernels, ("auto", "pallas", "reference"))
+        _one_of("model.remat", self.remat, REMAT)
+        _one_of("model.attention", self.attention, ATTENTION)
+        _one_of("model.kernels", self.kernels, KERNELS)
 
 
 @dataclasses.dataclass(frozen=True)

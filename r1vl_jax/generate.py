@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from r1vl_jax.checkpoint.store import find_model, load_model
+from r1vl_jax.config import ATTENTION, KERNELS
 from r1vl_jax.data.batching import collate_prompts
 from r1vl_jax.data.buckets import Buckets
 from r1vl_jax.model.backend import choose
@@ -167,8 +168,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--video-pixels", type=int, default=video.max_pixels, help="frames are shrunk to this (default %(default)s)")
     add("--seed", type=int, default=None, help="fixes what is sampled; default: another one each time, said on stderr")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default %(default)s")
-    add("--attention", choices=("auto", "xla", "cudnn", "splash"), default="auto", help="default: the platform's")
-    add("--kernels", choices=("auto", "pallas", "reference"), default="auto", help="default: pallas, on CPUs reference")
+    add("--attention", choices=ATTENTION, default="auto", help="default: the platform's")
+    add("--kernels", choices=KERNELS, default="auto", help="default: pallas, on CPUs reference")
     add("--json", action="store_true", help="print one JSON object on stdout and nothing else")
     return parser
 

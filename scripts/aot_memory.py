@@ -24,10 +24,10 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from workloads import OBJECTIVE, OPTIMIZER, SIZES, TEMPERATURE, random_questions
 
+from r1vl_jax.config import REMAT
 from r1vl_jax.data.batching import collate_prompts
 from r1vl_jax.data.buckets import Buckets
 from r1vl_jax.model.fused import fuse, fused_shardings
-from r1vl_jax.model.layers import REMAT
 from r1vl_jax.model.qwen2_vl import answer_logprobs, cast
 from r1vl_jax.model.spec import abstract_params, param_spec
 from r1vl_jax.optim import abstract_state, accumulate, make_optimizer, make_update, trained_parts

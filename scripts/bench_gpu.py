@@ -64,7 +64,7 @@ from workloads import (
 )
 
 from r1vl_jax.arguments import at_least_one
-from r1vl_jax.model.layers import REMAT
+from r1vl_jax.config import ATTENTION, KERNELS, REMAT
 from r1vl_jax.rewards import ScorerPool
 from r1vl_jax.step_grpo.advantages import group_advantages
 
@@ -437,13 +437,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--remat", choices=REMAT, default="matmuls", help="what the gradient keeps of the layers (default: matmuls)")
     option(
         "--attention",
-        choices=["auto", "xla", "cudnn", "splash"],
+        choices=ATTENTION,
         default="auto",
         help="default: what training would choose",
     )
-    option(
-        "--kernels", choices=["auto", "pallas", "reference"], default="auto", help="default: what training would choose"
-    )
+    option("--kernels", choices=KERNELS, default="auto", help="default: what training would choose")
     option("--xla-flags", default="", metavar="FLAGS", help="for ours: '--xla_gpu_...', added to XLA_FLAGS")
     option("--profile", type=Path, metavar="DIR", help="where to write a trace of one more call of each workload")
     option("--json", type=Path, metavar="FILE", help="where all figures are written, after each workload")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1vl_jax.model.head import head_loss, scaled_logits, token_logprobs
+from r1vl_jax.model.head import head_loss, logits, scaled, token_logprobs
 from r1vl_jax.step_grpo.loss import Objective, policy_loss
 
 B, G, T, D, V = 2, 3, 11, 16, 40
@@ -45,8 +45,8 @@ def test_logprobs_by_definition():
         )
         np.testing.assert_allclose(got, np.take_along_axis(log_p, np.asarray(tokens)[..., None], -1)[..., 0], rtol=1e-5)
         np.testing.assert_allclose(got_entropy, entropy, rtol=1e-5)
-    logits = scaled_logits(hidden, head, TEMPERATURE, FORBIDDEN)
-    assert np.isneginf(logits[..., list(FORBIDDEN)]).all() and np.isfinite(logits).sum() == hidden[..., 0].size * 38
+    z = scaled(logits(hidden, head), TEMPERATURE, FORBIDDEN)
+    assert np.isneginf(z[..., list(FORBIDDEN)]).all() and np.isfinite(z).sum() == hidden[..., 0].size * 38
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 12, 36, 1000])

@@ -1,5 +1,6 @@
 """Our model against transformers: logits, gradients of every parameter, and answers' log-probabilities, in fp32."""
 
+from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -180,7 +181,13 @@ def test_answers(tied, side, temperature, forbidden, remat, chunk, tmp_path):
     def gradients(params, prompts):
         def loss(params):
             logprobs, entropy = qwen2_vl.answer_logprobs(
-                params, cfg, prompts, tokens, temperature=temperature, forbidden=forbidden, remat=remat, chunk=chunk
+                params,
+                replace(cfg, logit_rows=chunk),
+                prompts,
+                tokens,
+                temperature=temperature,
+                forbidden=forbidden,
+                remat=remat,
             )
             return jnp.sum(jnp.where(mask, logprobs * weights, 0.0)), (logprobs, entropy)
 

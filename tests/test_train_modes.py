@@ -50,20 +50,24 @@ def rl(inputs, folder, **options):
     return run_config(inputs, folder, stages=["step_grpo"], rl=options)
 
 
+def resumes(inputs, folder, **options):
+    """Trains once whole, in folder/straight, and once cut off and resumed, in folder/broken: the same bytes."""
+    straight, broken = (rl(inputs, folder / name, **options) for name in ("straight", "broken"))
+    whole = train(straight)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        cut(patch, "step_grpo", 3)
+        train(broken)
+    resumed = train(broken, resume=True)
+    assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+
+
 def params(folder):
     return load_hf(folder, load_config(folder))
 
 
 def test_steps_and_resampling_resume_bit_for_bit(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(train_module, "ScorerPool", SteppedScorerPool)
-    options = {"advantage": "step", "zero_variance": "resample", "max_resamples": 2}
-    straight, broken = rl(inputs, tmp_path / "straight", **options), rl(inputs, tmp_path / "broken", **options)
-    whole = train(straight)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        cut(patch, "step_grpo", 3)
-        train(broken)
-    resumed = train(broken, resume=True)
-    assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+    resumes(inputs, tmp_path, advantage="step", zero_variance="resample", max_resamples=2)
     assert read_lines(tmp_path / "straight" / "rollouts.jsonl") == read_lines(tmp_path / "broken" / "rollouts.jsonl")
     rows = steps(tmp_path / "straight", "step_grpo")
     questions = [row["questions"] for row in rows]
@@ -205,13 +209,7 @@ def test_several_updates_a_rollout(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(train_module, "ScorerPool", FakeScorerPool)
     options = {"updates_per_rollout": 3, "clip_high": 0.28}
     rates = {"optimizer": {"learning_rate": 1e-3, "schedule": "linear", "warmup_ratio": 0.0}}
-    straight, broken = (rl(inputs, tmp_path / name, **options, **rates) for name in ("straight", "broken"))
-    whole = train(straight)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        cut(patch, "step_grpo", 3)
-        train(broken)
-    resumed = train(broken, resume=True)
-    assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+    resumes(inputs, tmp_path, **options, **rates)
     rows = steps(tmp_path / "straight", "step_grpo")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     # The rate of a step's last update: number 3, 6, 9, 12 of 12, on the way from 1e-3 to 0.

@@ -23,19 +23,18 @@ from r1vl_jax.parallel.sharding import ambient_shards
 FP32 = {"preferred_element_type": jnp.float32}
 
 
-def scaled_logits(hidden, head_VD, temperature: float, forbidden: tuple[int, ...]) -> jax.Array:
-    """fp32 logits (..., V) over the temperature (0 stands for 1), forbidden ids at -inf."""
+def logits(hidden, head_VD) -> jax.Array:
+    """fp32 logits (..., V) of hidden states (..., D)."""
     rows = hidden.reshape(-1, hidden.shape[-1])  # one row axis: several make the gradient slow on a CPU
-    logits = jnp.einsum("ND,VD->NV", rows, head_VD, **FP32)
-    return without(logits.reshape(*hidden.shape[:-1], -1) / (temperature or 1.0), forbidden)
+    return jnp.einsum("ND,VD->NV", rows, head_VD, **FP32).reshape(*hidden.shape[:-1], -1)
 
 
-def without(logits: jax.Array, forbidden: tuple[int, ...]) -> jax.Array:
-    """Logits with the forbidden ids at -inf: neither sampled nor part of any sum."""
+def scaled(logits, temperature: float, forbidden: tuple[int, ...]) -> jax.Array:
+    """fp32 logits over the temperature (0 stands for 1), forbidden ids at -inf: what is sampled from and trained."""
+    z = logits.astype(jnp.float32) / (temperature or 1.0)
     if not forbidden:
-        return logits
-    ids_V = jnp.arange(logits.shape[-1])
-    return jnp.where(jnp.isin(ids_V, jnp.array(forbidden)), -jnp.inf, logits)
+        return z
+    return jnp.where(jnp.isin(jnp.arange(z.shape[-1]), jnp.array(forbidden)), -jnp.inf, z)
 
 
 def _score(logits, tokens):
@@ -67,7 +66,7 @@ def token_logprobs(
 
     @jax.checkpoint
     def score(hidden, tokens):
-        return _score(scaled_logits(hidden, head_VD, temperature, forbidden), tokens)[:2]
+        return _score(scaled(logits(hidden, head_VD), temperature, forbidden), tokens)[:2]
 
     (B, G, T), (chunks, width) = tokens_BGT.shape, _chunks(hidden_BGTD, chunk)
     rows = _padded((hidden_BGTD, tokens_BGT), chunks * width)
@@ -115,7 +114,7 @@ def _head_loss(token_loss, hidden_BGTD, head_VD, tokens_BGT, values, temperature
 
     def one(i):
         hidden, tokens, value, real = _part(rows, i, width)
-        logprobs, entropy, p = _score(scaled_logits(hidden, head_VD, temperature, forbidden), tokens)
+        logprobs, entropy, p = _score(scaled(logits(hidden, head_VD), temperature, forbidden), tokens)
 
         def loss(logprobs):
             return token_loss(jnp.where(real, logprobs, 0.0), jnp.where(real, entropy, 0.0), value)

@@ -7,8 +7,6 @@ import math
 import jax
 import jax.numpy as jnp
 
-REMAT = ("none", "matmuls", "full")
-
 
 def recomputed(block, remat: str):
     """A layer that keeps for its gradient: all (none), the outputs of its linear layers (matmuls), its input (full)."""

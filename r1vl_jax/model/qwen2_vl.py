@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from r1vl_jax.model import text
 from r1vl_jax.model.config import ModelConfig
-from r1vl_jax.model.head import TokenLoss, head_loss, token_logprobs
+from r1vl_jax.model.head import TokenLoss, head_loss, logits, token_logprobs
 from r1vl_jax.model.vision import encode_images
 from r1vl_jax.parallel.sharding import constrain
 from r1vl_jax.types import Prompts
@@ -85,7 +85,7 @@ def _at(hidden_BTD, places_BT) -> jax.Array:
 def prompt_logits(params: Any, cfg: ModelConfig, prompts: Prompts) -> jax.Array:
     """fp32 logits (B, T, V) at every prompt position."""
     hidden, _, _ = prefill(params, cfg, prompts)
-    return text.logits(params["text"], _rolled(hidden, -padding_last(prompts)[1]))
+    return logits(_rolled(hidden, -padding_last(prompts)[1]), text.head(params["text"]))
 
 
 def answer_hidden(
@@ -148,7 +148,6 @@ def answer_logprobs(
     forbidden: tuple[int, ...] = (),
     shared: bool = True,
     remat: str = "none",
-    chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """log softmax(z / temperature) of the given answer tokens, and the entropy of the distribution they came from.
 
@@ -159,15 +158,12 @@ def answer_logprobs(
       forbidden: ids taken out of the distribution, as the sampler does.
       shared: see `answer_hidden`.
       remat: what the gradient keeps of the layers, see layers.recomputed.
-      chunk: rows whose logits are held at once (model.head); None: cfg.logit_rows.
     Returns:
       fp32 (logprobs_BGT, entropy_BGT); values behind an answer's end mean nothing.
     """
     hidden = _hidden(params, cfg, prompts, tokens_BGT, start_B, shared, remat)
     rows = text.head(params["text"])
-    return token_logprobs(
-        hidden, rows, tokens_BGT, temperature=temperature, forbidden=forbidden, chunk=chunk or cfg.logit_rows
-    )
+    return token_logprobs(hidden, rows, tokens_BGT, temperature=temperature, forbidden=forbidden, chunk=cfg.logit_rows)
 
 
 def answer_loss(

@@ -173,13 +173,8 @@ def empty_cache(cfg: ModelConfig, batch: int, group: int, length: int, dtype) ->
     return tuple(KV(zeros(), zeros()) for _ in range(cfg.layers))
 
 
-def logits(params, hidden: jax.Array) -> jax.Array:
-    """fp32 logits (..., V) of hidden states (..., D); the head is the embedding where the checkpoint ties them."""
-    return jnp.einsum("...D,VD->...V", hidden, head(params), preferred_element_type=jnp.float32)
-
-
 def head(params) -> jax.Array:
-    """The rows (V, D) that hidden states are multiplied with."""
+    """The rows (V, D) that hidden states are multiplied with: the embedding where the checkpoint ties them."""
     return params.get("head", params["embed"])
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from r1vl_jax.model import qwen2_vl, text
 from r1vl_jax.model.config import ModelConfig
+from r1vl_jax.model.head import logits
 from r1vl_jax.parallel.sharding import ambient_shards, constrain
 from r1vl_jax.rollout.sampling import answer_uniforms, check_sampling, sample
 from r1vl_jax.types import Prompts, Rollout, Sampling
@@ -67,11 +68,12 @@ def decode(
 ) -> Answers:
     """Samples tokens first..last - 1, until all answers are finished."""
 
+    head_VD = text.head(weights["text"])
+
     def body(loop):
         step, (hidden_BGD, done_BG, cache, out) = loop
         uniform_BG = jax.lax.dynamic_index_in_dim(asked.uniforms_BGT, step, axis=2, keepdims=False)
-        logits = text.logits(weights["text"], hidden_BGD)
-        token_BG, logprob_BG = sample(logits, uniform_BG, sampling, cfg.vision_ids)
+        token_BG, logprob_BG = sample(logits(hidden_BGD, head_VD), uniform_BG, sampling, cfg.vision_ids)
         token_BG = jnp.where(done_BG, stop_ids[0], token_BG)
         new = Rollout(token_BG, jnp.where(done_BG, 0.0, logprob_BG), ~done_BG)
         out = jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b[:, :, None], step, 2), out, new)

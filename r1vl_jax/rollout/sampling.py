@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from r1vl_jax.model.head import without
+from r1vl_jax.model.head import scaled
 from r1vl_jax.types import Sampling
 
 BLOCK = 128  # tokens
@@ -46,14 +46,14 @@ def sample(logits: jax.Array, uniform: jax.Array, sampling: Sampling, forbidden:
     Returns:
       (tokens (...) int32, their log-probability under log softmax(z / T), before top-k and top-p).
     """
-    scaled = without(logits.astype(jnp.float32) / (sampling.temperature or 1.0), forbidden)
+    z = scaled(logits, sampling.temperature, forbidden)
     if sampling.temperature == 0:
-        token = jnp.argmax(scaled, axis=-1)
+        token = jnp.argmax(z, axis=-1)
     else:
-        p = jnp.exp(scaled - scaled.max(axis=-1, keepdims=True))
+        p = jnp.exp(z - z.max(axis=-1, keepdims=True))
         token = _inverse_cdf(_truncated(p, sampling), uniform)
-    taken = jnp.take_along_axis(scaled, token[..., None], axis=-1)[..., 0]
-    return token.astype(jnp.int32), taken - jax.nn.logsumexp(scaled, axis=-1)
+    taken = jnp.take_along_axis(z, token[..., None], axis=-1)[..., 0]
+    return token.astype(jnp.int32), taken - jax.nn.logsumexp(z, axis=-1)
 
 
 def _truncated(p: jax.Array, sampling: Sampling) -> jax.Array:

@@ -15,11 +15,8 @@ from typing import Any
 
 import yaml
 
+from r1vl_jax.errors import ConfigError
 from r1vl_jax.rewards.rules import PRESETS, get_rules
-
-
-class ConfigError(ValueError):
-    """The configuration is wrong. The message names the key, its value and what was expected."""
 
 
 def _field(default: Any, help: str) -> Any:

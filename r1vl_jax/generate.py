@@ -27,8 +27,9 @@ from r1vl_jax.checkpoint.store import find_model, load_model
 from r1vl_jax.config import ATTENTION, KERNELS
 from r1vl_jax.data.batching import collate_prompts
 from r1vl_jax.data.buckets import Buckets
+from r1vl_jax.errors import CheckpointError, RowError
 from r1vl_jax.model.backend import choose
-from r1vl_jax.model.config import CheckpointError, ModelConfig
+from r1vl_jax.model.config import ModelConfig
 from r1vl_jax.model.fused import fuse
 from r1vl_jax.model.spec import num_params, param_spec
 from r1vl_jax.parallel.sharding import ROLLOUT_RULES, make_mesh, param_shardings
@@ -37,7 +38,7 @@ from r1vl_jax.processing.processor import Processor
 from r1vl_jax.processing.videos import VideoSpec
 from r1vl_jax.rollout.generate import rollout
 from r1vl_jax.rollout.sampling import check_sampling
-from r1vl_jax.types import EncodedPrompt, RowError, Sampling
+from r1vl_jax.types import EncodedPrompt, Sampling
 
 # Published checkpoints allow 12,845,056 pixels, 16,384 image tokens: attention over those takes hundreds of GB.
 MAX_PIXELS = 1280 * 28 * 28

@@ -18,14 +18,14 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from r1vl_jax import lab
-from r1vl_jax.arguments import at_least_one, finite, positive, whole
-from r1vl_jax.jsonfile import writing
-from r1vl_jax.lab_tables import probe_table, rescore_table
+from r1vl_jax.common.arguments import finite_float, non_negative_int, positive_float, positive_int
+from r1vl_jax.common.files import atomic_write
+from r1vl_jax.reward_lab import attacks
+from r1vl_jax.reward_lab import rescoring as lab
+from r1vl_jax.reward_lab.rows import question_of, read_rows
+from r1vl_jax.reward_lab.tables import probe_table, rescore_table
 from r1vl_jax.rewards import PRESETS, Rules, Score, ScorerPool, get_rules
-from r1vl_jax.rewards import probe as attacks
 from r1vl_jax.rewards.key_steps import key_step_groups
-from r1vl_jax.score_input import question_of, read_rows
 
 MAX_REPORTED = 20
 
@@ -265,12 +265,12 @@ def summary(scores: list[Score], rules: str, skipped: int) -> str:
 def _check_output(path: str | None) -> None:
     """Raises OSError now, not after the scoring, where OUT cannot be written."""
     if path not in ("-", None):
-        with writing(path, replace=False):
+        with atomic_write(path, replace=False):
             pass
 
 
 def _output(path: str) -> contextlib.AbstractContextManager[TextIO]:
-    return contextlib.nullcontext(sys.stdout) if path == "-" else writing(path)
+    return contextlib.nullcontext(sys.stdout) if path == "-" else atomic_write(path)
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -285,18 +285,18 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("output", metavar="OUT.jsonl", nargs="?", help="written whole or not at all; - is stdout")
     rules = f"{', '.join(PRESETS)}; options behind commas; several to compare (default: paper)"
     parser.add_argument("--rules", metavar="PRESET[,OPTION=true|false]", type=_rules, action="append", help=rules)
-    parser.add_argument("--alpha", type=finite, default=0.1, help="weight of the key steps (default: 0.1)")
+    parser.add_argument("--alpha", type=finite_float, default=0.1, help="weight of the key steps (default: 0.1)")
     parser.add_argument("--stage", help="only a run's rows of this stage, or heldout (default: all but those)")
     steps = parser.add_mutually_exclusive_group()
     steps.add_argument("--step", metavar="N", dest="steps", type=_step, help="only a run's rows of step N")
     steps.add_argument("--steps", metavar="A:B", type=_steps, help="only those from step A to step B, both included")
-    parser.add_argument("--limit", metavar="N", type=at_least_one, help="only the first N of the rows chosen so far")
-    parser.add_argument("--groups", metavar="N", type=whole, default=5, help="groups to show (default: 5)")
+    parser.add_argument("--limit", metavar="N", type=positive_int, help="only the first N of the rows chosen so far")
+    parser.add_argument("--groups", metavar="N", type=non_negative_int, default=5, help="groups to show (default: 5)")
     parser.add_argument("--probe", action="store_true", help="attack the rules")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     cores = os.cpu_count() or 1
-    parser.add_argument("--workers", type=at_least_one, default=cores, help=f"processes (default: {cores}, the cores)")
-    parser.add_argument("--timeout", type=positive, default=20.0, help="seconds for one answer (default: 20)")
+    parser.add_argument("--workers", type=positive_int, default=cores, help=f"processes (default: {cores}, the cores)")
+    parser.add_argument("--timeout", type=positive_float, default=20.0, help="seconds for one answer (default: 20)")
     parser.add_argument("--skip-bad", action="store_true", help="leave out rows that cannot be read, and count them")
     args = parser.parse_intermixed_args(_one_by_one(sys.argv[1:] if argv is None else argv))
     args.rules = args.rules or [_rules("paper")]
@@ -334,14 +334,14 @@ def _rules(text: str) -> tuple[str, Rules]:
 
 
 def _step(text: str) -> tuple[int, int]:
-    return (whole(text),) * 2
+    return (non_negative_int(text),) * 2
 
 
 def _steps(text: str) -> tuple[float, float]:
     low, colon, high = text.partition(":")
     if not colon or not low + high:
         raise argparse.ArgumentTypeError(f"expected A:B, A: or :B, got {text!r}")
-    return whole(low or "0"), whole(high) if high else math.inf
+    return non_negative_int(low or "0"), non_negative_int(high) if high else math.inf
 
 
 if __name__ == "__main__":

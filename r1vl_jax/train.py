@@ -23,30 +23,30 @@ from r1vl_kernels.step_group_advantage import step_group_advantage
 from r1vl_jax import config as configs
 from r1vl_jax.checkpoint.hf import save_hf
 from r1vl_jax.checkpoint.store import find_model
-from r1vl_jax.config import Config, ConfigError
-from r1vl_jax.data.batching import alike, collate_pairs, collate_prompts, in_micro_batches, padding, size_of
+from r1vl_jax.config import Config
+from r1vl_jax.data.batching import by_length, collate_pairs, collate_prompts, in_micro_batches, padding, size_of
 from r1vl_jax.data.buckets import bucket
 from r1vl_jax.data.loader import Loader
 from r1vl_jax.data.sources import Source, check_source
-from r1vl_jax.heldout import heldout
-from r1vl_jax.judge import Paid, correct, reward_metrics, rewards_by_step, token_steps
+from r1vl_jax.errors import CheckpointError, ConfigError, RewardError, RowError
 from r1vl_jax.model import backend
-from r1vl_jax.model.config import CheckpointError, load_config
+from r1vl_jax.model.config import load_config
 from r1vl_jax.model.qwen2_vl import answer_logprobs, cast
 from r1vl_jax.model.spec import param_spec
 from r1vl_jax.parallel.sharding import batch_shards, make_mesh, param_shardings, per_shard
 from r1vl_jax.processing.processor import Processor
-from r1vl_jax.quickstart import make_shapes
-from r1vl_jax.report import heldout_table, plot_metrics
+from r1vl_jax.reporting.curves import heldout_table, plot_metrics
 from r1vl_jax.rewards import ScorerPool
-from r1vl_jax.rewards.user import RewardError
-from r1vl_jax.run import Compilations, Run, keep_programs
-from r1vl_jax.runlog import Phases, RunLog
 from r1vl_jax.sft.loss import sft_loss, token_weights
-from r1vl_jax.stage import Stage
-from r1vl_jax.step_grpo.advantages import gate_rewards, shaped_only, teaches
+from r1vl_jax.shapes.folder import make_shapes
+from r1vl_jax.step_grpo.advantages import gate_rewards, has_signal, shaped_only
 from r1vl_jax.step_grpo.loss import Objective, answer_weights, step_grpo_loss
-from r1vl_jax.types import Prompts, RowError, Sampling, TrainBatch
+from r1vl_jax.training.heldout import heldout
+from r1vl_jax.training.judging import RewardSpec, correct, reward_metrics, rewards_by_step, token_steps
+from r1vl_jax.training.run import Compilations, Run, enable_compilation_cache
+from r1vl_jax.training.run_folder import Phases, RunLog
+from r1vl_jax.training.stage import Stage
+from r1vl_jax.types import Prompts, Sampling, TrainBatch
 
 ANSWER_UNIT = 128  # answers of a training batch are padded to multiples of it
 
@@ -83,7 +83,7 @@ def sft(run: Run, params, resume: bool):
     def make(rows) -> Update:
         pairs = [pair for _, pair in rows]
         total = sum(len(answer) for _, answer in pairs)
-        parts = alike(pairs, config.micro_batch_size, lambda pair: size_of(*pair))
+        parts = by_length(pairs, config.micro_batch_size, lambda pair: size_of(*pair))
         batches = []
         for part in parts:
             rows_B, start_B, tokens, mask = collate_pairs(part, buckets)
@@ -115,7 +115,7 @@ class Groups:
     ref_logprobs_BGT: np.ndarray
     advantage_BGT: np.ndarray
     reward_BG: np.ndarray
-    teaches_B: np.ndarray
+    has_signal_B: np.ndarray
     shaped_B: np.ndarray
 
     @staticmethod
@@ -152,7 +152,7 @@ class StepGRPO:
 
     def questions(self, rows) -> tuple[list, Prompts]:
         """The questions of a rollout, the short ones first, so that micro-batches are alike; and on the device."""
-        (rows,) = alike(rows, len(rows), lambda row: size_of(row[1]))
+        (rows,) = by_length(rows, len(rows), lambda row: size_of(row[1]))
         return rows, self.run.put(collate_prompts([prompt for _, prompt in rows], self.rollout_buckets))
 
     def sample(self, loader: Loader, weights, step: int, phases: Phases) -> Groups:
@@ -160,7 +160,7 @@ class StepGRPO:
         parts = []
         more = self.config.max_resamples if self.config.zero_variance == "resample" else 0
         while not parts or (
-            len(parts) <= more and sum(p.teaches_B.sum() for p in parts) < self.config.questions_per_step
+            len(parts) <= more and sum(p.has_signal_B.sum() for p in parts) < self.config.questions_per_step
         ):
             parts.append(self._sample_once(loader, weights, step, len(parts) * self.config.questions_per_step, phases))
         return Groups.concatenate(parts)
@@ -177,9 +177,9 @@ class StepGRPO:
             ref_logprobs = self.logprobs(self.reference, rows, answers.tokens_BGT, answers.mask_BGT)
         with phases("score"):
             judged = scores()
-        outcome_BGK, shaping_BGK, mask_BGK = rewards_by_step(judged, run.paid, by_step=by_step)
-        rewards_BGK = gate_rewards(outcome_BGK, shaping_BGK, correct(judged), config.gate)
-        advantage_BGT = self._advantages(rewards_BGK, mask_BGK, token_steps(judged, config.max_new_tokens))
+        outcome_BGJ, shaping_BGJ, mask_BGJ = rewards_by_step(judged, run.paid, by_step=by_step)
+        rewards_BGJ = gate_rewards(outcome_BGJ, shaping_BGJ, correct(judged), config.gate)
+        advantage_BGT = self._advantages(rewards_BGJ, mask_BGJ, token_steps(judged, config.max_new_tokens))
         return Groups(
             rows,
             judged,
@@ -187,16 +187,16 @@ class StepGRPO:
             answers.mask_BGT,
             ref_logprobs,
             advantage_BGT,
-            reward_BG=rewards_BGK.sum(axis=2),
-            teaches_B=teaches(advantage_BGT),
-            shaped_B=shaped_only(outcome_BGK, advantage_BGT),
+            reward_BG=rewards_BGJ.sum(axis=2),
+            has_signal_B=has_signal(advantage_BGT),
+            shaped_B=shaped_only(outcome_BGJ, advantage_BGT),
         )
 
-    def _advantages(self, rewards_BGK, mask_BGK, step_BGT) -> np.ndarray:
+    def _advantages(self, rewards_BGJ, mask_BGJ, step_BGT) -> np.ndarray:
         """Each token's advantage in its group (B, G, T); steps are padded to powers of two, for few programs."""
-        more = [(0, 0), (0, 0), (0, (1 << (mask_BGK.shape[2] - 1).bit_length()) - mask_BGK.shape[2])]
-        rewards_BGK, mask_BGK = np.pad(rewards_BGK.astype(np.float32), more), np.pad(mask_BGK, more)
-        return jax.device_get(self.token_advantages(rewards_BGK, mask_BGK, step_BGT.astype(np.int32)))
+        more = [(0, 0), (0, 0), (0, (1 << (mask_BGJ.shape[2] - 1).bit_length()) - mask_BGJ.shape[2])]
+        rewards_BGJ, mask_BGJ = np.pad(rewards_BGJ.astype(np.float32), more), np.pad(mask_BGJ, more)
+        return jax.device_get(self.token_advantages(rewards_BGJ, mask_BGJ, step_BGT.astype(np.int32)))
 
     def logprobs(self, params, rows, tokens_BGT, mask_BGT) -> np.ndarray:
         """Log-probabilities of answers under some parameters (B, G, T), 0 behind what a micro-batch holds."""
@@ -232,7 +232,7 @@ class StepGRPO:
     def batches(self, groups: Groups, old_logprobs_BGT: np.ndarray | None = None) -> Iterator[TrainBatch]:
         """Micro-batches of the groups that count; a last one that they do not fill is filled with weight 0."""
         config = self.config
-        counts_B = groups.teaches_B | (config.zero_variance == "keep")
+        counts_B = groups.has_signal_B | (config.zero_variance == "keep")
         counts_B &= np.cumsum(counts_B) <= config.questions_per_step
         counted_BGT = groups.mask_BGT & counts_B[:, None, None]
         weights_BGT = answer_weights(counted_BGT, max(1, counts_B.sum()) * config.group_size, config.average)
@@ -272,18 +272,18 @@ def step_grpo(run: Run, params, resume: bool):
                 raise
             del weights
             with phases("train"):
-                teaches = groups.teaches_B.any() or config.zero_variance == "keep"
+                has_signal = groups.has_signal_B.any() or config.zero_variance == "keep"
                 old = None
-                if teaches and updates > 1:  # what the ratios of all updates are to
+                if has_signal and updates > 1:  # what the ratios of all updates are to
                     old = grpo.logprobs(stage.state.params, groups.rows, groups.tokens_BGT, groups.mask_BGT)
-                batches = list(grpo.batches(groups, old)) if teaches else []
-                metrics = {} if teaches else stage.pass_step()
-                for _ in range(updates if teaches else 0):
+                batches = list(grpo.batches(groups, old)) if has_signal else []
+                metrics = {} if has_signal else stage.pass_step()
+                for _ in range(updates if has_signal else 0):
                     metrics = stage.step(map(run.put, batches), loss_fn)
             metrics |= reward_metrics(groups.judged)
             metrics |= padding([b.prompts for b in batches], [b.weight_BGT > 0 for b in batches])
             metrics["group_std"] = groups.reward_BG.std(axis=1, ddof=1).mean()
-            metrics["zero_variance"] = 1 - groups.teaches_B.mean()
+            metrics["zero_variance"] = 1 - groups.has_signal_B.mean()
             metrics["shaping_alone"] = groups.shaped_B.mean()
             metrics |= {"questions": len(groups.rows), "rows_dropped": loader.dropped}
             stage.finish_step(step, metrics, phases, int(groups.mask_BGT.sum()), loader.position)
@@ -325,7 +325,7 @@ def check_inputs(config: Config):
         Processor.from_folder(files)
         backend.choose(config.model.attention, config.model.kernels, dtype=config.model.dtype)
         if "step_grpo" in config.stages or config.eval.rows:
-            Paid.from_config(config.rl)
+            RewardSpec.from_config(config.rl)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     for key, size in sizes.items():
@@ -336,7 +336,7 @@ def check_inputs(config: Config):
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Runs the configured stages; returns the exported Hugging Face folder."""
-    keep_programs(config.compilation_cache)
+    enable_compilation_cache(config.compilation_cache)
     if config.shapes.dir:
         make_shapes(config.shapes)
     mesh = check_inputs(config)

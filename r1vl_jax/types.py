@@ -23,10 +23,6 @@ import jax
 import numpy as np
 
 
-class RowError(ValueError):
-    """One row of the input cannot be used. The message names file, row and field, and says what was expected."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Example:
     """One question as read from a file, nothing decoded yet.
@@ -97,9 +93,9 @@ class Prompts:
       positions_3BT: M-RoPE positions (t, h, w).
       image_slot_BT: index into the flattened (R*M) image features, -1 for text.
       next_position_B: position of the first token after the prompt.
-      patches_RPC: image patches as pixel values, packed; R = 0 where no row has an image.
-      patch_hw_RP2: (h, w) of each patch in its frame.
-      segment_RP: the frame of each patch, -1 for padding.
+      patches_WPC: image patches as pixel values, packed; R = 0 where no row has an image.
+      patch_hw_WP2: (h, w) of each patch in its frame.
+      segment_WP: the frame of each patch, -1 for padding.
     """
 
     tokens_BT: jax.Array
@@ -107,9 +103,9 @@ class Prompts:
     positions_3BT: jax.Array
     image_slot_BT: jax.Array
     next_position_B: jax.Array
-    patches_RPC: jax.Array
-    patch_hw_RP2: jax.Array
-    segment_RP: jax.Array
+    patches_WPC: jax.Array
+    patch_hw_WP2: jax.Array
+    segment_WP: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)

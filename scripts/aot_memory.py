@@ -30,10 +30,10 @@ from r1vl_jax.data.buckets import Buckets
 from r1vl_jax.model.fused import fuse, fused_shardings
 from r1vl_jax.model.qwen2_vl import answer_logprobs, cast
 from r1vl_jax.model.spec import abstract_params, param_spec
-from r1vl_jax.optim import abstract_state, accumulate, make_optimizer, make_update, trained_parts
 from r1vl_jax.parallel.sharding import ROLLOUT_RULES, RULES, batch_shards, make_mesh, param_shardings, partition_spec
 from r1vl_jax.rollout import generate
 from r1vl_jax.step_grpo.loss import step_grpo_loss
+from r1vl_jax.training.optimizer import abstract_state, accumulate, make_optimizer, make_update, trained_parts
 from r1vl_jax.types import Sampling, TrainBatch
 
 GIB = 2**30

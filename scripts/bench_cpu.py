@@ -51,8 +51,8 @@ from workloads import (  # noqa: E402
     timed,
 )
 
-from r1vl_jax.arguments import at_least_one  # noqa: E402
 from r1vl_jax.checkpoint.hf import save_hf  # noqa: E402
+from r1vl_jax.common.arguments import positive_int  # noqa: E402
 
 TARGETS = {"rollout": 2.0, "training": 1.3}
 GROUPS, TOLERANCE = 2, 1e-4
@@ -212,8 +212,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cores = os.cpu_count() or 1
     parser.add_argument("--size", choices=["cpu", "tiny"], default="cpu", help="tiny: for the test (default: cpu)")
-    parser.add_argument("--repeats", type=at_least_one, default=5, help="the median is taken of these (default: 5)")
-    parser.add_argument("--threads", type=at_least_one, default=cores, help=f"torch's (default: {cores}, the cores)")
+    parser.add_argument("--repeats", type=positive_int, default=5, help="the median is taken of these (default: 5)")
+    parser.add_argument("--threads", type=positive_int, default=cores, help=f"torch's (default: {cores}, the cores)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all figures")
     parser.add_argument("--check", action="store_true", help="exit code 1 where a target is missed")
     return parser.parse_args(argv)

@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from r1vl_jax.arguments import at_least_one
+from r1vl_jax.common.arguments import positive_int
 
 WORDS = ("the", "of", "and", "triangle", "circle", "angle", "equal", "length", "figure", "since", "so", "we", "have")
 BATCH, MICRO = 64, 16
@@ -96,7 +96,7 @@ def write_pictures(folder: Path, count: int, format: str) -> Path:
 
 def write_checkpoint(folder: Path) -> Path:
     """Tokenizer and processor files, no weights."""
-    from r1vl_jax.data.shapes.tokenizer import train_tokenizer, write_checkpoint_files
+    from r1vl_jax.shapes.tokenizer import train_tokenizer, write_checkpoint_files
 
     rng = random.Random(2)
     write_checkpoint_files(folder, train_tokenizer([answer(rng) for _ in range(200)], folder))
@@ -140,7 +140,7 @@ def measure_json_load(path: str) -> dict:
 
 def measure_load(path: str, checkpoint: str, workers: int, batches: int) -> dict:
     """From files to padded batches of images, prompts and answers; what comes before the first batch is left out."""
-    from r1vl_jax.data.batching import alike, collate_pairs, size_of
+    from r1vl_jax.data.batching import by_length, collate_pairs, size_of
     from r1vl_jax.data.buckets import Buckets
     from r1vl_jax.data.loader import Loader
     from r1vl_jax.data.sources import JsonSource
@@ -150,14 +150,14 @@ def measure_load(path: str, checkpoint: str, workers: int, batches: int) -> dict
         return size_of(*pair)
 
     def make(rows):
-        parts = alike([pair for _, pair in rows], MICRO, size)
+        parts = by_length([pair for _, pair in rows], MICRO, size)
         return [collate_pairs(part, Buckets(128)) for part in parts]
 
     encode = Processor.from_folder(checkpoint, max_pixels=589_824).encode_pair
     with Loader(JsonSource(path), encode, count=BATCH, seed=0, make=make, workers=workers) as loader:
         loader.take()
         started = time.perf_counter()
-        patches = sum(int((prompts.segment_RP >= 0).sum()) for _ in range(batches) for prompts, *_ in loader.take())
+        patches = sum(int((prompts.segment_WP >= 0).sum()) for _ in range(batches) for prompts, *_ in loader.take())
         seconds = time.perf_counter() - started
     return {"images_per_second": batches * BATCH / seconds, "patches_per_image": patches / (batches * BATCH)}
 
@@ -199,9 +199,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--rows", type=at_least_one, default=260_000, help="rows to index (default %(default)s)")
-    parser.add_argument("--repeats", type=at_least_one, default=5, help="default %(default)s")
-    parser.add_argument("--batches", type=at_least_one, default=20, help=f"batches of {BATCH} (default %(default)s)")
+    parser.add_argument("--rows", type=positive_int, default=260_000, help="rows to index (default %(default)s)")
+    parser.add_argument("--repeats", type=positive_int, default=5, help="default %(default)s")
+    parser.add_argument("--batches", type=positive_int, default=20, help=f"batches of {BATCH} (default %(default)s)")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="default 0 (threads), 1 and 2")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout and no table")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
@@ -213,7 +213,7 @@ def main() -> None:
         rows = write_rows(folder / "mulberry", arguments.rows)
         size = rows.stat().st_size / 1e6
         again = partial(measured, repeats=arguments.repeats)
-        index, whole = again("index", rows), again("json.load", rows)
+        index, non_negative_int = again("index", rows), again("json.load", rows)
         checkpoint = write_checkpoint(folder / "checkpoint")
         loads = {}
         for format in ("PNG", "JPEG"):
@@ -227,11 +227,11 @@ def main() -> None:
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("grain", "pillow", "numpy", "transformers"))
     about = {"machine": machine, "versions": versions, "date": str(datetime.date.today()), "file_mb": size}
     if arguments.json:
-        print(json.dumps(about | {"index": index, "json.load": whole, "load": loads}, indent=1))
+        print(json.dumps(about | {"index": index, "json.load": non_negative_int, "load": loads}, indent=1))
         return
     print(f"{machine}; {versions}; {about['date']}; medians of {arguments.repeats}\n")
     print(f"{index['rows']:,.0f} rows, {size:,.0f} MB           seconds   peak MB (before)     a row, ms   99%")
-    for name, found in (("JsonSource", index), ("json.load", whole)):
+    for name, found in (("JsonSource", index), ("json.load", non_negative_int)):
         row = f"{found['row_ms']:13.3f} {found['row_ms_p99']:5.3f}" if "row_ms" in found else ""
         print(f"{name:32}{found['seconds']:8.1f} {found['peak_mb']:9,.0f} ({found['before_mb']:,.0f}) {row:>22}")
     print("\nimages of 400 x 300 a second          PNG    JPEG")

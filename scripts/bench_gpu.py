@@ -63,7 +63,7 @@ from workloads import (
     training_flops,
 )
 
-from r1vl_jax.arguments import at_least_one
+from r1vl_jax.common.arguments import positive_int
 from r1vl_jax.config import ATTENTION, KERNELS, REMAT
 from r1vl_jax.rewards import ScorerPool
 from r1vl_jax.step_grpo.advantages import group_advantages
@@ -432,8 +432,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     option("--size", choices=["2b", "7b", "tiny"], default="2b", help="default: 2b")
     option("--only", type=lambda text: text.split(","), default=list(WORKLOADS), metavar="R1,T1", help="some of them")
     option("--budget", type=float, default=570, metavar="S", help="seconds for everything (default: 570)")
-    option("--repeats", type=at_least_one, default=5, help="the median is taken of these, if time allows (default: 5)")
-    option("--micro", type=at_least_one, default=4, help="questions in a gradient computation (default: 4)")
+    option("--repeats", type=positive_int, default=5, help="the median is taken of these, if time allows (default: 5)")
+    option("--micro", type=positive_int, default=4, help="questions in a gradient computation (default: 4)")
     option("--remat", choices=REMAT, default="matmuls", help="what the gradient keeps of the layers (default: matmuls)")
     option(
         "--attention",

@@ -30,7 +30,7 @@ from r1vl_kernels.prefix_decode_attention import prefix_decode_attention
 from r1vl_kernels.step_group_advantage import step_group_advantage
 from workloads import Timing, interleaved, table
 
-from r1vl_jax.arguments import at_least_one
+from r1vl_jax.common.arguments import positive_int
 
 LAYERS, GROUP, STEPS, BETA = 4, 4, 8, 0.04
 LINK = 1e-6  # how much of a result goes into the next call's input
@@ -184,8 +184,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--repeats", type=at_least_one, default=5, help="default %(default)s")
-    parser.add_argument("--inner", type=at_least_one, default=50, help="runs in a program (default %(default)s)")
+    parser.add_argument("--repeats", type=positive_int, default=5, help="default %(default)s")
+    parser.add_argument("--inner", type=positive_int, default=50, help="runs in a program (default %(default)s)")
     parser.add_argument("--only", default="", help="workloads whose name has this in it: attention, 7B, loss ...")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     args = parser.parse_args()

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 
-from r1vl_jax.arguments import at_least_one
+from r1vl_jax.common.arguments import positive_int
 from r1vl_jax.rewards import PRESETS, Rules, ScorerPool
 from r1vl_jax.rewards.key_steps import key_step_groups, key_step_hits
 from r1vl_jax.rewards.steps import section_faults
@@ -272,11 +272,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help=f"of {known} (default: all)",
     )
-    parser.add_argument("--answers", type=at_least_one, default=1000, help="answers in each repeat (default: 1000)")
-    parser.add_argument("--repeats", type=at_least_one, default=5, help="the median is taken of these (default: 5)")
-    parser.add_argument("--workers", type=at_least_one, default=cores, help=f"processes (default: {cores}, the cores)")
+    parser.add_argument("--answers", type=positive_int, default=1000, help="answers in each repeat (default: 1000)")
+    parser.add_argument("--repeats", type=positive_int, default=5, help="the median is taken of these (default: 5)")
+    parser.add_argument("--workers", type=positive_int, default=cores, help=f"processes (default: {cores}, the cores)")
     parser.add_argument(
-        "--hang-limit", type=at_least_one, default=2, metavar="S", help="seconds for one answer (default: 2)"
+        "--hang-limit", type=positive_int, default=2, metavar="S", help="seconds for one answer (default: 2)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the answers (default: 0)")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")

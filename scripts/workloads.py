@@ -27,11 +27,18 @@ from r1vl_jax.model.fused import fuse
 from r1vl_jax.model.head import head_loss
 from r1vl_jax.model.qwen2_vl import answer_logprobs, cast
 from r1vl_jax.model.spec import ParamSpec, is_spec, param_spec
-from r1vl_jax.optim import abstract_state, gradient_step, init_state, make_optimizer, make_update, trained_parts
 from r1vl_jax.parallel.sharding import make_mesh, param_shardings, put_batch
 from r1vl_jax.processing.positions import mrope_positions
 from r1vl_jax.rollout.generate import rollout
 from r1vl_jax.step_grpo.loss import Objective, answer_weights, policy_loss, step_grpo_loss
+from r1vl_jax.training.optimizer import (
+    abstract_state,
+    gradient_step,
+    init_state,
+    make_optimizer,
+    make_update,
+    trained_parts,
+)
 from r1vl_jax.types import EncodedPrompt, Prompts, Rollout, Sampling, TrainBatch
 
 TEMPERATURE, BETA = 1.2, 0.04
@@ -277,17 +284,17 @@ def head_gradient(cfg: ModelConfig, hidden_BGTD, head_VD, tokens_BGT, values: di
 
 
 @partial(jax.jit, static_argnames=("steps", "backend"))
-def decode_layers(q_BKGRH, caches, prefix_length_B, own_length_BG, steps: int, backend: str) -> jax.Array:
+def decode_layers(q_BKGEH, caches, prefix_length_B, own_length_BG, steps: int, backend: str) -> jax.Array:
     """Attention of `steps` tokens: layer after layer, each with caches (prompt k, v, answers' k, v) of its own."""
 
-    def one(_, q_BKGRH):
+    def one(_, q_BKGEH):
         for prefix_k, prefix_v, own_k, own_v in caches:
-            q_BKGRH = prefix_decode_attention(
-                q_BKGRH, prefix_k, prefix_v, prefix_length_B, own_k, own_v, own_length_BG, backend=backend
+            q_BKGEH = prefix_decode_attention(
+                q_BKGEH, prefix_k, prefix_v, prefix_length_B, own_k, own_v, own_length_BG, backend=backend
             )
-        return q_BKGRH
+        return q_BKGEH
 
-    return jax.lax.fori_loop(0, steps, one, q_BKGRH)
+    return jax.lax.fori_loop(0, steps, one, q_BKGEH)
 
 
 # FLOPs.

@@ -62,7 +62,7 @@ def test_text_is_padded_on_the_right():
 
 def test_no_images_no_vision_rows():
     got = batch_of(questions([5], [3]), pad_multiple=8, shards=8)
-    assert got.patches_RPC.shape[0] == got.patch_hw_RP2.shape[0] == got.segment_RP.shape[0] == 0
+    assert got.patches_WPC.shape[0] == got.patch_hw_WP2.shape[0] == got.segment_WP.shape[0] == 0
     assert (got.image_slot_BT == -1).all()
 
 
@@ -70,22 +70,22 @@ def test_packing_by_hand():
     """Patches of 24, 4, 32, 4, 4 in rows of 32: [24, 4, 4], [32], and the last 4 where there is room again."""
     encoded = questions([A, 1, B], [2], [C, B], [3, B])
     got = batch_of(encoded, pad_multiple=8)
-    assert got.patches_RPC.shape == (3, 32, 1176)
+    assert got.patches_WPC.shape == (3, 32, 1176)
     frames = [[0] * 24 + [1] * 4 + [2] * 4, [0] * 32, [0] * 4 + [-1] * 28]
-    np.testing.assert_array_equal(got.segment_RP, frames)
+    np.testing.assert_array_equal(got.segment_WP, frames)
     slots = [row[row >= 0].tolist() for row in got.image_slot_BT]
     # Features are numbered through: 8 to a row.
     assert slots == [[0, 1, 2, 3, 4, 5, 6], [], [8, 9, 10, 11, 12, 13, 14, 15, 7], [16]]
-    np.testing.assert_array_equal(got.patches_RPC[0, 24:28], encoded[0].patches_PC[24:])
-    np.testing.assert_array_equal(got.patches_RPC[0, 28:32], encoded[2].patches_PC[32:])
-    np.testing.assert_array_equal(got.patch_hw_RP2[1], patch_coordinates((1, 8, 4), 2))
+    np.testing.assert_array_equal(got.patches_WPC[0, 24:28], encoded[0].patches_PC[24:])
+    np.testing.assert_array_equal(got.patches_WPC[0, 28:32], encoded[2].patches_PC[32:])
+    np.testing.assert_array_equal(got.patch_hw_WP2[1], patch_coordinates((1, 8, 4), 2))
 
 
 @pytest.mark.parametrize("shards", [1, 2, 8])
 def test_vision_rows_divide_over_shards(shards):
     got = batch_of(questions([A, C], [2], [C, B], [3, A]), pad_multiple=8, shards=shards)
-    assert got.patches_RPC.shape[0] % shards == 0
-    assert (got.segment_RP >= 0).sum() == 24 + 32 + 32 + 4 + 24
+    assert got.patches_WPC.shape[0] % shards == 0
+    assert (got.segment_WP >= 0).sum() == 24 + 32 + 32 + 4 + 24
 
 
 def test_packed_images_encode_as_alone():
@@ -95,11 +95,11 @@ def test_packed_images_encode_as_alone():
     encode = jax.jit(partial(encode_images, cfg=cfg))
     encoded = questions([2, A, 1, B], [4], [1, C, VIDEO, B], [B], [A, C])
     got = batch_of(encoded, pad_multiple=16)
-    assert got.patches_RPC.shape[0] < sum(len(prompt.grids) for prompt in encoded) and got.segment_RP.max() > 1
-    features = encode(params, patches_RPC=got.patches_RPC, hw_RP2=got.patch_hw_RP2, segment_RP=got.segment_RP)
+    assert got.patches_WPC.shape[0] < sum(len(prompt.grids) for prompt in encoded) and got.segment_WP.max() > 1
+    features = encode(params, patches_WPC=got.patches_WPC, hw_WP2=got.patch_hw_WP2, segment_WP=got.segment_WP)
     features = np.asarray(features).reshape(-1, features.shape[-1])
 
-    alone, width = [], got.segment_RP.shape[1]
+    alone, width = [], got.segment_WP.shape[1]
     for prompt in encoded:
         start, own = 0, []
         for grid in prompt.grids:
@@ -110,7 +110,7 @@ def test_packed_images_encode_as_alone():
             hw, segment = np.zeros((1, width, 2), np.int32), np.full((1, width), -1, np.int32)
             hw[0, :size] = patch_coordinates(grid, 2)
             segment[0, :size] = np.repeat(np.arange(grid[0]), grid[1] * grid[2])
-            own += list(np.asarray(encode(params, patches_RPC=patches, hw_RP2=hw, segment_RP=segment))[0, : size // 4])
+            own += list(np.asarray(encode(params, patches_WPC=patches, hw_WP2=hw, segment_WP=segment))[0, : size // 4])
             start += size
         alone.append(own)
     for slots, own in zip(got.image_slot_BT, alone, strict=True):

@@ -10,7 +10,7 @@ from tiny_jax import questions
 
 from r1vl_jax.data.batching import (
     Size,
-    alike,
+    by_length,
     collate_pairs,
     collate_prompts,
     in_micro_batches,
@@ -120,7 +120,7 @@ def test_vision_rows_are_as_long_as_packs_well():
 
 def test_batches_are_alike_and_whole():
     rows = sizes(np.random.default_rng(1), 23)
-    parts = alike(rows, 5, lambda size: size)
+    parts = by_length(rows, 5, lambda size: size)
     assert [len(part) for part in parts] == [5, 5, 5, 5, 3]
     assert sum(parts, []) == sorted(rows, key=lambda size: size.tokens)
     assert [len(part) for part in in_micro_batches(rows, 10, 5)] == [5] * 4  # 3 rows are no batch of training
@@ -140,7 +140,7 @@ def test_a_planned_batch_holds_what_it_should():
     buckets = dataclasses.replace(Buckets(8, patches=32), shapes=(large,))
     rows, start_B, tokens, mask = collate_pairs(pairs, buckets)
     assert rows.tokens_BT.shape == (3, 64) and tokens.shape == mask.shape == (3, 1, 24)
-    assert rows.patches_RPC.shape == (5, 48, 1176) and start_B.tolist() == lengths
+    assert rows.patches_WPC.shape == (5, 48, 1176) and start_B.tolist() == lengths
     small = collate_prompts(encoded, Buckets(8))
     for b, (prompt, answer, n) in enumerate(zip(encoded, answers, lengths, strict=True)):
         end = n + len(answer)
@@ -153,7 +153,7 @@ def test_a_planned_batch_holds_what_it_should():
         # The patches behind each image token are the question's own, in both.
         for batch in (rows, small):
             slots = batch.image_slot_BT[b][batch.image_slot_BT[b] >= 0]
-            flat = batch.patches_RPC.reshape(-1, 4, 1176)
+            flat = batch.patches_WPC.reshape(-1, 4, 1176)
             np.testing.assert_array_equal(flat[slots].reshape(-1, 1176), prompt.patches_PC)
     shares = padding([rows])
     assert shares["padding/tokens"] == pytest.approx(1 - (sum(lengths) + 12) / (3 * 64))
@@ -166,8 +166,8 @@ def test_a_planned_batch_holds_what_it_should():
 def test_frames_of_a_video_may_lie_in_several_rows():
     (video,) = questions([1, ("video", (3, 4, 4))])
     got = collate_prompts([video], Buckets(8, patches=32))
-    assert got.patches_RPC.shape[:2] == (2, 32)
-    np.testing.assert_array_equal(got.segment_RP, [[0] * 16 + [1] * 16, [0] * 16 + [-1] * 16])
+    assert got.patches_WPC.shape[:2] == (2, 32)
+    np.testing.assert_array_equal(got.segment_WP, [[0] * 16 + [1] * 16, [0] * 16 + [-1] * 16])
     slots = got.image_slot_BT[got.image_slot_BT >= 0]
     np.testing.assert_array_equal(slots, np.arange(12))
 
@@ -183,4 +183,4 @@ def test_packing_never_needs_more_rows_than_it_said(seed):
         for times in (1, 2, 3):
             shape = Shape(need.prompt, 0, need.rows, need.patches * times)
             got = collate_prompts(encoded, dataclasses.replace(buckets, shapes=(shape,)))
-            assert (got.segment_RP >= 0).sum() == sum(len(e.patches_PC) for e in encoded)
+            assert (got.segment_WP >= 0).sum() == sum(len(e.patches_PC) for e in encoded)

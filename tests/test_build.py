@@ -23,13 +23,12 @@ import pytest
 import tensorflow_datasets as tfds
 
 from r1vl_jax.config import SourceSection, load
-from r1vl_jax.data import build as command
-from r1vl_jax.data import shards
-from r1vl_jax.data.builders import BUILDERS, MulberrySft, R1vl10k, Shapes
-from r1vl_jax.data.shapes import make_task
+from r1vl_jax.data.builders import BUILDERS, MulberrySft, R1vl10k, Shapes, shards
+from r1vl_jax.data.builders import build as command
 from r1vl_jax.data.sources import JsonSource, open_source
 from r1vl_jax.data.tfds_source import TfdsSource
-from r1vl_jax.types import RowError
+from r1vl_jax.errors import RowError
+from r1vl_jax.shapes import make_task
 
 ROOT = Path(__file__).parents[1]
 GEOMETRY = ROOT.parent / "shared" / "real" / "geometry3k"
@@ -207,7 +206,8 @@ def big_rows(folder, count):
 
 DRIVER = """
 import os, signal, sys
-from r1vl_jax.data import build, shards
+from r1vl_jax.data.builders import build
+from r1vl_jax.data.builders import shards
 
 last, how, real = int(sys.argv[1]), int(sys.argv[2]), shards.to_record
 rows = 0
@@ -494,7 +494,7 @@ sys.stdout.buffer.write(pickle.dumps((source.name, examples)))
 """
 BUILDER = """
 import sys
-from r1vl_jax.data.build import main
+from r1vl_jax.data.builders.build import main
 assert main(sys.argv[1:]) == 0
 assert "tensorflow" not in sys.modules, "tensorflow was loaded"
 """

@@ -12,12 +12,13 @@ from PIL import Image
 from tiny_tokenizer import make_tokenizer, write_checkpoint
 
 from r1vl_jax.data.sources import JsonSource
+from r1vl_jax.errors import RowError
 from r1vl_jax.processing.chat import find_chat_template, render_chat, split_questions
 from r1vl_jax.processing.images import image_patches
 from r1vl_jax.processing.positions import mrope_positions
 from r1vl_jax.processing.processor import Processor
 from r1vl_jax.processing.videos import VideoSpec
-from r1vl_jax.types import Example, RowError
+from r1vl_jax.types import Example
 
 # The template in the published Qwen2-VL checkpoints (Apache-2.0), as a fixture.
 QWEN2_VL_TEMPLATE = (

@@ -16,16 +16,17 @@ import pytest
 from PIL import Image
 from tiny_jax import FakeScorerPool, run_config, write_run_inputs
 
-from r1vl_jax import run
-from r1vl_jax.data import check
 from r1vl_jax.data.batching import collate_pairs, in_micro_batches, padding, plan_shapes, size_of
 from r1vl_jax.data.loader import read_rows
 from r1vl_jax.data.sources import open_source
+from r1vl_jax.data_check import check
+from r1vl_jax.errors import RowError
 from r1vl_jax.keysteps.__main__ import main as lint
 from r1vl_jax.processing.processor import Processor
-from r1vl_jax.stage import Stage
 from r1vl_jax.train import StepGRPO, train
-from r1vl_jax.types import Rollout, RowError
+from r1vl_jax.training import run
+from r1vl_jax.training.stage import Stage
+from r1vl_jax.types import Rollout
 
 LONG = "How many circles are there? " * 60
 ANSWER = "### Step 1:\nThere are three.\n\n### The final answer is: 3"

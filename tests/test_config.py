@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from r1vl_jax.config import Config, ConfigError, describe, dump, load
+from r1vl_jax.config import Config, describe, dump, load
+from r1vl_jax.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 SMALL = """

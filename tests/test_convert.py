@@ -20,7 +20,8 @@ from r1vl_jax.checkpoint import folder as folders
 from r1vl_jax.checkpoint.hf import INDEX, WEIGHTS, load_hf, save_hf
 from r1vl_jax.checkpoint.state import StageCheckpoints
 from r1vl_jax.checkpoint.store import find_model, load_model, load_params, save_params
-from r1vl_jax.model.config import CheckpointError, load_config
+from r1vl_jax.errors import CheckpointError
+from r1vl_jax.model.config import load_config
 from r1vl_jax.model.spec import param_spec
 from r1vl_jax.parallel.sharding import make_mesh, param_shardings
 from r1vl_jax.types import TrainState

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from r1vl_jax.endpoint import (
+from r1vl_jax.common.endpoint import (
     MAX_FAILURES_AT_FIRST,
     MAX_FAILURES_IN_A_ROW,
     Endpoint,

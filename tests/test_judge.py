@@ -9,9 +9,13 @@ import pytest
 from r1vl_kernels.reference import step_advantages, token_advantages
 from tiny_tokenizer import write_checkpoint
 
-from r1vl_jax.config import ConfigError, RLSection
-from r1vl_jax.judge import (
-    Paid,
+from r1vl_jax.config import RLSection
+from r1vl_jax.errors import ConfigError, RewardError
+from r1vl_jax.processing.spans import decode, token_at
+from r1vl_jax.rewards import Score, ScorerPool
+from r1vl_jax.step_grpo.advantages import gate_rewards
+from r1vl_jax.training.judging import (
+    RewardSpec,
     correct,
     reward_metrics,
     rewards_by_step,
@@ -19,10 +23,6 @@ from r1vl_jax.judge import (
     start_judging,
     token_steps,
 )
-from r1vl_jax.processing.spans import decode, token_at
-from r1vl_jax.rewards import Score, ScorerPool
-from r1vl_jax.rewards.user import RewardError
-from r1vl_jax.step_grpo.advantages import gate_rewards
 from r1vl_jax.types import Example, Rollout
 
 HEAD = "### Image Description: 😀\n### Rationales: r\n### Let's think step by step.\n"
@@ -65,7 +65,7 @@ def answers(processor, texts):
 
 
 def judged(pool, processor, texts, *, by_step, **config):
-    paid = Paid.from_config(RLSection(**config))
+    paid = RewardSpec.from_config(RLSection(**config))
     sampled = answers(processor, texts)
     return sampled, paid, start_judging([EXAMPLE], sampled, processor, pool, paid, by_step=by_step)()
 
@@ -149,7 +149,7 @@ def test_a_failed_answer_is_one_step_of_no_reward(pool, processor):
             _, *rest = pool.score(*args, **options)
             return [Score(status="timeout", note="took longer than 1 s"), *rest]
 
-    paid = Paid.from_config(RLSection())
+    paid = RewardSpec.from_config(RLSection())
     groups = start_judging([EXAMPLE], answers(processor, [THREE, TWO]), processor, Failing(), paid, by_step=True)()
     outcome, shaping, mask = rewards_by_step(groups, paid, by_step=True)
     np.testing.assert_allclose(outcome + shaping, [[[0, 0], [0, 1.05]]], atol=1e-12)

@@ -53,14 +53,14 @@ def close(got, want, rtol=1e-5, atol=1e-5):
 # The advantage.
 
 
-def advantages_by_loop(rewards_BMK, mask_BMK, scale="std", std_floor=0.1, eps=1e-4):
+def advantages_by_loop(rewards_BGJ, mask_BGJ, scale="std", std_floor=0.1, eps=1e-4):
     """The definition, an answer and a step at a time, with statistics.stdev (ddof 1)."""
-    out = np.zeros(rewards_BMK.shape)
-    B, M, K = rewards_BMK.shape
+    out = np.zeros(rewards_BGJ.shape)
+    B, M, K = rewards_BGJ.shape
     for b in range(B):
         for k in range(K):
-            own = [m for m in range(M) if mask_BMK[b, m, k]]
-            returns = {m: sum(rewards_BMK[b, m, j] for j in range(k, K) if mask_BMK[b, m, j]) for m in own}
+            own = [m for m in range(M) if mask_BGJ[b, m, k]]
+            returns = {m: sum(rewards_BGJ[b, m, j] for j in range(k, K) if mask_BGJ[b, m, j]) for m in own}
             if len(own) < 2 or np.ptp(list(returns.values())) < 1e-9:
                 continue
             std = statistics.stdev(returns.values())
@@ -513,16 +513,16 @@ ADVANTAGE = [jnp.zeros((2, 3, 4)), jnp.ones((2, 3, 4), bool), jnp.zeros((2, 3, 9
     [
         (ADVANTAGE, {"backend": "triton"}, "backend is 'triton'; expected one of reference, pallas, interpret"),
         (ADVANTAGE, {"scale": "var"}, "scale is 'var'; expected one of std, none, floor"),
-        (wrong(ADVANTAGE, 0, lambda a: a[0]), {}, r"rewards_BMK has shape \(3, 4\); expected the 3 axes \(B, M, K\)"),
-        (wrong(ADVANTAGE, 0, cast(jnp.int32)), {}, "rewards_BMK has dtype int32; expected floating"),
-        (wrong(ADVANTAGE, 1, cast(jnp.int32)), {}, "mask_BMK has dtype int32; expected bool"),
+        (wrong(ADVANTAGE, 0, lambda a: a[0]), {}, r"rewards_BGJ has shape \(3, 4\); expected the 3 axes \(B, M, K\)"),
+        (wrong(ADVANTAGE, 0, cast(jnp.int32)), {}, "rewards_BGJ has dtype int32; expected floating"),
+        (wrong(ADVANTAGE, 1, cast(jnp.int32)), {}, "mask_BGJ has dtype int32; expected bool"),
         (
             wrong(ADVANTAGE, 1, lambda a: a[:, :2]),
             {},
-            r"mask_BMK has shape \(2, 2, 4\); expected \(2, 3, 4\) as rewards",
+            r"mask_BGJ has shape \(2, 2, 4\); expected \(2, 3, 4\) as rewards",
         ),
-        (wrong(ADVANTAGE, 2, lambda a: a[:, :2]), {}, r"step_BMT has shape \(2, 2, 9\); expected \(2, 3, 9\)"),
-        (wrong(ADVANTAGE, 2, cast(jnp.float32)), {}, "step_BMT has dtype float32; expected integer"),
+        (wrong(ADVANTAGE, 2, lambda a: a[:, :2]), {}, r"step_BGT has shape \(2, 2, 9\); expected \(2, 3, 9\)"),
+        (wrong(ADVANTAGE, 2, cast(jnp.float32)), {}, "step_BGT has dtype float32; expected integer"),
     ],
 )
 def test_advantage_refuses(arrays, options, message):
@@ -561,7 +561,7 @@ ATTENTION = attention_arrays(np.random.default_rng(0), 2, 2, 3, 2, 8, 5, 4)
     "arrays, backend, message",
     [
         (ATTENTION, "cudnn", "backend is 'cudnn'"),
-        (wrong(ATTENTION, 0, lambda a: a[0]), "reference", "q_BKGRH has shape .* expected the 5 axes"),
+        (wrong(ATTENTION, 0, lambda a: a[0]), "reference", "q_BKGEH has shape .* expected the 5 axes"),
         (
             wrong(ATTENTION, 1, lambda a: a[:, :1]),
             "reference",

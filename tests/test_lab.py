@@ -6,9 +6,11 @@ import unicodedata
 
 import pytest
 
-from r1vl_jax import lab, lab_tables, score
+from r1vl_jax import score
+from r1vl_jax.reward_lab import attacks
+from r1vl_jax.reward_lab import rescoring as lab
+from r1vl_jax.reward_lab import tables as lab_tables
 from r1vl_jax.rewards import PRESETS, Score, ScorerPool
-from r1vl_jax.rewards import probe as attacks
 from r1vl_jax.rewards.key_steps import key_step_groups
 
 HEAD = "### Image Description: d\n### Rationales: r\n"

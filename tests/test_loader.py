@@ -22,7 +22,8 @@ import numpy as np
 import pytest
 
 from r1vl_jax.data.loader import Loader, Position, read_rows
-from r1vl_jax.types import Example, RowError
+from r1vl_jax.errors import RowError
+from r1vl_jax.types import Example
 
 
 @dataclasses.dataclass

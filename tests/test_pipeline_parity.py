@@ -334,7 +334,7 @@ def read(path: Path, encode) -> list[tuple]:
 
 
 def shape_of(prompts: Prompts, mask_BGT: np.ndarray) -> tuple[int, ...]:
-    return prompts.tokens_BT.shape[1], mask_BGT.shape[2], *prompts.segment_RP.shape
+    return prompts.tokens_BT.shape[1], mask_BGT.shape[2], *prompts.segment_WP.shape
 
 
 # A checkpoint and the files.
@@ -480,7 +480,7 @@ def test_rl_rows_with_two_answers_each(world):
     shapes = set()
     for batch, rows in zip(batches, (RL[:2], RL[2:]), strict=True):
         prompts = collate_prompts(batch, buckets)
-        shapes.add((prompts.tokens_BT.shape[1], 0, *prompts.segment_RP.shape))
+        shapes.add((prompts.tokens_BT.shape[1], 0, *prompts.segment_WP.shape))
         scored = ours.score(prompts, *pad_answers([answers] * 2, 24))
         for (_, question), group in zip(rows, scored, strict=True):
             for text, got in zip(ANSWERS, group, strict=True):
@@ -522,11 +522,11 @@ def test_order_company_and_shape_change_nothing(world):
 
 def packing(prompts: Prompts, encoded: list[EncodedPrompt]) -> set[str]:
     """What is true of a batch's vision rows."""
-    questions = [set() for _ in prompts.segment_RP]  # whose images a row holds
+    questions = [set() for _ in prompts.segment_WP]  # whose images a row holds
     images, found = 0, set()
     for b, prompt in enumerate(encoded):
         slots = prompts.image_slot_BT[b]
-        rows = iter((slots[slots >= 0] // (prompts.segment_RP.shape[1] // 4)).tolist())
+        rows = iter((slots[slots >= 0] // (prompts.segment_WP.shape[1] // 4)).tolist())
         for t, h, w in prompt.grids:
             here = set(islice(rows, t * h * w // 4))
             images += 1
@@ -534,12 +534,12 @@ def packing(prompts: Prompts, encoded: list[EncodedPrompt]) -> set[str]:
             for row in here:
                 questions[row].add(b)
         assert next(rows, None) is None
-    filled = (prompts.segment_RP >= 0).sum(axis=1)
+    filled = (prompts.segment_WP >= 0).sum(axis=1)
     assert [count > 0 for count in filled] == [bool(those) for those in questions]
     facts = {
         "fewer rows than images": (filled > 0).sum() < images,
         "a row for two questions": any(len(those) > 1 for those in questions),
-        "a row filled in part": ((filled > 0) & (filled < prompts.segment_RP.shape[1])).any(),
+        "a row filled in part": ((filled > 0) & (filled < prompts.segment_WP.shape[1])).any(),
         "an empty row": (filled == 0).any(),
     }
     return found | {fact for fact, holds in facts.items() if holds}
@@ -603,7 +603,7 @@ def test_long_video_against_positions_by_hand(world, tmp_path):
     np.testing.assert_array_equal(pair[0].positions_3T, positions[:, :asked])
     assert pair[0].next_position == positions[0, asked]
     prompts, start, tokens, mask = collate_pairs([pair], Buckets(8, patches=80))
-    assert prompts.segment_RP.shape == (2, 80)
+    assert prompts.segment_WP.shape == (2, 80)
     ((got,),) = ours.score(prompts, tokens, mask, start)
     expected = theirs.score(chat, positions)
     errors.check(got, expected)

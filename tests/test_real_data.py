@@ -13,7 +13,7 @@ from tiny_jax import FakeScorerPool, read_lines, run_config, write_run_inputs
 import r1vl_jax.train as train_module
 from r1vl_jax.data.batching import collate_pairs, collate_prompts
 from r1vl_jax.data.buckets import Buckets
-from r1vl_jax.data.build import build
+from r1vl_jax.data.builders.build import build
 from r1vl_jax.data.loader import Loader
 from r1vl_jax.data.sources import open_source
 from r1vl_jax.processing.processor import Processor
@@ -67,7 +67,7 @@ def test_identical_batches(configs, stage, workers):
         assert json_rows == tfds_rows
         jax.tree.map(np.testing.assert_array_equal, json_batch, tfds_batch)
         prompts = json_batch[0] if stage == "sft" else json_batch
-        assert prompts.patches_RPC.dtype == np.uint8 and prompts.patches_RPC.std() > 10
+        assert prompts.patches_WPC.dtype == np.uint8 and prompts.patches_WPC.std() > 10
     assert {row for rows, _ in batches["json"] for row, *_ in rows} == set(range(10))
 
 

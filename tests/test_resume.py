@@ -13,7 +13,7 @@ from tiny_jax import FakeScorerPool, batch_of, questions, read_lines, run_config
 
 import r1vl_jax.train as train_module
 from r1vl_jax.checkpoint.hf import load_hf
-from r1vl_jax.config import ConfigError
+from r1vl_jax.errors import ConfigError
 from r1vl_jax.model.config import load_config
 from r1vl_jax.model.qwen2_vl import prompt_logits
 from r1vl_jax.train import train

@@ -555,7 +555,7 @@ def test_an_empty_alternative_where_there_are_no_steps(text, options):
 
 
 def test_honest_solutions_keep_their_key_steps(tmp_path):
-    from r1vl_jax.data.shapes import make_task
+    from r1vl_jax.shapes import make_task
 
     make_task(tmp_path / "shapes", sft_rows=0, rl_rows=200, heldout_rows=0, progress=False)
     rows = json.loads((tmp_path / "shapes" / "rl.json").read_text())

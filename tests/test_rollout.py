@@ -163,10 +163,10 @@ def test_segments():
 
 
 def test_fewer():
-    assert [generate.fewer(live, 64) for live in (64, 33, 32, 17, 16, 1, 0)] == [64, 64, 32, 32, 16, 1, 1]
-    assert [generate.fewer(live, 12) for live in (7, 6, 3, 1)] == [12, 6, 3, 3]
+    assert [generate.shrunk_batch(live, 64) for live in (64, 33, 32, 17, 16, 1, 0)] == [64, 64, 32, 32, 16, 1, 1]
+    assert [generate.shrunk_batch(live, 12) for live in (7, 6, 3, 1)] == [12, 6, 3, 3]
     with jax.set_mesh(make_mesh(4, devices=jax.devices()[:4])):
-        assert [generate.fewer(live, 16) for live in (9, 8, 4, 1)] == [16, 8, 4, 4]
+        assert [generate.shrunk_batch(live, 16) for live in (9, 8, 4, 1)] == [16, 8, 4, 4]
 
 
 LIMITS = np.array([[1, 3], [12, 2], [5, 9], [2, 1]])

@@ -10,10 +10,10 @@ from PIL import Image
 from tiny_jax import read_lines, run_config
 
 from r1vl_jax import config as configs
-from r1vl_jax import runlog
-from r1vl_jax.config import ConfigError
-from r1vl_jax.report import PANELS, heldout_table, plot_metrics, read_metrics
-from r1vl_jax.runlog import RunLog, read_rows
+from r1vl_jax.errors import ConfigError
+from r1vl_jax.reporting.curves import PANELS, heldout_table, plot_metrics, read_metrics
+from r1vl_jax.training import run_folder as runlog
+from r1vl_jax.training.run_folder import RunLog, read_rows
 
 ROWS = [{"stage": stage, "step": step} for stage in ("sft", "step_grpo") for step in (1, 2, 3)]
 HELDOUT = {"stage": "step_grpo", "step": 2, "event": "heldout"}
@@ -46,11 +46,11 @@ def test_forget_after(log):
     """Rows of later steps of that stage go; an unfinished held-out judgement goes, a finished one stays."""
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         write(log.folder / name, [*ROWS[:5], HELDOUT, ROWS[5]], '{"stage": "step_')
-    log.forget_after("step_grpo", 2)
+    log.truncate_after("step_grpo", 2)
     kept = [*ROWS[:5], HELDOUT]
     assert read_lines(log.folder / "metrics.jsonl") == read_lines(log.folder / "rollouts.jsonl") == kept
     write(log.folder / "metrics.jsonl", ROWS)  # the judgement's own row is missing: its rollouts are made again
-    log.forget_after("step_grpo", 2)
+    log.truncate_after("step_grpo", 2)
     assert read_lines(log.folder / "rollouts.jsonl") == ROWS[:5]
     assert not list(log.folder.glob("*.tmp"))
 
@@ -70,7 +70,7 @@ def test_a_log_is_replaced_whole_or_not_at_all(log, monkeypatch):
 
     monkeypatch.setattr(runlog, "read_rows", rows)
     with pytest.raises(OSError, match="disk full"):
-        log.forget_after("sft", 1)
+        log.truncate_after("sft", 1)
     assert path.read_bytes() == before and len(seen) == 2
 
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
-from r1vl_jax.data.shapes import ShapesConfig, make_task
-from r1vl_jax.data.shapes.__main__ import main
-from r1vl_jax.data.shapes.draw import COLOURS
-from r1vl_jax.data.shapes.tokenizer import SPECIAL_TOKENS, task_texts, train_tokenizer, write_checkpoint_files
+from r1vl_jax.shapes import ShapesConfig, make_task
+from r1vl_jax.shapes.command import main
+from r1vl_jax.shapes.draw import COLOURS
+from r1vl_jax.shapes.tokenizer import SPECIAL_TOKENS, task_texts, train_tokenizer, write_checkpoint_files
 
 ROWS = {"sft_rows": 150, "rl_rows": 250, "heldout_rows": 50}
 

@@ -15,7 +15,11 @@ from tiny_jax import batch_of, questions, random_params, tiny_config
 from r1vl_jax.config import OptimizerSection
 from r1vl_jax.model.fused import fuse, fused_shardings
 from r1vl_jax.model.spec import param_spec
-from r1vl_jax.optim import (
+from r1vl_jax.parallel.sharding import ROLLOUT_RULES, batch_shards, make_mesh, param_shardings, put_batch
+from r1vl_jax.rollout import generate
+from r1vl_jax.rollout.generate import rollout
+from r1vl_jax.step_grpo.loss import Objective, answer_weights, step_grpo_loss
+from r1vl_jax.training.optimizer import (
     abstract_state,
     accumulate,
     gradient_step,
@@ -24,10 +28,6 @@ from r1vl_jax.optim import (
     make_update,
     zero_grads,
 )
-from r1vl_jax.parallel.sharding import ROLLOUT_RULES, batch_shards, make_mesh, param_shardings, put_batch
-from r1vl_jax.rollout import generate
-from r1vl_jax.rollout.generate import rollout
-from r1vl_jax.step_grpo.loss import Objective, answer_weights, step_grpo_loss
 from r1vl_jax.types import Sampling, TrainBatch
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 2), (2, 2, 2)]
@@ -188,7 +188,7 @@ def test_state_is_split():
     batch = put_batch(train_batch(setting()[2]), mesh)
     assert shard(batch.tokens_BGT) == (B // 4, G, T)
     assert shard(batch.prompts.positions_3BT) == (3, B // 4, batch.prompts.tokens_BT.shape[1])
-    assert shard(batch.prompts.patches_RPC)[0] == batch.prompts.patches_RPC.shape[0] // 4
+    assert shard(batch.prompts.patches_WPC)[0] == batch.prompts.patches_WPC.shape[0] // 4
 
 
 def test_rollout_weights():
@@ -240,8 +240,8 @@ def test_rows_that_do_not_divide():
     with pytest.raises(ValueError, match="tokens_BT: 2 rows do not divide over data\\*fsdp = 8"):
         put_batch(batch_of(questions([3], [4])), mesh)
     one_row = batch_of(questions(*[[3]] * 7, [("image", (1, 2, 2))]))
-    with pytest.raises(ValueError, match="patches_RPC: 1 rows do not divide over data\\*fsdp = 8"):
+    with pytest.raises(ValueError, match="patches_WPC: 1 rows do not divide over data\\*fsdp = 8"):
         put_batch(one_row, mesh)
     placed = put_batch(batch_of(questions(*[[3]] * 8)), mesh)
     assert placed.tokens_BT.sharding.spec == PartitionSpec(("data", "fsdp"))
-    assert placed.patches_RPC.shape[0] == 0
+    assert placed.patches_WPC.shape[0] == 0

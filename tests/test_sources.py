@@ -10,7 +10,8 @@ import pytest
 from r1vl_jax.config import SourceSection
 from r1vl_jax.data import sources
 from r1vl_jax.data.sources import JsonSource, open_source
-from r1vl_jax.types import Example, RowError
+from r1vl_jax.errors import RowError
+from r1vl_jax.types import Example
 
 GEOMETRY = Path(__file__).parents[1].parent / "shared" / "real" / "geometry3k"
 RL = {"image_path": "a.png", "problem": "Find x.", "solution": "### The final answer is: 3"}

@@ -16,15 +16,15 @@ from tiny_jax import batch_of, questions, random_params, tiny_config, with_answe
 
 from r1vl_jax.model import qwen2_vl
 from r1vl_jax.model.qwen2_vl import answer_logprobs
-from r1vl_jax.optim import accumulate, zero_grads
 from r1vl_jax.sft.loss import sft_loss, token_weights
 from r1vl_jax.step_grpo.advantages import (
     gate_rewards,
     group_advantages,
+    has_signal,
     shaped_only,
-    teaches,
 )
 from r1vl_jax.step_grpo.loss import Objective, answer_weights, policy_loss, step_grpo_loss
+from r1vl_jax.training.optimizer import accumulate, zero_grads
 from r1vl_jax.types import TrainBatch
 
 # Advantages.
@@ -63,7 +63,7 @@ def test_groups_that_teach_nothing():
     np.testing.assert_array_equal(group_advantages(np.array([[3.0]])), [[0.0]])
     # 0.1 * 3 and 0.3 differ in the last bit only: no lesson either.
     mixed = group_advantages(np.array([[1.1, 1.1], [1.1, 1.0], [0.1 * 3, 0.3]]))
-    np.testing.assert_array_equal(teaches(mixed[:, :, None]), [False, True, False])
+    np.testing.assert_array_equal(has_signal(mixed[:, :, None]), [False, True, False])
 
 
 def test_scales():
@@ -123,7 +123,7 @@ def test_gates(gate, rewards, taught, shaped):
     gated = gate_rewards(OUTCOME, SHAPING, OUTCOME[:, :, 0] > 0, gate)
     np.testing.assert_allclose(gated[:, :, 0], rewards)
     advantages = step_advantages(gated, np.ones(gated.shape, bool))
-    np.testing.assert_array_equal(teaches(advantages), taught)
+    np.testing.assert_array_equal(has_signal(advantages), taught)
     np.testing.assert_array_equal(shaped_only(OUTCOME, advantages), shaped)
 
 

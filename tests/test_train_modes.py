@@ -15,11 +15,11 @@ from tiny_jax import FakeScorerPool, read_lines, run_config, write_run_inputs
 
 import r1vl_jax.train as train_module
 from r1vl_jax.checkpoint.hf import load_hf
+from r1vl_jax.errors import RewardError
 from r1vl_jax.model.config import load_config
 from r1vl_jax.rewards import Score
-from r1vl_jax.rewards.user import RewardError
-from r1vl_jax.run import keep_programs
 from r1vl_jax.train import main, train
+from r1vl_jax.training.run import enable_compilation_cache
 
 
 @pytest.fixture(scope="module")
@@ -254,10 +254,10 @@ def test_compiled_programs_are_kept(tmp_path, monkeypatch, value):
     expected = {"auto": str(tmp_path / "r1vl_jax"), "off": None, "own": "own"}[value]
     try:
         jax.config.update("jax_compilation_cache_dir", None)
-        keep_programs(value)
+        enable_compilation_cache(value)
         assert jax.config.jax_compilation_cache_dir == expected
         jax.config.update("jax_compilation_cache_dir", "given")
-        keep_programs(value)
+        enable_compilation_cache(value)
         assert jax.config.jax_compilation_cache_dir == "given"
     finally:
         jax.config.update("jax_compilation_cache_dir", before)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1vl_jax.rewards.user import RewardError, UserReward, load_reward, user_reward
+from r1vl_jax.errors import RewardError
+from r1vl_jax.rewards.user import UserReward, load_reward, user_reward
 
 
 @dataclasses.dataclass

@@ -223,9 +223,9 @@ def make_prompts(model, rows: list[Row], side="right", images_per_row: int = 1, 
         positions_3BT=jnp.asarray(np.pad(positions, [(0, 0), *widths])),
         image_slot_BT=jnp.asarray(np.pad(slot, widths, constant_values=-1)),
         next_position_B=jnp.asarray(np.pad(after, widths[:1])),
-        patches_RPC=jnp.asarray(patches),
-        patch_hw_RP2=jnp.asarray(hw),
-        segment_RP=jnp.asarray(segment),
+        patches_WPC=jnp.asarray(patches),
+        patch_hw_WP2=jnp.asarray(hw),
+        segment_WP=jnp.asarray(segment),
     )
 
 

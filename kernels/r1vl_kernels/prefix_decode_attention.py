@@ -31,7 +31,7 @@ TINY = 1e-30
 
 
 def prefix_decode_attention(
-    q_BKGRH: jax.Array,
+    q_BKGEH: jax.Array,
     prefix_k_BKSH: jax.Array,
     prefix_v_BKSH: jax.Array,
     prefix_length_B: jax.Array,
@@ -47,7 +47,7 @@ def prefix_decode_attention(
     reference's; decoding has none in training.
 
     Args:
-      q_BKGRH: queries; query head n of N = K*R is (n // R, n % R).
+      q_BKGEH: queries; query head n of N = K*R is (n // R, n % R).
       prefix_k_BKSH, prefix_v_BKSH: the prompts' caches, once a group.
       prefix_length_B: int32, keys at this index and behind are not seen; "reference" wants finite numbers there.
       own_k_BKGSH, own_v_BKGSH: the answers' caches, S as long as they are; own_length_BG: int32, likewise, 0 allowed.
@@ -57,19 +57,19 @@ def prefix_decode_attention(
       ValueError: an argument has another shape, dtype or value.
     """
     check_backend(backend)
-    check_array("q_BKGRH", q_BKGRH, jnp.floating)
-    B, K, G, _, H = q_BKGRH.shape
+    check_array("q_BKGEH", q_BKGEH, jnp.floating)
+    B, K, G, _, H = q_BKGEH.shape
     parts = (
         ("prefix", prefix_k_BKSH, prefix_v_BKSH, "BKSH", (B, K), prefix_length_B, "B", (B,)),
         ("own", own_k_BKGSH, own_v_BKGSH, "BKGSH", (B, K, G), own_length_BG, "BG", (B, G)),
     )
     for part, k, v, letters, rows, length, length_letters, length_rows in parts:
-        check_array(f"{part}_k_{letters}", k, q_BKGRH.dtype)
-        check_array(f"{part}_k_{letters}", k, q_BKGRH.dtype, (*rows, k.shape[-2], H), "q_BKGRH, and S")
-        check_array(f"{part}_v_{letters}", v, q_BKGRH.dtype, k.shape, f"{part}_k_{letters}")
-        check_array(f"{part}_length_{length_letters}", length, jnp.integer, length_rows, "q_BKGRH")
-    arrays = (q_BKGRH, prefix_k_BKSH, prefix_v_BKSH, prefix_length_B, own_k_BKGSH, own_v_BKGSH, own_length_BG)
-    if backend == "reference" or 0 in q_BKGRH.shape + prefix_k_BKSH.shape + own_k_BKGSH.shape:
+        check_array(f"{part}_k_{letters}", k, q_BKGEH.dtype)
+        check_array(f"{part}_k_{letters}", k, q_BKGEH.dtype, (*rows, k.shape[-2], H), "q_BKGEH, and S")
+        check_array(f"{part}_v_{letters}", v, q_BKGEH.dtype, k.shape, f"{part}_k_{letters}")
+        check_array(f"{part}_length_{length_letters}", length, jnp.integer, length_rows, "q_BKGEH")
+    arrays = (q_BKGEH, prefix_k_BKSH, prefix_v_BKSH, prefix_length_B, own_k_BKGSH, own_v_BKGSH, own_length_BG)
+    if backend == "reference" or 0 in q_BKGEH.shape + prefix_k_BKSH.shape + own_k_BKGSH.shape:
         return attention(*arrays)
     return _attention(backend, *arrays)
 
@@ -124,12 +124,12 @@ def _start(rows: int, width: int):
     return jnp.zeros((rows, width), jnp.float32), column + LOW, column
 
 
-def _step(state, q_QH, k_SH, v_SH, seen_1S, scale: float):
+def _step(state, q_QH, k_SH, v_SH, seen_row, scale: float):
     """The running softmax (o, m, l) after one more block of keys."""
     out, top, total = state
     precision = jax.lax.Precision.HIGHEST if q_QH.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     dot = partial(jax.lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen_1S, dot(q_QH, k_SH, (((1,), (1,)), ((), ()))) * scale, LOW)
+    scores = jnp.where(seen_row, dot(q_QH, k_SH, (((1,), (1,)), ((), ()))) * scale, LOW)
     higher = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
     keep, weights = jnp.exp(top - higher), jnp.exp(scores - higher)
     out = out * keep + dot(weights.astype(v_SH.dtype), v_SH, (((1,), (0,)), ((), ())))
@@ -143,16 +143,16 @@ def _finish(state):
     return out / total, top + jnp.log(total)
 
 
-def _partial_gpu(q_WQH, k_WSH, v_WSH, length_W, **call):
+def _partial_gpu(q, k, v, lengths, **call):
     """out (W, C, Q, H) and lse (W, C, Q), fp32. Program (w, c, i) takes blocks c, c + C, ... up to row w's length.
 
     So all of them have work, however short the row is. Query rows are padded to 16 at least, for the tensor cores, and
     more than 64 are cut into i parts, for the registers.
     """
-    W, Q, H = q_WQH.shape
-    S = k_WSH.shape[1]
+    W, Q, H = q.shape
+    S = k.shape[1]
     rows, width = min(QUERY_ROWS, max(16, pl.next_power_of_2(Q))), max(16, pl.next_power_of_2(H))
-    block = min(GPU_BLOCK_BYTES // k_WSH.dtype.itemsize, max(16, pl.next_power_of_2(S)))
+    block = min(GPU_BLOCK_BYTES // k.dtype.itemsize, max(16, pl.next_power_of_2(S)))
     splits = min(pl.cdiv(S, block), pl.cdiv(PROGRAMS, W))
     queries = pl.BlockSpec((None, rows, width), lambda w, c, i: (w, i, 0))
     keys = pl.BlockSpec((None, pl.cdiv(S, block) * block, width), lambda w, c, i: (w, 0, 0))
@@ -170,7 +170,7 @@ def _partial_gpu(q_WQH, k_WSH, v_WSH, length_W, **call):
         ],
         name="prefix_decode_attention",
         **call,
-    )(length_W, q_WQH, k_WSH, v_WSH)
+    )(lengths, q, k, v)
 
 
 def _gpu_kernel(length_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, *, shape, block: int, splits: int):
@@ -193,13 +193,13 @@ def _gpu_kernel(length_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, *, shape, blo
     triton.store(lse_ref, jnp.sum(lse, axis=1), mask=row)
 
 
-def _partial_tpu(q_WQH, k_WSH, v_WSH, length_W, **call):
+def _partial_tpu(q, k, v, lengths, **call):
     """out (W, 1, Q, H) and lse (W, 1, Q), fp32. A row's blocks run one after the other, the state in scratch memory.
 
     Blocks behind the length name the last one before it again, which is then not fetched anew.
     """
-    W, Q, H = q_WQH.shape
-    S = k_WSH.shape[1]
+    W, Q, H = q.shape
+    S = k.shape[1]
     block = min(S, TPU_BLOCK)
 
     def key_block(w, j, lengths):
@@ -220,7 +220,7 @@ def _partial_tpu(q_WQH, k_WSH, v_WSH, length_W, **call):
         out_shape=[jax.ShapeDtypeStruct((W, Q, H), jnp.float32), jax.ShapeDtypeStruct((W, Q, 1), jnp.float32)],
         name="prefix_decode_attention",
         **call,
-    )(jnp.clip(length_W, 0, S), q_WQH, k_WSH, v_WSH)
+    )(jnp.clip(lengths, 0, S), q, k, v)
     return out[:, None], lse[:, None, :, 0]
 
 
@@ -237,10 +237,10 @@ def _tpu_kernel(lengths_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, *state_refs,
 
     @pl.when(j * block < length)
     def _():
-        seen_1S = j * block + jax.lax.broadcasted_iota(jnp.int32, (1, block), 1) < length
-        seen_S1 = j * block + jax.lax.broadcasted_iota(jnp.int32, (block, 1), 0) < length
-        v = jnp.where(seen_S1, v_ref[...], 0)  # weights there are 0, but 0 times what is not finite is not
-        keep(_step(tuple(ref[...] for ref in state_refs), q_ref[...], k_ref[...], v, seen_1S, q_ref.shape[1] ** -0.5))
+        seen_row = j * block + jax.lax.broadcasted_iota(jnp.int32, (1, block), 1) < length
+        seen_column = j * block + jax.lax.broadcasted_iota(jnp.int32, (block, 1), 0) < length
+        v = jnp.where(seen_column, v_ref[...], 0)  # weights there are 0, but 0 times what is not finite is not
+        keep(_step(tuple(ref[...] for ref in state_refs), q_ref[...], k_ref[...], v, seen_row, q_ref.shape[1] ** -0.5))
 
     @pl.when(j == pl.cdiv(keys, block) - 1)
     def _():

@@ -13,20 +13,20 @@ SCALES = ("std", "none", "floor")
 AVERAGES = ("sequence", "token", "constant")
 
 
-def step_advantages(rewards_BMK, mask_BMK, *, scale: str = "std", std_floor: float = 0.1, eps: float = 1e-4):
-    """float32 advantages (B, M, K), 0 where mask_BMK is False; computed in float64 where rewards_BMK is.
+def step_advantages(rewards_BGJ, mask_BGJ, *, scale: str = "std", std_floor: float = 0.1, eps: float = 1e-4):
+    """float32 advantages (B, M, K), 0 where mask_BGJ is False; computed in float64 where rewards_BGJ is.
 
     Args:
-      rewards_BMK: what answer m to question b earns in its step k.
-      mask_BMK: bool, True where it has such a step.
+      rewards_BGJ: what answer m to question b earns in its step k.
+      mask_BGJ: bool, True where it has such a step.
       scale, std_floor, eps: as for `normalised`.
     """
-    xp = rewards_BMK.__array_namespace__()
-    dtype = xp.float64 if rewards_BMK.dtype == xp.float64 else xp.float32
-    rewards_BMK = xp.where(mask_BMK, rewards_BMK.astype(dtype), 0)
-    returns_BMK = xp.flip(xp.cumsum(xp.flip(rewards_BMK, axis=2), axis=2), axis=2)
-    advantages_BMK = normalised(xp, returns_BMK, mask_BMK, axis=1, scale=scale, std_floor=std_floor, eps=eps)
-    return advantages_BMK.astype(xp.float32)
+    xp = rewards_BGJ.__array_namespace__()
+    dtype = xp.float64 if rewards_BGJ.dtype == xp.float64 else xp.float32
+    rewards_BGJ = xp.where(mask_BGJ, rewards_BGJ.astype(dtype), 0)
+    returns_BGJ = xp.flip(xp.cumsum(xp.flip(rewards_BGJ, axis=2), axis=2), axis=2)
+    advantages_BGJ = normalised(xp, returns_BGJ, mask_BGJ, axis=1, scale=scale, std_floor=std_floor, eps=eps)
+    return advantages_BGJ.astype(xp.float32)
 
 
 def normalised(xp, returns, mask, *, axis: int, scale: str, std_floor: float, eps: float):
@@ -56,12 +56,12 @@ def normalised(xp, returns, mask, *, axis: int, scale: str, std_floor: float, ep
     return centred / ((xp.maximum(std, std_floor) if scale == "floor" else std) + eps)
 
 
-def token_advantages(advantages_BMK, step_BMT):
-    """Each token's advantage (B, M, T): that of the step it stands in; 0 where step_BMT is none of 0..K-1."""
-    xp = advantages_BMK.__array_namespace__()
-    steps = advantages_BMK.shape[2]
-    values_BMT = xp.take_along_axis(advantages_BMK, xp.clip(step_BMT, 0, steps - 1), axis=2)
-    return xp.where((step_BMT >= 0) & (step_BMT < steps), values_BMT, 0)
+def token_advantages(advantages_BGJ, step_BGT):
+    """Each token's advantage (B, M, T): that of the step it stands in; 0 where step_BGT is none of 0..K-1."""
+    xp = advantages_BGJ.__array_namespace__()
+    steps = advantages_BGJ.shape[2]
+    values_BGT = xp.take_along_axis(advantages_BGJ, xp.clip(step_BGT, 0, steps - 1), axis=2)
+    return xp.where((step_BGT >= 0) & (step_BGT < steps), values_BGT, 0)
 
 
 def sequence_weights(mask_RT, average: str, max_length: int | None = None, *, sequences: int | None = None):

@@ -52,16 +52,16 @@ def policy_sums(arrays: dict[str, jax.Array], mask_RT: jax.Array, *, beta: float
     return tuple(jnp.sum(term, axis=1) for term in (loss, kl, entropy))
 
 
-def attention(q_BKGRH, prefix_k_BKSH, prefix_v_BKSH, prefix_length_B, own_k_BKGSH, own_v_BKGSH, own_length_BG):
-    """softmax(q k^T / sqrt(H)) v over the keys of both caches that lie before their lengths. Shape of q_BKGRH.
+def attention(q_BKGEH, prefix_k_BKSH, prefix_v_BKSH, prefix_length_B, own_k_BKGSH, own_v_BKGSH, own_length_BG):
+    """softmax(q k^T / sqrt(H)) v over the keys of both caches that lie before their lengths. Shape of q_BKGEH.
 
     Caches are used as they lie, in batched matmuls: the queries of a group are the rows of one.
     """
-    B, K, G, R, H = q_BKGRH.shape
+    B, K, G, R, H = q_BKGEH.shape
     f32 = {"preferred_element_type": jnp.float32}
-    rows = q_BKGRH.reshape(B, K, G * R, H)
+    rows = q_BKGEH.reshape(B, K, G * R, H)
     prefix = jnp.einsum("BKQH,BKSH->BKQS", rows, prefix_k_BKSH, **f32).reshape(B, K, G, R, -1) * H**-0.5
-    own = jnp.einsum("BKGRH,BKGSH->BKGRS", q_BKGRH, own_k_BKGSH, **f32) * H**-0.5
+    own = jnp.einsum("BKGRH,BKGSH->BKGRS", q_BKGEH, own_k_BKGSH, **f32) * H**-0.5
     prefix = jnp.where(jnp.arange(prefix.shape[-1]) < prefix_length_B[:, None, None, None, None], prefix, LOW)
     own = jnp.where(jnp.arange(own.shape[-1]) < own_length_BG[:, None, :, None, None], own, LOW)
     top = jax.lax.stop_gradient(jnp.maximum(prefix.max(-1, keepdims=True), own.max(-1, keepdims=True)))
@@ -69,6 +69,6 @@ def attention(q_BKGRH, prefix_k_BKSH, prefix_v_BKSH, prefix_length_B, own_k_BKGS
     total = prefix.sum(-1, keepdims=True) + own.sum(-1, keepdims=True)
     dtype = prefix_v_BKSH.dtype
     weights = prefix.astype(dtype).reshape(B, K, G * R, -1)
-    out = jnp.einsum("BKQS,BKSH->BKQH", weights, prefix_v_BKSH, **f32).reshape(q_BKGRH.shape)
+    out = jnp.einsum("BKQS,BKSH->BKQH", weights, prefix_v_BKSH, **f32).reshape(q_BKGEH.shape)
     out = out + jnp.einsum("BKGRS,BKGSH->BKGRH", own.astype(dtype), own_v_BKGSH, **f32)
-    return (out / total).astype(q_BKGRH.dtype)
+    return (out / total).astype(q_BKGEH.dtype)

@@ -20,9 +20,9 @@ from r1vl_kernels.reference import SCALES, normalised, step_advantages, token_ad
 
 
 def step_group_advantage(
-    rewards_BMK: jax.Array,
-    mask_BMK: jax.Array,
-    step_BMT: jax.Array,
+    rewards_BGJ: jax.Array,
+    mask_BGJ: jax.Array,
+    step_BGT: jax.Array,
     *,
     scale: str = "std",
     std_floor: float = 0.1,
@@ -32,12 +32,12 @@ def step_group_advantage(
     """Each token's advantage (B, M, T), fp32. With K = 1 it is the paper's, of the whole answer.
 
     A lone return gives 0 and so do returns that are equal (within 1e-6 of their size: `reference.normalised`). The
-    gradient with respect to rewards_BMK is that of the reference; in training advantages are data and have none.
+    gradient with respect to rewards_BGJ is that of the reference; in training advantages are data and have none.
 
     Args:
-      rewards_BMK: float, what answer m of a group earns in its step k.
-      mask_BMK: bool, True where it has such a step; what stands elsewhere takes no part.
-      step_BMT: int32, the step that each token stands in; a token of no step (-1, or K and more) gets 0.
+      rewards_BGJ: float, what answer m of a group earns in its step k.
+      mask_BGJ: bool, True where it has such a step; what stands elsewhere takes no part.
+      step_BGT: int32, the step that each token stands in; a token of no step (-1, or K and more) gets 0.
       scale: std: divided by the group's standard deviation (ddof 1), plus eps; none: not divided; floor: by the
         standard deviation or std_floor, whichever is larger, plus eps.
       backend: reference, pallas or interpret.
@@ -48,42 +48,42 @@ def step_group_advantage(
     check_backend(backend)
     if scale not in SCALES:
         raise ValueError(f"scale is {scale!r}; expected one of {', '.join(SCALES)}")
-    check_array("rewards_BMK", rewards_BMK, jnp.floating)
-    check_array("mask_BMK", mask_BMK, jnp.bool_, rewards_BMK.shape, "rewards_BMK")
-    check_array("step_BMT", step_BMT, jnp.integer)
-    check_array("step_BMT", step_BMT, jnp.integer, (*rewards_BMK.shape[:2], step_BMT.shape[2]), "rewards_BMK, and T")
+    check_array("rewards_BGJ", rewards_BGJ, jnp.floating)
+    check_array("mask_BGJ", mask_BGJ, jnp.bool_, rewards_BGJ.shape, "rewards_BGJ")
+    check_array("step_BGT", step_BGT, jnp.integer)
+    check_array("step_BGT", step_BGT, jnp.integer, (*rewards_BGJ.shape[:2], step_BGT.shape[2]), "rewards_BGJ, and T")
     options = (("scale", scale), ("std_floor", std_floor), ("eps", eps))
-    if backend == "reference" or 0 in rewards_BMK.shape + step_BMT.shape:
-        return _reference(options, rewards_BMK, mask_BMK, step_BMT)
-    return _advantage(options, backend, rewards_BMK, mask_BMK, step_BMT)
+    if backend == "reference" or 0 in rewards_BGJ.shape + step_BGT.shape:
+        return _reference(options, rewards_BGJ, mask_BGJ, step_BGT)
+    return _advantage(options, backend, rewards_BGJ, mask_BGJ, step_BGT)
 
 
-def _reference(options, rewards_BMK, mask_BMK, step_BMT):
-    return token_advantages(step_advantages(rewards_BMK, mask_BMK, **dict(options)), step_BMT).astype(jnp.float32)
+def _reference(options, rewards_BGJ, mask_BGJ, step_BGT):
+    return token_advantages(step_advantages(rewards_BGJ, mask_BGJ, **dict(options)), step_BGT).astype(jnp.float32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _advantage(options, backend, rewards_BMK, mask_BMK, step_BMT):
-    return on_device(partial(_call, options), backend, rewards_BMK, mask_BMK, step_BMT)
+def _advantage(options, backend, rewards_BGJ, mask_BGJ, step_BGT):
+    return on_device(partial(_call, options), backend, rewards_BGJ, mask_BGJ, step_BGT)
 
 
-def _forward(options, backend, rewards_BMK, mask_BMK, step_BMT):
-    return _advantage(options, backend, rewards_BMK, mask_BMK, step_BMT), (rewards_BMK, mask_BMK, step_BMT)
+def _forward(options, backend, rewards_BGJ, mask_BGJ, step_BGT):
+    return _advantage(options, backend, rewards_BGJ, mask_BGJ, step_BGT), (rewards_BGJ, mask_BGJ, step_BGT)
 
 
-def _backward(options, backend, saved, grad_BMT):
-    rewards_BMK, *rest = saved
-    _, pull = jax.vjp(lambda rewards: _reference(options, rewards, *rest), rewards_BMK)
-    return *pull(grad_BMT), None, None
+def _backward(options, backend, saved, grad_BGT):
+    rewards_BGJ, *rest = saved
+    _, pull = jax.vjp(lambda rewards: _reference(options, rewards, *rest), rewards_BGJ)
+    return *pull(grad_BGT), None, None
 
 
 _advantage.defvjp(_forward, _backward)
 
 
-def _call(options, rewards_BMK, mask_BMK, step_BMT, *, form: str, **call):
+def _call(options, rewards_BGJ, mask_BGJ, step_BGT, *, form: str, **call):
     """Steps go to the front, where both compilers take an index known only at run time; answers to a power of two."""
-    B, M, K = rewards_BMK.shape
-    T = step_BMT.shape[2]
+    B, M, K = rewards_BGJ.shape
+    T = step_BGT.shape[2]
     rows = pl.next_power_of_2(M)
     block = token_block(T, max(128, 4096 // rows))
     tokens = up_to(T, block)
@@ -101,7 +101,7 @@ def _call(options, rewards_BMK, mask_BMK, step_BMT, *, form: str, **call):
         out_shape=jax.ShapeDtypeStruct((B, rows, tokens), jnp.float32),
         name="step_group_advantage",
         **call,
-    )(columns(rewards_BMK), columns(mask_BMK.astype(jnp.int32)), padded(step_BMT.astype(jnp.int32), rows, tokens))
+    )(columns(rewards_BGJ), columns(mask_BGJ.astype(jnp.int32)), padded(step_BGT.astype(jnp.int32), rows, tokens))
     return out[:, :M, :T]
 
 

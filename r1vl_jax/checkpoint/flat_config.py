@@ -9,8 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from r1vl_jax.jsonfile import read_object
-from r1vl_jax.model.config import CheckpointError, ModelConfig, parse_config
+from r1vl_jax.common.files import read_object
+from r1vl_jax.errors import CheckpointError
+from r1vl_jax.model.config import ModelConfig, parse_config
 
 # Fields of a nested text_config that have no place at the top level, or whose value there is the whole model's.
 _NOT_FLAT = frozenset(

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from r1vl_jax.model.config import CheckpointError
+from r1vl_jax.errors import CheckpointError
 
 _COMPANIONS = (".json", ".jinja", ".txt", ".model")
 

@@ -26,8 +26,9 @@ from safetensors.numpy import save_file
 
 from r1vl_jax.checkpoint.flat_config import write_flat_config
 from r1vl_jax.checkpoint.folder import copy_companions, new_folder
-from r1vl_jax.jsonfile import read_object
-from r1vl_jax.model.config import CheckpointError, ModelConfig, load_config
+from r1vl_jax.common.files import read_object
+from r1vl_jax.errors import CheckpointError
+from r1vl_jax.model.config import ModelConfig, load_config
 from r1vl_jax.model.spec import ParamSpec, is_spec, param_spec
 
 WEIGHTS = "model.safetensors"

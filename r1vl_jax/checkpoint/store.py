@@ -23,7 +23,8 @@ import yaml
 
 from r1vl_jax.checkpoint.folder import copy_companions, new_folder
 from r1vl_jax.checkpoint.hf import cast, load_hf
-from r1vl_jax.model.config import CheckpointError, ModelConfig, load_config
+from r1vl_jax.errors import CheckpointError
+from r1vl_jax.model.config import ModelConfig, load_config
 from r1vl_jax.model.spec import is_spec, param_spec
 
 

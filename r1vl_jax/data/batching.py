@@ -40,7 +40,7 @@ def size_of(prompt: EncodedPrompt, answer: Sequence[int] | np.ndarray = ()) -> S
     return Size(len(prompt.tokens_T) + len(answer), len(answer), prompt.grids)
 
 
-def alike(rows: Iterable[Row], count: int, size: Callable[[Row], Size]) -> list[list[Row]]:
+def by_length(rows: Iterable[Row], count: int, size: Callable[[Row], Size]) -> list[list[Row]]:
     """Rows in batches of `count`, alike in length: such batches hold little padding. The last one may be shorter."""
     ordered = sorted(rows, key=lambda row: size(row).tokens)
     return [ordered[i : i + count] for i in range(0, len(ordered), count)]
@@ -48,7 +48,7 @@ def alike(rows: Iterable[Row], count: int, size: Callable[[Row], Size]) -> list[
 
 def in_micro_batches(sizes: Sequence[Size], update: int, count: int) -> list[list[Size]]:
     """A sample's rows as updates of so many, and those as micro-batches of `count`."""
-    parts = [alike(sizes[i : i + update], count, lambda size: size) for i in range(0, len(sizes), update)]
+    parts = [by_length(sizes[i : i + update], count, lambda size: size) for i in range(0, len(sizes), update)]
     whole = [part for update in parts for part in update if len(part) == count]
     return whole or [part for update in parts for part in update]
 
@@ -164,7 +164,7 @@ def padding(prompts: Sequence[Prompts], masks_BGT: Sequence[np.ndarray] = ()) ->
         return 1 - sum(int(mask.sum()) for mask in masks) / places if places else 0.0
 
     tokens = [batch.mask_BT for batch in prompts] + list(masks_BGT)
-    return {"padding/tokens": share(tokens), "padding/patches": share([batch.segment_RP >= 0 for batch in prompts])}
+    return {"padding/tokens": share(tokens), "padding/patches": share([batch.segment_WP >= 0 for batch in prompts])}
 
 
 def _frames(grids: Iterable[Grid]) -> list[int]:

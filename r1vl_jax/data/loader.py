@@ -23,7 +23,8 @@ import grain
 from absl import flags
 
 from r1vl_jax.data.sources import Source
-from r1vl_jax.types import Example, RowError
+from r1vl_jax.errors import RowError
+from r1vl_jax.types import Example
 
 THREADS = 4  # of each process that reads rows; decoding and resizing images leave Python's lock
 READ_AHEAD = 32  # rows, over all workers

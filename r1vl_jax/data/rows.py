@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import os
 
-from r1vl_jax.types import Example, RowError
+from r1vl_jax.errors import RowError
+from r1vl_jax.types import Example
 
 IMAGE, VIDEO = "<image>", "<video>"
 

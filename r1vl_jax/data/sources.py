@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from r1vl_jax.config import SourceSection
 from r1vl_jax.data.rows import parse_row, short
-from r1vl_jax.types import Example, RowError
+from r1vl_jax.errors import RowError
+from r1vl_jax.types import Example
 
 CHUNK = 1 << 20  # bytes read at once
 MAX_ROW = 256 << 20  # characters; what is longer is no row but a bracket that nothing closes

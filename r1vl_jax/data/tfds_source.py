@@ -16,7 +16,8 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import constants
 
 from r1vl_jax.data.builders.record import features, to_example
-from r1vl_jax.types import Example, RowError
+from r1vl_jax.errors import RowError
+from r1vl_jax.types import Example
 
 
 class TfdsSource:

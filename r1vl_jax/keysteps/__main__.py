@@ -14,8 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from r1vl_jax.arguments import at_least_one, finite, positive, whole
-from r1vl_jax.endpoint import Endpoint
+from r1vl_jax.common.arguments import finite_float, non_negative_int, positive_float, positive_int
+from r1vl_jax.common.endpoint import Endpoint
 from r1vl_jax.keysteps import lint, prompts
 from r1vl_jax.keysteps.augment import augment_row
 from r1vl_jax.keysteps.convert import FIELDS, convert_row
@@ -186,17 +186,17 @@ def _parser() -> argparse.ArgumentParser:
         made[name] = command = commands.add_parser(name, help=line, description=text, formatter_class=raw)
         command.add_argument("input", metavar="IN", help="rows to read")
         command.add_argument("output", metavar="OUT", help="rows to write; they appear when all is done")
-        command.add_argument("--limit", type=at_least_one, metavar="N", help="only the first N rows, to try it out")
+        command.add_argument("--limit", type=positive_int, metavar="N", help="only the first N rows, to try it out")
         command.add_argument("--overwrite", action="store_true", help="replace OUT and start anew")
         if name in _WITH_ENDPOINT:
             _add_endpoint(command.add_argument_group("the model, an OpenAI-compatible endpoint"))
     made["extract"].add_argument("--prompt", metavar="FILE", help="a prompt of your own, with {problem} and {solution}")
     made["extract"].add_argument("--image", action="store_true", help="show the model the image, too")
     made["rules"].add_argument(
-        "--per-step", type=at_least_one, default=3, metavar="N", help="key steps of a step at most (3)"
+        "--per-step", type=positive_int, default=3, metavar="N", help="key steps of a step at most (3)"
     )
     most = "alternatives of a group at most, the given ones among them (8)"
-    made["augment"].add_argument("--max-alternatives", type=at_least_one, default=8, metavar="N", help=most)
+    made["augment"].add_argument("--max-alternatives", type=positive_int, default=8, metavar="N", help=most)
     field = f"the field that has the key steps (default: the first there of {', '.join(FIELDS)})"
     made["convert"].add_argument("--field", metavar="NAME", help=field)
     kinds = "\n".join(f"  {kind:<10} {what}" for kind, what in lint.KINDS.items())
@@ -206,21 +206,23 @@ def _parser() -> argparse.ArgumentParser:
     checker.add_argument("--json", action="store_true", help="findings as JSON on standard output")
     checker.add_argument("--strict", action="store_true", help="exit code 1 if there are findings")
     checker.add_argument(
-        "--max-groups", type=at_least_one, default=15, metavar="N", help="groups of a row at most (15)"
+        "--max-groups", type=positive_int, default=15, metavar="N", help="groups of a row at most (15)"
     )
     share = "a text in the solutions of more than this share of the other rows is too general (0.2)"
-    checker.add_argument("--common-share", type=positive, default=0.2, metavar="X", help=share)
+    checker.add_argument("--common-share", type=positive_float, default=0.2, metavar="X", help=share)
     return parser
 
 
 def _add_endpoint(group: Any) -> None:
     group.add_argument("--url", help="base URL (default for extract: OPENAI_BASE_URL)")
     group.add_argument("--model", help="the model's name there (default: OPENAI_MODEL)")
-    group.add_argument("--concurrency", type=at_least_one, default=8, metavar="N", help="requests at a time (8)")
-    group.add_argument("--retries", type=whole, default=4, metavar="N", help="tries of a request after its first (4)")
-    group.add_argument("--timeout", type=positive, default=120.0, metavar="S", help="seconds for one try (120)")
-    group.add_argument("--temperature", type=finite, default=0.0, metavar="X", help="of sampling (0)")
-    group.add_argument("--max-tokens", type=at_least_one, default=2048, metavar="N", help="of a reply (2048)")
+    group.add_argument("--concurrency", type=positive_int, default=8, metavar="N", help="requests at a time (8)")
+    group.add_argument(
+        "--retries", type=non_negative_int, default=4, metavar="N", help="tries of a request after its first (4)"
+    )
+    group.add_argument("--timeout", type=positive_float, default=120.0, metavar="S", help="seconds for one try (120)")
+    group.add_argument("--temperature", type=finite_float, default=0.0, metavar="X", help="of sampling (0)")
+    group.add_argument("--max-tokens", type=positive_int, default=2048, metavar="N", help="of a reply (2048)")
 
 
 if __name__ == "__main__":

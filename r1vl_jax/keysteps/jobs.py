@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from r1vl_jax.endpoint import EndpointStop, in_parallel
-from r1vl_jax.jsonfile import writing
+from r1vl_jax.common.endpoint import EndpointStop, in_parallel
+from r1vl_jax.common.files import atomic_write
 from r1vl_jax.keysteps.rows import InputError, Row, RowFault, read_rows
 from r1vl_jax.rewards.key_steps import key_step_groups
 
@@ -185,7 +185,7 @@ def _check_target(target: Path, source: Path, overwrite: bool) -> None:
 
 def _write_rows(target: Path, rows: list[dict[str, Any]]) -> None:
     array = target.suffix == ".json"
-    with writing(target) as file:
+    with atomic_write(target) as file:
         lines = (",\n" if array else "\n").join(map(json.dumps, rows))
         file.write(f"[\n{lines}\n]\n" if array else lines + "\n" * bool(lines))
 
@@ -195,7 +195,7 @@ def _write_failed(target: Path, failed: dict[int, str]) -> None:
     if not failed:
         path.unlink(missing_ok=True)
         return
-    with writing(path) as file:
+    with atomic_write(path) as file:
         for number, reason in sorted(failed.items()):
             file.write(json.dumps({"row": number, "reason": reason}) + "\n")
 

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from r1vl_jax.endpoint import Endpoint
+from r1vl_jax.common.endpoint import Endpoint
 from r1vl_jax.keysteps.augment import augmented
 from r1vl_jax.keysteps.jobs import Made
 from r1vl_jax.keysteps.refine import refine_row, refined

@@ -5,7 +5,7 @@
     splash   Pallas' splash attention: TPUs
 
 `ModelConfig.attention` names one; what is named runs or raises. All of them scale scores by H^-1/2 and take the softmax
-in fp32. Padding stands at the ends of rows (see qwen2_vl.padding_last), so that causality alone hides it.
+in fp32. Padding stands at the ends of rows (see qwen2_vl.right_padded), so that causality alone hides it.
 One new token's attention to the caches is r1vl_kernels.prefix_decode_attention.
 """
 
@@ -32,15 +32,15 @@ def attend_prompt(q_BTNH, k_BTKH, v_BTKH, attention: str) -> jax.Array:
     return _splash(q_BTNH, k_BTKH, v_BTKH, lambda T, S: splash.CausalMask((T, S)), segment_BT, segment_BT)
 
 
-def attend_frames(q_RPNH, k_RPNH, v_RPNH, segment_RP, attention: str) -> jax.Array:
+def attend_frames(q_WPNH, k_WPNH, v_WPNH, segment_WP, attention: str) -> jax.Array:
     """Attention of patches inside their own frame, of which a row may hold several: (R, P, N, H)."""
     if attention == "splash":
         whole = lambda T, S: splash.FullMask((T, S))  # noqa: E731
-        return _splash(q_RPNH, k_RPNH, v_RPNH, whole, segment_RP, segment_RP, pad_segment=-1)
-    same_RPP = segment_RP[:, :, None] == segment_RP[:, None, :]  # padding sees padding, and nobody looks
+        return _splash(q_WPNH, k_WPNH, v_WPNH, whole, segment_WP, segment_WP, pad_segment=-1)
+    same_WPP = segment_WP[:, :, None] == segment_WP[:, None, :]  # padding sees padding, and nobody looks
     if attention == "cudnn":
-        return jax.nn.dot_product_attention(q_RPNH, k_RPNH, v_RPNH, mask=same_RPP[:, None], implementation="cudnn")
-    return _attend(q_RPNH, k_RPNH, v_RPNH, same_RPP[:, None])
+        return jax.nn.dot_product_attention(q_WPNH, k_WPNH, v_WPNH, mask=same_WPP[:, None], implementation="cudnn")
+    return _attend(q_WPNH, k_WPNH, v_WPNH, same_WPP[:, None])
 
 
 def attend_shared(q_BGTNH, prefix, k_BGTKH, v_BGTKH, prefix_length_B, attention: str) -> jax.Array:

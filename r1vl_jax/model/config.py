@@ -10,13 +10,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from r1vl_jax.jsonfile import inner_object, read_object
+from r1vl_jax.common.files import inner_object, read_object
+from r1vl_jax.errors import CheckpointError
 
 LOGIT_ROWS = 4096
-
-
-class CheckpointError(ValueError):
-    """A checkpoint folder is not what it should be. The message names the file and the key or tensor."""
 
 
 @dataclasses.dataclass(frozen=True)

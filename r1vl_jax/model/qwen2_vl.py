@@ -25,7 +25,7 @@ def embed_tokens(params: Any, tokens: jax.Array) -> jax.Array:
     return constrain(x, "batch", *[None] * (x.ndim - 1))
 
 
-def padding_last(prompts: Prompts) -> tuple[Prompts, jax.Array]:
+def right_padded(prompts: Prompts) -> tuple[Prompts, jax.Array]:
     """The same questions with all padding at the ends of their rows, and how far each row has moved to the left (B,).
 
     From here on a row is known by its length, and causality alone hides its padding.
@@ -58,9 +58,9 @@ def lengths(prompts: Prompts) -> jax.Array:
 def embed_prompts(params: Any, cfg: ModelConfig, prompts: Prompts, *, remat: str = "none") -> jax.Array:
     """Token embeddings (B, T, D) with image features where `image_slot` says, never where a token id says."""
     x = embed_tokens(params, prompts.tokens_BT)
-    if prompts.patches_RPC.shape[0] == 0:
+    if prompts.patches_WPC.shape[0] == 0:
         return x
-    images = (prompts.patches_RPC, prompts.patch_hw_RP2, prompts.segment_RP)
+    images = (prompts.patches_WPC, prompts.patch_hw_WP2, prompts.segment_WP)
     features = encode_images(params["vision"], cfg.vision, *images, attention=cfg.attention, remat=remat)
     features = features.reshape(-1, features.shape[-1])
     slot_BT1 = prompts.image_slot_BT[..., None]
@@ -72,7 +72,7 @@ def prefill(params: Any, cfg: ModelConfig, prompts: Prompts, *, remat: str = "no
 
     Returns (hidden_BTD, the last real token's hidden_BD, KV as text.prefill gives it).
     """
-    prompts, _ = padding_last(prompts)
+    prompts, _ = right_padded(prompts)
     x = embed_prompts(params, cfg, prompts, remat=remat)
     hidden, kv = text.prefill(params["text"], cfg, x, prompts.positions_3BT, remat=remat)
     return hidden, _at(hidden, lengths(prompts)[:, None] - 1)[:, 0], kv
@@ -85,7 +85,7 @@ def _at(hidden_BTD, places_BT) -> jax.Array:
 def prompt_logits(params: Any, cfg: ModelConfig, prompts: Prompts) -> jax.Array:
     """fp32 logits (B, T, V) at every prompt position."""
     hidden, _, _ = prefill(params, cfg, prompts)
-    return logits(_rolled(hidden, -padding_last(prompts)[1]), text.head(params["text"]))
+    return logits(_rolled(hidden, -right_padded(prompts)[1]), text.head(params["text"]))
 
 
 def answer_hidden(
@@ -109,7 +109,7 @@ def answer_hidden(
 
 def _unshared_hidden(params, cfg: ModelConfig, prompts: Prompts, tokens_BGT, *, remat: str) -> jax.Array:
     """`answer_hidden` with each answer directly behind a copy of its prompt's embeddings, one causal row each."""
-    prompts, _ = padding_last(prompts)
+    prompts, _ = right_padded(prompts)
     (B, G, T), length_B1 = tokens_BGT.shape, lengths(prompts)[:, None]
     x_prompt, x_answer = embed_prompts(params, cfg, prompts, remat=remat), embed_tokens(params, tokens_BGT)
     places_S = jnp.arange(prompts.mask_BT.shape[1] + T)

@@ -139,8 +139,8 @@ def decode(params, cfg: ModelConfig, x_BGD, start_B, step, prefix, prefix_length
 
         def attention(q, k, v, shared=shared, own=own):
             own = KV(*(_written(a, b, step) for a, b in zip(own, (k, v), strict=True)))
-            q_BKGrH = jnp.moveaxis(q.reshape(B, G, K, r, -1), 2, 1)
-            out = _attend_caches(q_BKGrH, shared, prefix_length_B, own, own_length_BG, cfg.kernels)
+            q_BKGEH = jnp.moveaxis(q.reshape(B, G, K, r, -1), 2, 1)
+            out = _attend_caches(q_BKGEH, shared, prefix_length_B, own, own_length_BG, cfg.kernels)
             return jnp.moveaxis(out, 1, 2).reshape(q.shape), own
 
         x, own = _block(x, p, angle, cfg, attention)
@@ -153,14 +153,14 @@ def _written(cache_BKGSH, new_BG1KH, step):
     return jax.lax.dynamic_update_slice_in_dim(cache_BKGSH, new_BKG1H, step, axis=3)
 
 
-def _attend_caches(q_BKGrH, prefix: KV, prefix_length_B, own: KV, own_length_BG, backend: str):
+def _attend_caches(q_BKGEH, prefix: KV, prefix_length_B, own: KV, own_length_BG, backend: str):
     def attend(q, prefix, prefix_length, own, own_length):
         return prefix_decode_attention(q, *prefix, prefix_length, *own, own_length, backend=backend)
 
     heads = ("batch", "kv_heads")
     rows, prompts, answers = heads + (None,) * 3, heads + (None,) * 2, heads + (None,) * 3
     axes = (rows, KV(prompts, prompts), ("batch",), KV(answers, answers), ("batch", None))
-    return per_shard(attend, axes, rows)(q_BKGrH, prefix, prefix_length_B, own, own_length_BG)
+    return per_shard(attend, axes, rows)(q_BKGEH, prefix, prefix_length_B, own, own_length_BG)
 
 
 def empty_cache(cfg: ModelConfig, batch: int, group: int, length: int, dtype) -> tuple[KV, ...]:

@@ -22,41 +22,41 @@ def quick_gelu(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-def normalise(patches_RPC: jax.Array, cfg: VisionConfig) -> jax.Array:
+def normalise(patches_WPC: jax.Array, cfg: VisionConfig) -> jax.Array:
     """Pixel values (uint8) as the tower takes them, fp32: (x / 255 - mean) / std. Floats are normalised already."""
-    if patches_RPC.dtype != jnp.uint8:
-        return patches_RPC
+    if patches_WPC.dtype != jnp.uint8:
+        return patches_WPC
     mean_C, std_C = (
         jnp.repeat(jnp.array(values, jnp.float32), cfg.patch_dim // cfg.channels)
         for values in (cfg.pixel_mean, cfg.pixel_std)
     )
-    return (patches_RPC.astype(jnp.float32) / 255 - mean_C) / std_C
+    return (patches_WPC.astype(jnp.float32) / 255 - mean_C) / std_C
 
 
-def vision_angles(hw_RP2: jax.Array, cfg: VisionConfig) -> jax.Array:
+def vision_angles(hw_WP2: jax.Array, cfg: VisionConfig) -> jax.Array:
     """2-D rope: a quarter of the head width turns with h, a quarter with w; (R, P, H/2)."""
     frequencies = rope_frequencies(cfg.head_dim // 2, cfg.rope_theta)
-    angle_RP2f = hw_RP2[..., None].astype(jnp.float32) * frequencies
-    return angle_RP2f.reshape(*hw_RP2.shape[:-1], -1)
+    angle_WP2f = hw_WP2[..., None].astype(jnp.float32) * frequencies
+    return angle_WP2f.reshape(*hw_WP2.shape[:-1], -1)
 
 
-def _block(x_RPD, p, *, angle, segment_RP, cfg: VisionConfig, attention: str):
-    h = layer_norm(x_RPD, p["norm1"], cfg.norm_eps)
+def _block(x_WPD, p, *, angle, segment_WP, cfg: VisionConfig, attention: str):
+    h = layer_norm(x_WPD, p["norm1"], cfg.norm_eps)
     q, k, v = jnp.moveaxis(linear(h, p["qkv"]["kernel"]) + p["qkv"]["bias"], 2, 0)
-    attended = attend_frames(rotate(q, angle), rotate(k, angle), v, segment_RP, attention)
-    x_RPD = x_RPD + linear(attended, p["proj"]["kernel"], inputs=2) + p["proj"]["bias"]
-    h = layer_norm(x_RPD, p["norm2"], cfg.norm_eps)
+    attended = attend_frames(rotate(q, angle), rotate(k, angle), v, segment_WP, attention)
+    x_WPD = x_WPD + linear(attended, p["proj"]["kernel"], inputs=2) + p["proj"]["bias"]
+    h = layer_norm(x_WPD, p["norm2"], cfg.norm_eps)
     h = quick_gelu(linear(h, p["fc1"]["kernel"]) + p["fc1"]["bias"])
-    x_RPD = x_RPD + linear(h, p["fc2"]["kernel"]) + p["fc2"]["bias"]
-    return constrain(x_RPD, "batch", None, None), None
+    x_WPD = x_WPD + linear(h, p["fc2"]["kernel"]) + p["fc2"]["bias"]
+    return constrain(x_WPD, "batch", None, None), None
 
 
 def encode_images(
     params: dict[str, Any],
     cfg: VisionConfig,
-    patches_RPC,
-    hw_RP2,
-    segment_RP,
+    patches_WPC,
+    hw_WP2,
+    segment_WP,
     *,
     attention: str = "xla",
     remat: str = "none",
@@ -65,16 +65,16 @@ def encode_images(
 
     Args:
       params: the "vision" subtree.
-      patches_RPC: patches, rows of 3*2*14*14 values: uint8 pixels, or floats that are normalised already.
-      hw_RP2: each patch's (h, w) in its frame, in merge order.
-      segment_RP: the frame that a patch belongs to, unique in its row; -1 for padding.
+      patches_WPC: patches, rows of 3*2*14*14 values: uint8 pixels, or floats that are normalised already.
+      hw_WP2: each patch's (h, w) in its frame, in merge order.
+      segment_WP: the frame that a patch belongs to, unique in its row; -1 for padding.
       attention: see model.attention.
       remat: see layers.recomputed.
     Returns:
       image features (R, M, D) in the parameters' dtype, M = P / 4.
     """
-    x = linear(normalise(patches_RPC, cfg).astype(params["patch_embed"].dtype), params["patch_embed"])
-    block = partial(_block, angle=vision_angles(hw_RP2, cfg), segment_RP=segment_RP, cfg=cfg, attention=attention)
+    x = linear(normalise(patches_WPC, cfg).astype(params["patch_embed"].dtype), params["patch_embed"])
+    block = partial(_block, angle=vision_angles(hw_WP2, cfg), segment_WP=segment_WP, cfg=cfg, attention=attention)
     x, _ = jax.lax.scan(recomputed(block, remat), x, params["blocks"])
     p = params["merger"]
     x = layer_norm(x, p["norm"], cfg.norm_eps)

@@ -19,7 +19,7 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from r1vl_jax.jsonfile import read_object, read_text
+from r1vl_jax.common.files import read_object, read_text
 
 SYSTEM = "You are a helpful assistant."
 ASSISTANT_HEADER = "<|im_start|>assistant\n"

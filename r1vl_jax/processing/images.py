@@ -26,7 +26,7 @@ import numpy as np
 from einops import rearrange
 from PIL import Image, ImageOps
 
-from r1vl_jax.jsonfile import inner_object, read_object
+from r1vl_jax.common.files import inner_object, read_object
 
 MAX_ASPECT_RATIO = 200
 MAX_IMAGE_PIXELS = 178_956_970  # PIL's own limit: half a GiB of RGB

@@ -19,14 +19,15 @@ import numpy as np
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from r1vl_jax.common.files import inner_object, read_object
 from r1vl_jax.config import RLSection, SFTSection, VideoSection
-from r1vl_jax.jsonfile import inner_object, read_object
+from r1vl_jax.errors import RowError
 from r1vl_jax.processing.chat import find_chat_template, render_chat, split_questions
 from r1vl_jax.processing.images import ImageSpec, image_patches, load_image, video_patches
 from r1vl_jax.processing.positions import mrope_positions
 from r1vl_jax.processing.spans import decode, token_at
 from r1vl_jax.processing.videos import VideoSpec, load_video, pick_frames
-from r1vl_jax.types import EncodedPrompt, Example, RowError
+from r1vl_jax.types import EncodedPrompt, Example
 
 IM_END = "<|im_end|>"
 END_OF_TEXT = "<|endoftext|>"

@@ -21,11 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from r1vl_jax.errors import RewardError
+
 MAX_MESSAGE_CHARS = 500
-
-
-class RewardError(ValueError):
-    """A user's reward that cannot be loaded, that raised, or whose result is not one finite number for each row."""
 
 
 @dataclasses.dataclass(frozen=True)

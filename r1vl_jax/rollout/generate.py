@@ -132,7 +132,7 @@ def segments(tokens: int) -> Iterator[tuple[int, int, int]]:
         first = last
 
 
-def fewer(live: int, batch: int) -> int:
+def shrunk_batch(live: int, batch: int) -> int:
     """The batch to go on with: halved while the unfinished questions fit, and it can be split over the devices."""
     while batch % (2 * ambient_shards()) == 0 and live <= batch // 2:
         batch //= 2
@@ -179,7 +179,7 @@ def rollout(
         live_B = ~jax.device_get(answers.done_BG).all(axis=1)
         if not live_B.any():
             break
-        batch = fewer(live_B.sum(), len(live_B))
+        batch = shrunk_batch(live_B.sum(), len(live_B))
         if batch < len(live_B):
             whole = _put(whole, answers.out, places_B)
             kept = np.argsort(~live_B, kind="stable")[:batch]

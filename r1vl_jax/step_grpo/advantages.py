@@ -1,6 +1,6 @@
 """What the rewards of a group become before the advantage: gates, and which groups teach anything.
 
-Rewards come by step: rewards_BGK holds what answer g to question b earns in its step k. Their advantages within the
+Rewards come by step: rewards_BGJ holds what answer g to question b earns in its step k. Their advantages within the
 group (R1-VL, section 3.3; GRPO) are r1vl_kernels: `reference.step_advantages` has the equation, training runs
 `step_group_advantage`.
 """
@@ -13,7 +13,7 @@ from r1vl_kernels.reference import step_advantages
 EQUAL = 1e-9  # rewards are sums of a few numbers: those that lie closer are equal
 
 
-def gate_rewards(outcome_BGK: np.ndarray, shaping_BGK: np.ndarray, correct_BG: np.ndarray, gate: str) -> np.ndarray:
+def gate_rewards(outcome_BGJ: np.ndarray, shaping_BGJ: np.ndarray, correct_BG: np.ndarray, gate: str) -> np.ndarray:
     """Rewards (B, G, K): the outcome's, and the step rewards (key steps, validity) where the gate lets them count.
 
     Args:
@@ -26,20 +26,20 @@ def gate_rewards(outcome_BGK: np.ndarray, shaping_BGK: np.ndarray, correct_BG: n
         opened = correct_BG[:, :, None]
     else:
         opened = True
-    return outcome_BGK + np.where(opened, shaping_BGK, 0.0)
+    return outcome_BGJ + np.where(opened, shaping_BGJ, 0.0)
 
 
 def group_advantages(rewards_BG: np.ndarray, **options) -> np.ndarray:
     """A^i = (r^i - mean_j r^j) / (std_j r^j + 1e-4), std with ddof = 1; float32 (B, G). Options as step_advantages."""
-    rewards_BGK = np.asarray(rewards_BG, np.float64)[:, :, None]
-    return step_advantages(rewards_BGK, np.ones(rewards_BGK.shape, bool), **options)[:, :, 0].astype(np.float32)
+    rewards_BGJ = np.asarray(rewards_BG, np.float64)[:, :, None]
+    return step_advantages(rewards_BGJ, np.ones(rewards_BGJ.shape, bool), **options)[:, :, 0].astype(np.float32)
 
 
-def teaches(advantages_BGK: np.ndarray) -> np.ndarray:
+def has_signal(advantages_BGJ: np.ndarray) -> np.ndarray:
     """True for groups of which some answer is better than another. advantages: by step or by token. Shape (B,)."""
-    return advantages_BGK.any(axis=(1, 2))
+    return advantages_BGJ.any(axis=(1, 2))
 
 
-def shaped_only(outcome_BGK: np.ndarray, advantages_BGK: np.ndarray) -> np.ndarray:
+def shaped_only(outcome_BGJ: np.ndarray, advantages_BGJ: np.ndarray) -> np.ndarray:
     """True for groups that teach although their outcomes are equal: step rewards alone drive them. Shape (B,)."""
-    return teaches(advantages_BGK) & (np.ptp(outcome_BGK.sum(axis=2), axis=1) < EQUAL)
+    return has_signal(advantages_BGJ) & (np.ptp(outcome_BGJ.sum(axis=2), axis=1) < EQUAL)

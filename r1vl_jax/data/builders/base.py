@@ -16,7 +16,7 @@ from absl import logging
 
 from r1vl_jax.data.builders.record import features, to_record
 from r1vl_jax.data.sources import JsonSource
-from r1vl_jax.types import RowError
+from r1vl_jax.errors import RowError
 
 MANUAL_DOWNLOAD = """
 Put the published JSON file (.json or .jsonl) and the images, at the paths that its rows name, into one folder, which is

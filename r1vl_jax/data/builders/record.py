@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from r1vl_jax.types import Example, RowError
+from r1vl_jax.errors import RowError
+from r1vl_jax.types import Example
 
 
 def features() -> tfds.features.FeaturesDict:

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 
 from r1vl_jax.data.builders.base import QuestionsBuilder
-from r1vl_jax.data.shapes import make_task
-from r1vl_jax.types import RowError
+from r1vl_jax.errors import RowError
+from r1vl_jax.shapes import make_task
 
 
 class Shapes(QuestionsBuilder):

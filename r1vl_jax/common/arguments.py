@@ -6,18 +6,18 @@ import argparse
 import math
 
 
-def whole(text: str, least: int = 0) -> int:
+def non_negative_int(text: str, least: int = 0) -> int:
     """A whole number of at least `least`."""
     if not (text.isascii() and text.isdecimal() and len(text) < 19 and int(text) >= least):
         raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
     return int(text)
 
 
-def at_least_one(text: str) -> int:
-    return whole(text, 1)
+def positive_int(text: str) -> int:
+    return non_negative_int(text, 1)
 
 
-def finite(text: str) -> float:
+def finite_float(text: str) -> float:
     """A number, neither infinite nor NaN."""
     try:
         value = float(text)
@@ -28,10 +28,10 @@ def finite(text: str) -> float:
     return value
 
 
-def positive(text: str) -> float:
+def positive_float(text: str) -> float:
     """A finite number above 0."""
     try:
-        value = finite(text)
+        value = finite_float(text)
     except argparse.ArgumentTypeError:
         value = 0.0
     if value <= 0:

@@ -11,7 +11,7 @@ data comes in, `sft.json`, `rl.json` and `heldout.json` with `images/`, and the 
 By hand: `python -m r1vl_jax.data.shapes --out DIR`.
 """
 
-from r1vl_jax.data.shapes.draw import ShapesConfig
-from r1vl_jax.data.shapes.task import make_task
+from r1vl_jax.shapes.draw import ShapesConfig
+from r1vl_jax.shapes.task import make_task
 
 __all__ = ["ShapesConfig", "make_task"]

@@ -7,7 +7,8 @@ import jax
 from r1vl_jax.checkpoint.state import StageCheckpoints
 from r1vl_jax.config import OptimizerSection
 from r1vl_jax.data.loader import Position
-from r1vl_jax.optim import (
+from r1vl_jax.reporting.curves import plot_metrics
+from r1vl_jax.training.optimizer import (
     abstract_state,
     gradient_step,
     init_state,
@@ -16,9 +17,8 @@ from r1vl_jax.optim import (
     make_update,
     trained_parts,
 )
-from r1vl_jax.report import plot_metrics
-from r1vl_jax.run import Run
-from r1vl_jax.runlog import Phases
+from r1vl_jax.training.run import Run
+from r1vl_jax.training.run_folder import Phases
 from r1vl_jax.types import TrainState
 
 
@@ -51,7 +51,7 @@ class Stage:
             params = run.load_weights(run.started_from, "float32") if params is None else params
             self.state = init_state(params, optimizer, self.parts, layout)
             self.start = 0
-        run.log.forget_after(name, self.start)
+        run.log.truncate_after(name, self.start)
 
     def step(self, batches, loss_fn) -> dict[str, float]:
         config = self.run.config.model

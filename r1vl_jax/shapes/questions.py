@@ -11,7 +11,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Sequence
 
-from r1vl_jax.data.shapes.draw import Scene, ShapesConfig
+from r1vl_jax.shapes.draw import Scene, ShapesConfig
 
 KeyStep = tuple[str, ...]
 

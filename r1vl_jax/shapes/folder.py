@@ -15,10 +15,10 @@ import jax
 
 from r1vl_jax.checkpoint.hf import save_hf
 from r1vl_jax.config import ShapesSection
-from r1vl_jax.data.shapes import ShapesConfig, make_task
-from r1vl_jax.data.shapes.tokenizer import task_texts, train_tokenizer, write_checkpoint_files
 from r1vl_jax.model.config import load_config
 from r1vl_jax.model.spec import init_params
+from r1vl_jax.shapes import ShapesConfig, make_task
+from r1vl_jax.shapes.tokenizer import task_texts, train_tokenizer, write_checkpoint_files
 
 
 def make_shapes(config: ShapesSection) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from r1vl_jax.runlog import read_rows
+from r1vl_jax.training.run_folder import read_rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,10 +18,10 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core import example_serializer, naming
 from tqdm import tqdm
 
+from r1vl_jax.common.files import atomic_write, read_object
 from r1vl_jax.data.builders.record import features, to_record
 from r1vl_jax.data.sources import JsonSource
-from r1vl_jax.jsonfile import read_object, writing
-from r1vl_jax.types import RowError
+from r1vl_jax.errors import RowError
 
 ROWS_PER_SHARD = 1000
 MAX_REPORTED = 20
@@ -158,7 +158,7 @@ def _write_shard(work: Path, shard: Shard, source: JsonSource, root: str, proble
     note = _note(work, shard)
     note.unlink(missing_ok=True)  # it was about an older file
     os.replace(temporary, shard.path)
-    with writing(note) as file:
+    with atomic_write(note) as file:
         json.dump(dataclasses.asdict(content), file)
     return content
 

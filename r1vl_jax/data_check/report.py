@@ -180,7 +180,7 @@ def quantiles(values: np.ndarray) -> dict[str, float] | None:
     return {"min": low, "5%": five, "median": median, "mean": float(values.mean()), "95%": most, "max": high}
 
 
-def alike(first: Sequence[Record], second: Sequence[Record]) -> dict[str, dict[str, Any]]:
+def rows_alike(first: Sequence[Record], second: Sequence[Record]) -> dict[str, dict[str, Any]]:
     """Pairs of rows, one of `first` and one of `second`, that have an image, the question, or all of both in common.
 
     A row of `second` is paired with the first one that it is like; within one set (`first` is `second`) not with
@@ -224,7 +224,7 @@ def numbers(survey: Survey) -> dict[str, Any]:
         "quantiles": {series: quantiles(values(survey, series)) for series in SERIES},
         "budgets": survey.part.budgets,
         "batches": _batches(survey),
-        "alike": alike(usable, usable),
+        "alike": rows_alike(usable, usable),
     }
     if survey.findings is not None:
         found["key_steps"] = {

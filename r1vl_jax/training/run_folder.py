@@ -16,7 +16,8 @@ import yaml
 from tqdm import tqdm
 
 from r1vl_jax import config as configs
-from r1vl_jax.config import Config, ConfigError
+from r1vl_jax.config import Config
+from r1vl_jax.errors import ConfigError
 
 
 def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
@@ -86,7 +87,7 @@ class RunLog:
         """One line for people, on stderr, above the progress line."""
         tqdm.write(message, file=sys.stderr)
 
-    def forget_after(self, stage: str, step: int) -> None:
+    def truncate_after(self, stage: str, step: int) -> None:
         """Removes what a stage logged after its checkpoint, so that a resumed run logs each step once."""
         judged = self.judged(stage, step)
 

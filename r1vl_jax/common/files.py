@@ -45,7 +45,7 @@ def inner_object(table: dict[str, Any], key: str, path: Path | str) -> dict[str,
 
 
 @contextlib.contextmanager
-def writing(path: Path | str, *, replace: bool = True) -> Iterator[TextIO]:
+def atomic_write(path: Path | str, *, replace: bool = True) -> Iterator[TextIO]:
     """A text file that takes its name only when it is complete; with `replace=False`, only whether it could be written.
 
     Raises OSError where that cannot be, or where the name is that of a folder or a device.

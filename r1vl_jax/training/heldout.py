@@ -11,9 +11,10 @@ import jax
 
 from r1vl_jax.data.batching import collate_prompts, size_of
 from r1vl_jax.data.loader import read_rows
-from r1vl_jax.judge import reward_metrics
-from r1vl_jax.run import Run
-from r1vl_jax.types import RowError, Sampling, TrainState
+from r1vl_jax.errors import RowError
+from r1vl_jax.training.judging import reward_metrics
+from r1vl_jax.training.run import Run
+from r1vl_jax.types import Sampling, TrainState
 
 
 def heldout(run: Run, state: TrainState, stage: str, step: int) -> None:

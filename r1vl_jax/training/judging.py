@@ -10,17 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from r1vl_jax.config import ConfigError, RLSection
+from r1vl_jax.config import RLSection
+from r1vl_jax.errors import ConfigError, RewardError
 from r1vl_jax.processing.processor import Processor
 from r1vl_jax.rewards import Rules, Score, ScorerPool, get_rules
-from r1vl_jax.rewards.user import RewardError, UserReward, load_reward, user_reward
+from r1vl_jax.rewards.user import UserReward, load_reward, user_reward
 from r1vl_jax.types import Example, Rollout
 
 BUILT_IN = ("step_accuracy", "step_validity")
 
 
 @dataclasses.dataclass(frozen=True)
-class Paid:
+class RewardSpec:
     """What an answer is paid for: rules and weights of StepRAR and StepRVR, the user's functions with theirs."""
 
     rules: Rules
@@ -30,7 +31,7 @@ class Paid:
     user: tuple[tuple[UserReward, float], ...]
 
     @classmethod
-    def from_config(cls, config: RLSection) -> Paid:
+    def from_config(cls, config: RLSection) -> RewardSpec:
         """Raises ConfigError where a name is neither built in nor a function that can be imported."""
         weights = dict(zip(config.rewards, config.reward_weights or [1.0] * len(config.rewards), strict=True))
         accuracy, validity = (weights.pop(name, 0.0) for name in BUILT_IN)
@@ -42,7 +43,7 @@ class Paid:
 
 
 @dataclasses.dataclass(frozen=True)
-class Judged:
+class ScoredAnswer:
     """One answer.
 
     Attributes:
@@ -68,10 +69,10 @@ def start_judging(
     answers: Rollout,
     processor: Processor,
     pool: ScorerPool,
-    paid: Paid,
+    paid: RewardSpec,
     *,
     by_step: bool = False,
-) -> Callable[[], list[list[Judged]]]:
+) -> Callable[[], list[list[ScoredAnswer]]]:
     """Decodes G answers to each of B questions (NumPy arrays (B, G, T)), and starts scoring them in the background.
 
     Returns a function that waits for the scores and gives B lists of G. The user's functions run in it, in this
@@ -87,7 +88,7 @@ def start_judging(
     pending = thread.submit(with_rules, texts, solutions, key_steps)
     thread.shutdown(wait=False)
 
-    def finish() -> list[list[Judged]]:
+    def finish() -> list[list[ScoredAnswer]]:
         try:
             given = {reward.name: user_reward(reward, texts, owners).tolist() for reward, _ in paid.user}
         finally:
@@ -99,7 +100,7 @@ def start_judging(
             reward += sum(weight * user[function.name] for function, weight in paid.user)
             truncated = not np.isin(tokens, processor.stop_ids).any()
             steps = processor.token_at(tokens, text, score.step_starts) if by_step else ()
-            judged.append(Judged(text, len(tokens), truncated, score, user, reward, tuple(steps)))
+            judged.append(ScoredAnswer(text, len(tokens), truncated, score, user, reward, tuple(steps)))
         return [judged[i : i + G] for i in range(0, len(judged), G)]
 
     return finish
@@ -109,7 +110,7 @@ def _rows(array_BGT: np.ndarray) -> np.ndarray:
     return array_BGT.reshape(-1, array_BGT.shape[-1])
 
 
-def rewards_by_step(judged: list[list[Judged]], paid: Paid, *, by_step: bool) -> tuple[np.ndarray, ...]:
+def rewards_by_step(judged: list[list[ScoredAnswer]], paid: RewardSpec, *, by_step: bool) -> tuple[np.ndarray, ...]:
     """Outcome rewards, step rewards (key steps and validity) and the mask of the steps that there are, each (B, G, K).
 
     Outcome (the right answer, and what the user's functions gave) and validity fall on an answer's last step. An answer
@@ -118,24 +119,24 @@ def rewards_by_step(judged: list[list[Judged]], paid: Paid, *, by_step: bool) ->
     B, G = len(judged), len(judged[0])
     counts = [[len(answer.score.step_rewards) if by_step else 1 for answer in group] for group in judged]
     shape = (B, G, max(map(max, counts)))
-    outcome_BGK, shaping_BGK, mask_BGK = np.zeros(shape), np.zeros(shape), np.zeros(shape, bool)
+    outcome_BGJ, shaping_BGJ, mask_BGJ = np.zeros(shape), np.zeros(shape), np.zeros(shape, bool)
     for b, group in enumerate(judged):
         for g, answer in enumerate(group):
             score, count = answer.score, counts[b][g]
             key_steps = score.step_rewards if by_step else [sum(score.step_rewards)]
-            shaping_BGK[b, g, :count] = paid.accuracy * np.asarray(key_steps)
-            shaping_BGK[b, g, count - 1] += paid.validity * score.validity
-            outcome_BGK[b, g, count - 1] = answer.reward - shaping_BGK[b, g].sum()
-            mask_BGK[b, g, :count] = True
-    return outcome_BGK, shaping_BGK, mask_BGK
+            shaping_BGJ[b, g, :count] = paid.accuracy * np.asarray(key_steps)
+            shaping_BGJ[b, g, count - 1] += paid.validity * score.validity
+            outcome_BGJ[b, g, count - 1] = answer.reward - shaping_BGJ[b, g].sum()
+            mask_BGJ[b, g, :count] = True
+    return outcome_BGJ, shaping_BGJ, mask_BGJ
 
 
-def correct(judged: list[list[Judged]]) -> np.ndarray:
+def correct(judged: list[list[ScoredAnswer]]) -> np.ndarray:
     """True where the final answer is right, (B, G)."""
     return np.array([[answer.score.correct for answer in group] for group in judged])
 
 
-def token_steps(judged: list[list[Judged]], length: int) -> np.ndarray:
+def token_steps(judged: list[list[ScoredAnswer]], length: int) -> np.ndarray:
     """The step that each token stands in, from 0, (B, G, length). The tokens before the first step belong to it."""
     places = np.arange(length)
     return np.array(
@@ -143,7 +144,7 @@ def token_steps(judged: list[list[Judged]], length: int) -> np.ndarray:
     )
 
 
-def reward_metrics(judged: list[list[Judged]]) -> dict[str, float]:
+def reward_metrics(judged: list[list[ScoredAnswer]]) -> dict[str, float]:
     """Means over all answers. Counts: scoring/... (answers that could not be scored, by the reason) and key_step_faults
     (no key steps to find, say)."""
     flat = [answer for group in judged for answer in group]
@@ -169,7 +170,7 @@ def reward_metrics(judged: list[list[Judged]]) -> dict[str, float]:
     }
 
 
-def rollout_rows(examples: list[Example], judged: list[list[Judged]], **where: Any) -> list[dict[str, Any]]:
+def rollout_rows(examples: list[Example], judged: list[list[ScoredAnswer]], **where: Any) -> list[dict[str, Any]]:
     """Rows of rollouts.jsonl, one a question; `where` (stage, step) stands at the head of each."""
     return [
         {
@@ -186,7 +187,7 @@ def rollout_rows(examples: list[Example], judged: list[list[Judged]], **where: A
     ]
 
 
-def _answer_row(answer: Judged) -> dict[str, Any]:
+def _answer_row(answer: ScoredAnswer) -> dict[str, Any]:
     score = dataclasses.asdict(answer.score) | {"reward": answer.reward}
     user = {"user_rewards": answer.user} if answer.user else {}
     return {"text": answer.text, **score, **user, "tokens": answer.tokens, "truncated": answer.truncated}

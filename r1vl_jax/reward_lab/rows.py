@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 
-from r1vl_jax.lab import of_a_run
+from r1vl_jax.reward_lab.rescoring import of_a_run
 
 
 def read_rows(path: str, problems: bool = False) -> tuple[list[dict], list[str]]:

@@ -6,7 +6,7 @@ import argparse
 import inspect
 from collections.abc import Sequence
 
-from r1vl_jax.data.shapes.task import make_task
+from r1vl_jax.shapes.task import make_task
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -31,7 +31,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (FileExistsError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     print(f"{args.out}: {args.sft_rows} SFT, {args.rl_rows} RL and {args.heldout_rows} held-out rows, seed {args.seed}")
-
-
-if __name__ == "__main__":
-    main()

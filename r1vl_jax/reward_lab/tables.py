@@ -8,7 +8,7 @@ from unicodedata import east_asian_width
 
 import numpy as np
 
-from r1vl_jax.lab import PARTS, PLACE
+from r1vl_jax.reward_lab.rescoring import PARTS, PLACE
 
 WIDTH = 120
 _SHARES = {"reward_share": "  from", "variance_share": "  its variance from"}

@@ -19,7 +19,7 @@ from r1vl_jax.data.batching import PLANNED_ROWS, Size, plan_shapes
 from r1vl_jax.data.buckets import Buckets
 from r1vl_jax.data.loader import Loader, Position, read_rows
 from r1vl_jax.data.sources import Source, open_source
-from r1vl_jax.judge import Paid, rollout_rows, start_judging
+from r1vl_jax.errors import RowError
 from r1vl_jax.model.backend import choose
 from r1vl_jax.model.config import load_config
 from r1vl_jax.model.fused import fuse, fused_shardings
@@ -29,11 +29,12 @@ from r1vl_jax.parallel.sharding import ROLLOUT_RULES, batch_shards, param_shardi
 from r1vl_jax.processing.processor import Processor
 from r1vl_jax.rewards import ScorerPool
 from r1vl_jax.rollout.generate import rollout
-from r1vl_jax.runlog import RunLog
-from r1vl_jax.types import Prompts, RowError, Sampling
+from r1vl_jax.training.judging import RewardSpec, rollout_rows, start_judging
+from r1vl_jax.training.run_folder import RunLog
+from r1vl_jax.types import Prompts, Sampling
 
 
-def keep_programs(folder: str) -> None:
+def enable_compilation_cache(folder: str) -> None:
     """Compiled programs are kept in a folder from run to run: `auto`, `off` or its path. JAX's own settings win."""
     if folder == "off" or jax.config.jax_compilation_cache_dir:
         return
@@ -76,7 +77,7 @@ class Run:
         self.model = load_config(self.files).with_pixels(pixels.mean, pixels.std).with_backend(*means)
         self.spec = param_spec(self.model)
         self.shardings = param_shardings(self.spec, mesh)
-        self.paid = Paid.from_config(config.rl)
+        self.paid = RewardSpec.from_config(config.rl)
         log.say(
             f"{self.started_from}: {num_params(self.model) / 1e6:.1f}M parameters; {mesh.devices.size} "
             f"{jax.devices()[0].platform} device(s), mesh {dict(mesh.shape)}; compute in {config.model.dtype}, "

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from r1vl_jax.data.shapes.draw import Scene, ShapesConfig, draw_scene, random_scene, scene_key
-from r1vl_jax.data.shapes.questions import Question, make_question
+from r1vl_jax.shapes.draw import Scene, ShapesConfig, draw_scene, random_scene, scene_key
+from r1vl_jax.shapes.questions import Question, make_question
 
 FORMAT = 7  # counts up when the same parameters would give other files
 MAX_REPEATS = 1000

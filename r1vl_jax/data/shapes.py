@@ -1,0 +1,10 @@
+"""python -m r1vl_jax.data.shapes: makes the built-in task (r1vl_jax.shapes.command)."""
+
+from __future__ import annotations
+
+import sys
+
+from r1vl_jax.shapes.command import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,19 @@
+"""The errors that commands print in one line; everything else that is raised is a fault of the program."""
+
+from __future__ import annotations
+
+
+class ConfigError(ValueError):
+    """The configuration is wrong. The message names the key, its value and what was expected."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder cannot be used. The message names the file and the key or tensor."""
+
+
+class RowError(ValueError):
+    """One row of the input cannot be used. The message names file, row and field, and says what was expected."""
+
+
+class RewardError(ValueError):
+    """A user's reward function cannot be loaded, raised an error, or did not return one finite number for each row."""

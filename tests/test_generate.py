@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 from tiny_jax import write_run_inputs
 
-import r1vl_jax.generate as generate_module
-from r1vl_jax.generate import encode, main
+import r1vl_jax.inference.generate as generate_module
+from r1vl_jax.generate import main
+from r1vl_jax.inference.generate import encode
 from r1vl_jax.processing.processor import Processor
 
 

@@ -23,7 +23,12 @@ def one_line(value: object, limit: int = 200) -> str:
     return shorten(" ".join(str(value).split()), limit)
 
 
+def nearest(name: object, known: Iterable[str]) -> str | None:
+    """The known name that is nearest to a wrong one; None where none is near."""
+    return next(iter(difflib.get_close_matches(str(name), list(known), n=1)), None)
+
+
 def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """'; did you mean NAME?' for the known name nearest to a wrong one; empty where none is near."""
-    near = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """'; did you mean NAME?' for the nearest known name; empty where none is near."""
+    near = nearest(name, known)
+    return f"; did you mean {near!r}?" if near else ""

@@ -1,0 +1,176 @@
+"""A frozen dataclass of sections from a tree of plain values, as YAML has it, and back. Every wrong key or value is a
+ConfigError that names it. Imports nothing of r1vl_jax but errors and text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from r1vl_jax.common.text import nearest
+from r1vl_jax.errors import ConfigError
+
+
+def field(default: Any, help: str) -> Any:
+    """A field of a section: its default, or the class of a section, and the text that `--help` prints."""
+    if isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def require(holds: bool, key: str, value: Any, expected: str) -> None:
+    """Raises ConfigError unless the condition holds."""
+    if not holds:
+        raise ConfigError(f"{key} is {value!r}, expected {expected}")
+
+
+def one_of(key: str, value: Any, known: tuple[str, ...]) -> None:
+    require(value in known, key, value, "one of " + ", ".join(known))
+
+
+def at_least(section: str, config: Any, **bounds: float) -> None:
+    """Each named field is None, or no less than its bound."""
+    for key, bound in bounds.items():
+        value = getattr(config, key)
+        require(value is None or value >= bound, f"{section}.{key}", value, f"at least {bound}")
+
+
+def finite(section: str, config: Any, *keys: str) -> None:
+    for key in keys:
+        require(math.isfinite(getattr(config, key)), f"{section}.{key}", getattr(config, key), "a finite number")
+
+
+def divides(key: str, value: int, by_key: str, by: int) -> None:
+    require(value % by == 0, key, value, f"a multiple of {by_key} = {by}")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, empty for an empty file."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections at the top")
+    return tree
+
+
+def get(tree: Any, key: str, default: Any = None) -> Any:
+    """The value at a dotted key, or the default where there is none."""
+    for part in key.split("."):
+        if not isinstance(tree, dict) or part not in tree:
+            return default
+        tree = tree[part]
+    return tree
+
+
+def put(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Sets the value at a dotted key; sections that are not there are made."""
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--{key}: {section} is a value, not a section")
+    tree[last] = value
+
+
+def pairs(arguments: list[str]) -> list[tuple[str, Any]]:
+    """(dotted key, value) of command-line overrides: ["--rl.beta", "0.02"] or ["--rl.beta=0.02"]."""
+    pairs, rest = [], list(arguments)
+    while rest:
+        head = rest.pop(0)
+        if not head.startswith("--"):
+            raise ConfigError(f"argument {head!r}: expected an override such as --rl.beta 0.02")
+        key, has_value, value = head[2:].partition("=")
+        if not has_value:
+            if not rest:
+                raise ConfigError(f"--{key}: a value is missing")
+            value = rest.pop(0)
+        try:
+            pairs.append((key, yaml.safe_load(value)))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--{key} is {value!r}, expected a value as YAML writes it") from error
+    return pairs
+
+
+def build(cls: type, tree: Any) -> Any:
+    """An instance of the dataclass, its sections built too."""
+    return _build(cls, tree, "", cls)
+
+
+def _build(cls: type, tree: Any, prefix: str, root: type) -> Any:
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{prefix.rstrip('.') or 'the file'} is {tree!r}, expected a section with keys")
+    hints = typing.get_type_hints(cls)
+    for key in tree:
+        if key not in hints:
+            near = nearest(key, hints) or _in_another_section(str(key), root)
+            hint = f"; did you mean {prefix}{near}?" if near else f"; known: {', '.join(hints)}"
+            raise ConfigError(f"{prefix}{key} is not a known key{hint}")
+    values = {key: _convert(hints[key], value, prefix + key, root) for key, value in tree.items()}
+    try:
+        return cls(**values)
+    except ConfigError as error:  # a section knows its own name, but not the section around it
+        above = prefix.rstrip(".").rpartition(".")[0]
+        raise ConfigError(f"{above}.{error}" if above else str(error)) from None
+
+
+def _in_another_section(key: str, root: type) -> str | None:
+    return next((name for name, *_ in describe(root) if name.rsplit(".", 1)[-1] == key), None)
+
+
+def _convert(hint: Any, value: Any, key: str, root: type) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, key + ".", root)
+    if typing.get_origin(hint) is types.UnionType:
+        if value is None:
+            return None
+        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise ConfigError(f"{key} is {value!r}, expected a list")
+        item = typing.get_args(hint)[0]
+        return tuple(_convert(item, one, f"{key}[{i}]", root) for i, one in enumerate(value))
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-5, without a point, as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{key} is {value!r}, expected {hint.__name__}")
+    return value
+
+
+def describe(cls: type, prefix: str = "") -> list[tuple[str, Any, str]]:
+    """(dotted key, default, help) of every field."""
+    rows = []
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            rows += describe(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            default = {} if field.default is dataclasses.MISSING else field.default
+            rows.append((prefix + field.name, default, field.metadata["help"]))
+    return rows
+
+
+def dump(config: Any) -> str:
+    """The dataclass as YAML."""
+    return yaml.safe_dump(_with_lists(dataclasses.asdict(config)), sort_keys=False)
+
+
+def _with_lists(value: Any) -> Any:
+    """The value with lists in place of tuples, which YAML does not know."""
+    if isinstance(value, dict):
+        return {key: _with_lists(item) for key, item in value.items()}
+    return [_with_lists(item) for item in value] if isinstance(value, tuple) else value

@@ -1,0 +1,85 @@
+"""Opening a checkpoint folder: what every command needs to know of a model before it reads the weights.
+
+folder -> config.json, processor, backend -> parameter spec -> shardings
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from r1vl_jax.checkpoint.store import ModelFolder, find_model, load_model
+from r1vl_jax.model.backend import choose
+from r1vl_jax.model.config import ModelConfig, load_config
+from r1vl_jax.model.spec import num_params, param_spec
+from r1vl_jax.parallel.sharding import RULES, make_mesh, param_shardings
+from r1vl_jax.processing.processor import Processor
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenModel:
+    """A checkpoint without its weights.
+
+    Attributes:
+      folder: where weights and files are; `folder.note` is what people should know about the choice.
+      config: sizes, pixel statistics and backend; a static argument of every program.
+      spec: the tree of ParamSpec.
+      mesh, shardings: the devices, and the layout of the parameters on them: a tree of NamedSharding like `spec`.
+      processor: turns questions into prompts and tokens into text.
+    """
+
+    folder: ModelFolder
+    config: ModelConfig
+    spec: Any
+    mesh: Mesh
+    shardings: Any
+    processor: Processor
+
+    @property
+    def files(self) -> Path:
+        """The folder with config.json, tokenizer and processor files."""
+        return self.folder.files
+
+    def load_weights(self, dtype: str, folder: ModelFolder | Path | None = None) -> Any:
+        """The parameters on the mesh; `folder`: other weights of the same sizes. Raises CheckpointError."""
+        return load_model(folder or self.folder, dtype=dtype, shardings=lambda _: self.shardings)[0]
+
+    def describe(self, dtype: str) -> str:
+        """Size, devices and backend in one line."""
+        return (
+            f"{num_params(self.config) / 1e6:.1f}M parameters; {self.mesh.devices.size} {jax.devices()[0].platform} "
+            f"device(s), mesh {dict(self.mesh.shape)}; compute in {dtype}, attention {self.config.attention}, kernels "
+            f"{self.config.kernels}"
+        )
+
+
+def open_model(
+    folder: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    rules: dict[str, Any] = RULES,
+    dtype: str = "bfloat16",
+    attention: str = "auto",
+    kernels: str = "auto",
+) -> OpenModel:
+    """Opens a checkpoint of any kind: Hugging Face, converted, or a training run's folder. Reads no weights.
+
+    Args:
+      mesh: the devices; default: the first one alone.
+      rules: from logical axes to mesh axes, see parallel.sharding.
+      dtype, attention, kernels: of the computation, as in section `model` of the configuration.
+    Raises:
+      CheckpointError or ValueError naming the file, or what this machine cannot run.
+    """
+    found = find_model(folder)
+    processor = Processor.from_folder(found.files)
+    pixels = processor.image_spec
+    config = load_config(found.files).with_pixels(pixels.mean, pixels.std)
+    config = config.with_backend(*choose(attention, kernels, dtype=dtype))
+    spec = param_spec(config)
+    mesh = mesh or make_mesh(devices=jax.devices()[:1])
+    return OpenModel(found, config, spec, mesh, param_shardings(spec, mesh, rules), processor)

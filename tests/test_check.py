@@ -23,9 +23,10 @@ from r1vl_jax.data_check import check
 from r1vl_jax.errors import RowError
 from r1vl_jax.keysteps.__main__ import main as lint
 from r1vl_jax.processing.processor import Processor
-from r1vl_jax.train import StepGRPO, train
-from r1vl_jax.training import run
+from r1vl_jax.train import train
+from r1vl_jax.training.context import Run
 from r1vl_jax.training.stage import Stage
+from r1vl_jax.training.step_grpo import StepGRPO
 from r1vl_jax.types import Rollout
 
 LONG = "How many circles are there? " * 60
@@ -206,17 +207,16 @@ def test_training_drops_the_same_rows_and_plans_the_same_shapes(checked, folder,
         shape = (len(prompts.next_position_B), group, sampling.max_new_tokens)
         return Rollout(np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.ones(shape, bool))
 
-    def plan(self, *args, plan=run.Run.plan, **options):
+    def plan(self, *args, plan=Run.plan, **options):
         planned.append(plan(self, *args, **options))
         return planned[-1]
 
     planned = []
-    monkeypatch.setattr("r1vl_jax.train.ScorerPool", FakeScorerPool)
-    monkeypatch.setattr(run.Run, "plan", plan)
-    monkeypatch.setattr(run.Run, "sample", answers)
+    monkeypatch.setattr(Run, "plan", plan)
+    monkeypatch.setattr(Run, "sample", answers)
     monkeypatch.setattr(StepGRPO, "logprobs", lambda self, params, rows, tokens, mask: np.zeros(mask.shape))
-    monkeypatch.setattr(Stage, "step", lambda self, batches, loss_fn: {})
-    train(config_of(folder, tmp_path / "run"))
+    monkeypatch.setattr(Stage, "update", lambda self, batches: {})
+    train(config_of(folder, tmp_path / "run"), pool=FakeScorerPool())
     sets, said = checked[1]["sets"], capsys.readouterr().err.splitlines()
     for found in sets.values():
         dropped = {line.removeprefix("dropped: ") for line in said if line.startswith(f"dropped: {found['source']}")}

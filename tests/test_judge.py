@@ -20,7 +20,7 @@ from r1vl_jax.training.judging import (
     reward_metrics,
     rewards_by_step,
     rollout_rows,
-    start_judging,
+    start_scoring,
     token_steps,
 )
 from r1vl_jax.types import Example, Rollout
@@ -67,7 +67,7 @@ def answers(processor, texts):
 def judged(pool, processor, texts, *, by_step, **config):
     paid = RewardSpec.from_config(RLSection(**config))
     sampled = answers(processor, texts)
-    return sampled, paid, start_judging([EXAMPLE], sampled, processor, pool, paid, by_step=by_step)()
+    return sampled, paid, start_scoring([EXAMPLE], sampled, processor, pool, paid, by_step=by_step)()
 
 
 def test_rewards_by_step_by_hand(pool, processor):
@@ -150,7 +150,7 @@ def test_a_failed_answer_is_one_step_of_no_reward(pool, processor):
             return [Score(status="timeout", note="took longer than 1 s"), *rest]
 
     paid = RewardSpec.from_config(RLSection())
-    groups = start_judging([EXAMPLE], answers(processor, [THREE, TWO]), processor, Failing(), paid, by_step=True)()
+    groups = start_scoring([EXAMPLE], answers(processor, [THREE, TWO]), processor, Failing(), paid, by_step=True)()
     outcome, shaping, mask = rewards_by_step(groups, paid, by_step=True)
     np.testing.assert_allclose(outcome + shaping, [[[0, 0], [0, 1.05]]], atol=1e-12)
     np.testing.assert_array_equal(mask, [[[1, 0], [1, 1]]])

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from tiny_jax import FakeScorerPool, read_lines, run_config, write_run_inputs
 
-import r1vl_jax.train as train_module
 from r1vl_jax.data.batching import collate_pairs, collate_prompts
 from r1vl_jax.data.buckets import Buckets
 from r1vl_jax.data.builders.build import build
 from r1vl_jax.data.loader import Loader
 from r1vl_jax.data.sources import open_source
 from r1vl_jax.processing.processor import Processor
+from r1vl_jax.train import train
 
 GEOMETRY = Path(__file__).parents[1].parent / "shared" / "real" / "geometry3k"
 pytestmark = pytest.mark.skipif(not GEOMETRY.is_dir(), reason="needs shared/real/geometry3k beside the checkout")
@@ -71,10 +71,9 @@ def test_identical_batches(configs, stage, workers):
     assert {row for rows, _ in batches["json"] for row, *_ in rows} == set(range(10))
 
 
-def test_training_is_the_same(configs, monkeypatch):
+def test_training_is_the_same(configs):
     """Both stages: the same metrics, the same sampled answers, and checkpoints equal to the last bit."""
-    monkeypatch.setattr(train_module, "ScorerPool", FakeScorerPool)
-    exports = {door: train_module.train(config) for door, config in configs.items()}
+    exports = {door: train(config, pool=FakeScorerPool()) for door, config in configs.items()}
     found = {}
     for door, config in configs.items():
         rows = read_lines(Path(config.output_dir) / "metrics.jsonl")

@@ -11,12 +11,12 @@ import orbax.checkpoint as ocp
 import pytest
 from tiny_jax import FakeScorerPool, batch_of, questions, read_lines, run_config, write_run_inputs
 
-import r1vl_jax.train as train_module
 from r1vl_jax.checkpoint.hf import load_hf
 from r1vl_jax.errors import ConfigError
 from r1vl_jax.model.config import load_config
 from r1vl_jax.model.qwen2_vl import prompt_logits
 from r1vl_jax.train import train
+from r1vl_jax.training.stage import Stage
 
 STAGES = ("sft", "step_grpo")
 
@@ -42,17 +42,12 @@ def compiled_once(tmp_path_factory):
         jax.config.update(name, value)
 
 
-@pytest.fixture(scope="module")
-def patched():
-    """Rewards that differ within a group (those of a random model are all 0 and would teach nothing)."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "ScorerPool", FakeScorerPool)
-        yield patch
+POOL = FakeScorerPool()  # rewards that differ within a group: those of a random model are all 0, without a signal
 
 
 def cut(patch, stage, step):
     """The next run dies behind that step: after its log, and after its checkpoint if one was due."""
-    whole = train_module.Stage.finish_step
+    whole = Stage.finish_step
 
     def finish_step(self, at, *args):
         whole(self, at, *args)
@@ -60,24 +55,24 @@ def cut(patch, stage, step):
             self.checkpoints.close()  # what is being written in the background arrives
             raise KeyboardInterrupt
 
-    patch.setattr(train_module.Stage, "finish_step", finish_step)
+    patch.setattr(Stage, "finish_step", finish_step)
 
 
 @pytest.fixture(scope="module")
-def runs(inputs, patched, tmp_path_factory):
+def runs(inputs, tmp_path_factory):
     """(folder of a run in one go, folder of a run that was cut after step 3 of each stage; a checkpoint every 2)."""
     folder = tmp_path_factory.mktemp("runs")
     held = {"data": {"heldout": {"path": str(inputs / "task" / "heldout.json")}}}
     held["eval"] = {"rows": 3, "batch_size": 2, "max_new_tokens": 6}
     straight, broken = run_config(inputs, folder / "straight", **held), run_config(inputs, folder / "broken", **held)
-    train(straight)
+    train(straight, pool=POOL)
     for number, stage in enumerate(STAGES):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             cut(patch, stage, 3)
-            train(broken, resume=number > 0)
+            train(broken, resume=number > 0, pool=POOL)
         assert sorted(int(path.name) for path in (folder / "broken" / "checkpoints" / stage).glob("[0-9]*")) == [2]
         assert [row["step"] for row in steps(folder / "broken", stage)] == [1, 2, 3]
-    train(broken, resume=True)
+    train(broken, resume=True, pool=POOL)
     return folder / "straight", folder / "broken"
 
 
@@ -192,7 +187,7 @@ def test_existing_runs_are_not_overwritten(runs, inputs):
     assert before == {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def test_other_folders_are_not_touched(inputs, tmp_path, patched):
+def test_other_folders_are_not_touched(inputs, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "thesis.txt").write_text("precious")
@@ -202,12 +197,12 @@ def test_other_folders_are_not_touched(inputs, tmp_path, patched):
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
 
 
-def test_overwrite_starts_anew(inputs, tmp_path, patched):
+def test_overwrite_starts_anew(inputs, tmp_path):
     """One step of RL from the model itself: the old run's files go, a step changes every part of the parameters."""
     config = run_config(inputs, tmp_path / "run", stages=["step_grpo"], rl={"steps": 1})
-    train(config)
+    train(config, pool=POOL)
     (tmp_path / "run" / "leftover").write_text("")
-    export = train(config, overwrite=True)
+    export = train(config, overwrite=True, pool=POOL)
     assert not (tmp_path / "run" / "leftover").exists()
     assert [row["step"] for row in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1]
     cfg = load_config(export)

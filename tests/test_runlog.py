@@ -10,10 +10,11 @@ from PIL import Image
 from tiny_jax import read_lines, run_config
 
 from r1vl_jax import config as configs
+from r1vl_jax.common.files import read_json_lines
 from r1vl_jax.errors import ConfigError
 from r1vl_jax.reporting.curves import PANELS, heldout_table, plot_metrics, read_metrics
 from r1vl_jax.training import run_folder as runlog
-from r1vl_jax.training.run_folder import RunLog, read_rows
+from r1vl_jax.training.run_folder import RunLog
 
 ROWS = [{"stage": stage, "step": step} for stage in ("sft", "step_grpo") for step in (1, 2, 3)]
 HELDOUT = {"stage": "step_grpo", "step": 2, "event": "heldout"}
@@ -26,9 +27,9 @@ def write(path, rows, tail=""):
 @pytest.mark.parametrize("tail", ["", '{"stage": "sf', "{", '{"a": "\\'])
 def test_a_half_written_last_row_is_left_out(tmp_path, tail):
     path = tmp_path / "metrics.jsonl"
-    assert list(read_rows(path)) == read_metrics(tmp_path) == []
+    assert list(read_json_lines(path)) == read_metrics(tmp_path) == []
     write(path, ROWS, tail)
-    assert list(read_rows(path)) == read_metrics(tmp_path) == ROWS
+    assert list(read_json_lines(path)) == read_metrics(tmp_path) == ROWS
 
 
 def test_any_other_broken_row_is_an_error(tmp_path):
@@ -68,7 +69,7 @@ def test_a_log_is_replaced_whole_or_not_at_all(log, monkeypatch):
             seen.append(row)
             yield row
 
-    monkeypatch.setattr(runlog, "read_rows", rows)
+    monkeypatch.setattr(runlog, "read_json_lines", rows)
     with pytest.raises(OSError, match="disk full"):
         log.truncate_after("sft", 1)
     assert path.read_bytes() == before and len(seen) == 2

@@ -12,22 +12,15 @@ import tiny
 from jax.sharding import PartitionSpec
 from tiny_jax import batch_of, questions, random_params, tiny_config
 
-from r1vl_jax.config import OptimizerSection
+from r1vl_jax.config import Config, DataSection, ModelSection, OptimizerSection, RLSection, SourceSection
 from r1vl_jax.model.fused import fuse, fused_shardings
 from r1vl_jax.model.spec import param_spec
 from r1vl_jax.parallel.sharding import ROLLOUT_RULES, batch_shards, make_mesh, param_shardings, put_batch
 from r1vl_jax.rollout import generate
 from r1vl_jax.rollout.generate import rollout
-from r1vl_jax.step_grpo.loss import Objective, answer_weights, step_grpo_loss
-from r1vl_jax.training.optimizer import (
-    abstract_state,
-    accumulate,
-    gradient_step,
-    init_state,
-    make_optimizer,
-    make_update,
-    zero_grads,
-)
+from r1vl_jax.step_grpo.loss import answer_weights
+from r1vl_jax.training.optimizer import zero_grads
+from r1vl_jax.training.programs import build_programs, gradient_step
 from r1vl_jax.types import Sampling, TrainBatch
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 2), (2, 2, 2)]
@@ -51,9 +44,12 @@ def setting():
     return cfg, random_params(cfg), batch_of(questions(*rows), shards=8)
 
 
-@cache
-def loss_fn():
-    return partial(step_grpo_loss, cfg=setting()[0], objective=Objective(3.0, 0.1), remat="none")
+CONFIG = Config(
+    stages=("step_grpo",),
+    model=ModelSection(path="not read", dtype="float32", remat="none"),
+    data=DataSection(rl=SourceSection(path="not read")),
+    rl=RLSection(temperature=3.0, beta=0.1, optimizer=OPTIMIZER),
+)
 
 
 def train_batch(prompts):
@@ -81,20 +77,13 @@ def trained(mesh):
     cfg, params, prompts = setting()
     shardings = param_shardings(param_spec(cfg), mesh)
     with jax.set_mesh(mesh):
-        optimizer = make_optimizer(OPTIMIZER, 10, param_spec(cfg))
+        programs = build_programs(cfg, mesh, CONFIG, "step_grpo", 10)
         # A copy: the update donates its state.
         placed = jax.device_put(jax.tree.map(jnp.copy, params), shardings)
-        layout = abstract_state(optimizer, PARTS, param_spec(cfg), shardings, mesh)
-        state = init_state(placed, optimizer, PARTS, layout)
+        state = programs.init(placed)
         batch = train_batch(prompts)
-        grads, metrics = accumulate(
-            zero_grads(state.params, PARTS), state.params, put_batch(batch, mesh),
-            loss_fn=loss_fn(), parts=PARTS, dtype="float32",
-        )  # fmt: skip
-        update = make_update(optimizer, layout)
-        after, step_metrics = gradient_step(
-            state, [put_batch(batch, mesh)], update=update, loss_fn=loss_fn(), parts=PARTS, dtype="float32"
-        )
+        grads, metrics = programs.accumulate(zero_grads(state.params, PARTS), state.params, put_batch(batch, mesh))
+        after, step_metrics = gradient_step(programs, state, [put_batch(batch, mesh)], sums=True)
         values = {**metrics, "grad_norm": step_metrics["grad_norm"]}
         return jax.device_get(values), jax.device_get(grads), jax.device_get(after.params), after
 

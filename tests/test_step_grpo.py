@@ -24,7 +24,8 @@ from r1vl_jax.step_grpo.advantages import (
     shaped_only,
 )
 from r1vl_jax.step_grpo.loss import Objective, answer_weights, policy_loss, step_grpo_loss
-from r1vl_jax.training.optimizer import accumulate, zero_grads
+from r1vl_jax.training import optimizer
+from r1vl_jax.training.optimizer import zero_grads
 from r1vl_jax.types import TrainBatch
 
 # Advantages.
@@ -296,6 +297,9 @@ def gradients(params, batch, loss_fn, grads=None):
     parts = ("vision", "text")
     grads = zero_grads(params, parts) if grads is None else grads
     return accumulate(grads, params, batch, loss_fn=loss_fn, parts=parts, dtype="float32")
+
+
+accumulate = jax.jit(optimizer.accumulate, static_argnames=("loss_fn", "parts", "dtype"))
 
 
 @cache

@@ -13,13 +13,13 @@ import pytest
 from test_resume import compiled_once, cut, steps  # noqa: F401 (the fixture is used by being here)
 from tiny_jax import FakeScorerPool, read_lines, run_config, write_run_inputs
 
-import r1vl_jax.train as train_module
 from r1vl_jax.checkpoint.hf import load_hf
 from r1vl_jax.errors import RewardError
 from r1vl_jax.model.config import load_config
 from r1vl_jax.rewards import Score
 from r1vl_jax.train import main, train
-from r1vl_jax.training.run import enable_compilation_cache
+from r1vl_jax.training import micro_batches, step_grpo
+from r1vl_jax.training.programs import enable_compilation_cache
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +50,14 @@ def rl(inputs, folder, **options):
     return run_config(inputs, folder, stages=["step_grpo"], rl=options)
 
 
-def resumes(inputs, folder, **options):
+def resumes(inputs, folder, pool, **options):
     """Trains once whole, in folder/straight, and once cut off and resumed, in folder/broken: the same bytes."""
     straight, broken = (rl(inputs, folder / name, **options) for name in ("straight", "broken"))
-    whole = train(straight)
+    whole = train(straight, pool=pool)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         cut(patch, "step_grpo", 3)
-        train(broken)
-    resumed = train(broken, resume=True)
+        train(broken, pool=pool)
+    resumed = train(broken, resume=True, pool=pool)
     assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
 
 
@@ -65,9 +65,8 @@ def params(folder):
     return load_hf(folder, load_config(folder))
 
 
-def test_steps_and_resampling_resume_bit_for_bit(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_module, "ScorerPool", SteppedScorerPool)
-    resumes(inputs, tmp_path, advantage="step", zero_variance="resample", max_resamples=2)
+def test_steps_and_resampling_resume_bit_for_bit(inputs, tmp_path):
+    resumes(inputs, tmp_path, SteppedScorerPool(), advantage="step", zero_variance="resample", max_resamples=2)
     assert read_lines(tmp_path / "straight" / "rollouts.jsonl") == read_lines(tmp_path / "broken" / "rollouts.jsonl")
     rows = steps(tmp_path / "straight", "step_grpo")
     questions = [row["questions"] for row in rows]
@@ -79,19 +78,19 @@ def test_steps_and_resampling_resume_bit_for_bit(inputs, tmp_path, monkeypatch):
     assert len(set(texts)) == len(texts)  # further questions get random numbers of their own
 
 
-def test_steps_train_otherwise_than_trajectories(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_module, "ScorerPool", SteppedScorerPool)
-    exports = [train(rl(inputs, tmp_path / name, steps=1, advantage=name)) for name in ("trajectory", "step")]
+def test_steps_train_otherwise_than_trajectories(inputs, tmp_path):
+    configs = [rl(inputs, tmp_path / name, steps=1, advantage=name) for name in ("trajectory", "step")]
+    exports = [train(config, pool=SteppedScorerPool()) for config in configs]
     first, second = ([row["answers"] for row in read_lines(export.parent / "rollouts.jsonl")] for export in exports)
     assert first == second  # the same answers and scores
     assert (exports[0] / "model.safetensors").read_bytes() != (exports[1] / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("mode", ["skip", "resample"])
-def test_groups_that_teach_nothing_move_nothing(inputs, tmp_path, monkeypatch, mode):
+def test_groups_that_teach_nothing_move_nothing(inputs, tmp_path, mode):
     """Under keep, the KL of later steps still would; here, not even that. Nothing divides by no groups."""
-    monkeypatch.setattr(train_module, "ScorerPool", ConstantScorerPool)
-    export = train(rl(inputs, tmp_path / mode, steps=2, zero_variance=mode, max_resamples=1))
+    config = rl(inputs, tmp_path / mode, steps=2, zero_variance=mode, max_resamples=1)
+    export = train(config, pool=ConstantScorerPool())
     rows = steps(tmp_path / mode, "step_grpo")
     assert [row["questions"] for row in rows] == [4, 4] if mode == "skip" else [8, 8]
     assert all(row["zero_variance"] == 1 and "loss" not in row and "grad_norm" not in row for row in rows)
@@ -100,7 +99,7 @@ def test_groups_that_teach_nothing_move_nothing(inputs, tmp_path, monkeypatch, m
     jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
-def test_a_step_without_a_lesson_leaves_parameters_and_moments(inputs, tmp_path, monkeypatch):
+def test_a_step_without_a_lesson_leaves_parameters_and_moments(inputs, tmp_path):
     """Adam's moments of the first step would go on moving the parameters."""
 
     class OnceScorerPool(SteppedScorerPool):
@@ -111,11 +110,10 @@ def test_a_step_without_a_lesson_leaves_parameters_and_moments(inputs, tmp_path,
             pool = SteppedScorerPool if OnceScorerPool.calls == 1 else ConstantScorerPool
             return pool.score(self, completions, *args, **options)
 
-    monkeypatch.setattr(train_module, "ScorerPool", OnceScorerPool)
     options = {"zero_variance": "skip", "optimizer": {"learning_rate": 1e-2, "schedule": "constant"}}
-    first = train(rl(inputs, tmp_path / "first", steps=1, **options))
+    first = train(rl(inputs, tmp_path / "first", steps=1, **options), pool=OnceScorerPool())
     OnceScorerPool.calls = 0
-    third = train(rl(inputs, tmp_path / "third", steps=3, **options))
+    third = train(rl(inputs, tmp_path / "third", steps=3, **options), pool=OnceScorerPool())
     assert ["loss" in row for row in steps(tmp_path / "third", "step_grpo")] == [True, False, False]
     assert (first / "model.safetensors").read_bytes() == (third / "model.safetensors").read_bytes()
     before = jax.tree.leaves(params(inputs / "model"))
@@ -191,12 +189,12 @@ def test_another_number_of_workers_resumes_bit_for_bit(inputs, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_prompt_once_for_all_answers_or_once_each(inputs, tmp_path, monkeypatch):
+def test_a_prompt_once_for_all_answers_or_once_each(inputs, tmp_path):
     """`model.shared_prefix` and what the gradient keeps of the layers change no number but by rounding."""
-    monkeypatch.setattr(train_module, "ScorerPool", FakeScorerPool)
     rows = {}
     for name, model in {"once": {}, "each": {"shared_prefix": False}, "kept": {"remat": "matmuls"}}.items():
-        train(run_config(inputs, tmp_path / name, stages=["step_grpo"], model=model, rl={"steps": 1}))
+        config = run_config(inputs, tmp_path / name, stages=["step_grpo"], model=model, rl={"steps": 1})
+        train(config, pool=FakeScorerPool())
         rows[name] = steps(tmp_path / name, "step_grpo")[0]
     for name in ("each", "kept"):
         for key in ("loss", "kl", "entropy", "grad_norm", "reward"):
@@ -204,37 +202,36 @@ def test_a_prompt_once_for_all_answers_or_once_each(inputs, tmp_path, monkeypatc
     assert rows["once"]["grad_norm"] > 1e-3
 
 
-def test_several_updates_a_rollout(inputs, tmp_path, monkeypatch):
+def test_several_updates_a_rollout(inputs, tmp_path):
     """They move the policy further, count as updates of the schedule, and resume bit for bit."""
-    monkeypatch.setattr(train_module, "ScorerPool", FakeScorerPool)
     options = {"updates_per_rollout": 3, "clip_high": 0.28}
     rates = {"optimizer": {"learning_rate": 1e-3, "schedule": "linear", "warmup_ratio": 0.0}}
-    resumes(inputs, tmp_path, **options, **rates)
+    resumes(inputs, tmp_path, FakeScorerPool(), **options, **rates)
     rows = steps(tmp_path / "straight", "step_grpo")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     # The rate of a step's last update: number 3, 6, 9, 12 of 12, on the way from 1e-3 to 0.
     expected = [1e-3 * (1 - update / 12) for update in (2, 5, 8, 11)]
     np.testing.assert_allclose([row["learning_rate"] for row in rows], expected, rtol=1e-5)
-    train(rl(inputs, tmp_path / "one", **rates))
+    train(rl(inputs, tmp_path / "one", **rates), pool=FakeScorerPool())
     assert steps(tmp_path / "one", "step_grpo")[0]["kl"] < rows[0]["kl"]  # after one update, and after three
 
 
 def test_answers_of_a_micro_batch_are_alike(inputs, tmp_path, monkeypatch):
     """Questions are trained in the order of their longest answer, padded to it and no further; nothing is lost."""
-    monkeypatch.setattr(train_module, "ScorerPool", FakeScorerPool)
-    monkeypatch.setattr(train_module, "ANSWER_UNIT", 4)
-    seen, taken = [], train_module.StepGRPO.batches
+    monkeypatch.setattr(micro_batches, "ANSWER_UNIT", 4)
+    seen, taken = [], step_grpo.rl_batches
 
-    def watched(self, groups, old=None):
-        batches = list(taken(self, groups, old))
+    def watched(groups, *args, **options):
+        batches = list(taken(groups, *args, **options))
         seen.append((groups, batches))
         return iter(batches)
 
-    monkeypatch.setattr(train_module.StepGRPO, "batches", watched)
-    train(run_config(
+    monkeypatch.setattr(step_grpo, "rl_batches", watched)
+    config = run_config(
         inputs, tmp_path / "run", stages=["step_grpo"], data={"pad_multiple": 4},
         rl={"steps": 3, "max_new_tokens": 24, "temperature": 4.0},
-    ))  # fmt: skip
+    )  # fmt: skip
+    train(config, pool=FakeScorerPool())
     assert len(seen) == 3
     for groups, batches in seen:
         lengths = [batch.tokens_BGT.shape[2] for batch in batches]

@@ -1,7 +1,4 @@
-"""Reading a JSON object that a checkpoint folder must hold, and writing files that appear when they are complete.
-
-Nothing of r1vl_jax is imported here.
-"""
+"""Reading JSON files, and writing files that appear only when they are complete. Imports nothing of r1vl_jax."""
 
 from __future__ import annotations
 
@@ -36,6 +33,23 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_json_lines(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The rows of a JSONL file of a run, one by one; none where there is no file.
+
+    A last line that a killed run left half written is left out. Raises ValueError naming file and line for any other.
+    """
+    if not Path(path).exists():
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                if next(file, None) is None:
+                    return
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+
+
 def inner_object(table: dict[str, Any], key: str, path: Path | str) -> dict[str, Any]:
     """The object under `key`, empty where the key is missing or null. Raises ValueError naming file and key."""
     value = table.get(key)
@@ -46,9 +60,9 @@ def inner_object(table: dict[str, Any], key: str, path: Path | str) -> dict[str,
 
 @contextlib.contextmanager
 def atomic_write(path: Path | str, *, replace: bool = True) -> Iterator[TextIO]:
-    """A text file that takes its name only when it is complete; with `replace=False`, only whether it could be written.
+    """A text file that gets its name only when it is complete. `replace=False` only tests whether it can be written.
 
-    Raises OSError where that cannot be, or where the name is that of a folder or a device.
+    Raises OSError where it cannot be written, or where the name is that of a folder or a device.
     """
     target = Path(path)
     if target.exists() and not target.is_file():

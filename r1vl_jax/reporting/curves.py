@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from r1vl_jax.training.run_folder import read_rows
+from r1vl_jax.common.files import read_json_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ SMOOTHED_FROM = 60  # steps; a longer curve is drawn pale, under its running mea
 
 def read_metrics(folder: str | Path) -> list[dict]:
     """The rows of metrics.jsonl, empty where there are none yet."""
-    return list(read_rows(Path(folder) / "metrics.jsonl"))
+    return list(read_json_lines(Path(folder) / "metrics.jsonl"))
 
 
 def plot_metrics(folder: str | Path) -> Path:

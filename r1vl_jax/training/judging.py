@@ -1,12 +1,11 @@
-"""Sampled answers judged: texts, scores and lengths; as rewards by step, as metrics, as rows of rollouts.jsonl."""
+"""Sampled answers scored: token ids -> texts -> scores -> rewards by step, metrics, and rows of rollouts.jsonl."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,7 +21,13 @@ BUILT_IN = ("step_accuracy", "step_validity")
 
 @dataclasses.dataclass(frozen=True)
 class RewardSpec:
-    """What an answer is paid for: rules and weights of StepRAR and StepRVR, the user's functions with theirs."""
+    """What an answer's reward is the sum of.
+
+    Attributes:
+      rules, alpha: of the built-in rewards StepRAR and StepRVR; alpha is the weight of the key steps in StepRAR.
+      accuracy, validity: the weights of StepRAR and StepRVR.
+      user: the user's functions with their weights.
+    """
 
     rules: Rules
     alpha: float
@@ -32,7 +37,7 @@ class RewardSpec:
 
     @classmethod
     def from_config(cls, config: RLSection) -> RewardSpec:
-        """Raises ConfigError where a name is neither built in nor a function that can be imported."""
+        """Raises ConfigError for a name that is neither built in nor a function that can be imported."""
         weights = dict(zip(config.rewards, config.reward_weights or [1.0] * len(config.rewards), strict=True))
         accuracy, validity = (weights.pop(name, 0.0) for name in BUILT_IN)
         try:
@@ -47,12 +52,13 @@ class ScoredAnswer:
     """One answer.
 
     Attributes:
-      text, tokens: what it says, and how many tokens that takes.
-      truncated: it was cut off before a stop token.
+      text: decoded, special tokens left out.
+      tokens: their number, the stop token included.
+      truncated: it reached the length limit without a stop token.
       score: by the rules.
-      user: what each of the user's functions gave.
-      reward: the weighted sum of all, no gate applied.
-      step_tokens: the token at which each step begins; empty unless asked for.
+      user: the value of each of the user's functions, by its name.
+      reward: the weighted sum of all rewards, before any gate.
+      step_tokens: the index of the token at which each step begins; empty unless asked for.
     """
 
     text: str
@@ -64,90 +70,101 @@ class ScoredAnswer:
     step_tokens: tuple[int, ...]
 
 
-def start_judging(
-    examples: list[Example],
+ScoredGroups = list[list[ScoredAnswer]]  # B lists of G
+
+
+def start_scoring(
+    examples: Sequence[Example],
     answers: Rollout,
     processor: Processor,
     pool: ScorerPool,
-    paid: RewardSpec,
+    spec: RewardSpec,
     *,
     by_step: bool = False,
-) -> Callable[[], list[list[ScoredAnswer]]]:
-    """Decodes G answers to each of B questions (NumPy arrays (B, G, T)), and starts scoring them in the background.
+) -> Callable[[], ScoredGroups]:
+    """Decodes the answers to B questions and starts to score them in worker processes.
 
-    Returns a function that waits for the scores and gives B lists of G. The user's functions run in it, in this
-    process. Raises RewardError, from there, where one of them fails.
+    Args:
+      answers: NumPy arrays (B, G, T).
+      by_step: also find the token at which each step begins.
+    Returns:
+      a function that waits for the scores; it runs the user's functions in this process.
+    Raises: RewardError, from the returned function, where a user's function fails.
     """
     G = answers.tokens_BGT.shape[1]
     owners = [example for example in examples for _ in range(G)]
-    rows = [tokens[mask] for tokens, mask in zip(*map(_rows, (answers.tokens_BGT, answers.mask_BGT)), strict=True)]
+    tokens_RT, mask_RT = (array.reshape(len(owners), -1) for array in (answers.tokens_BGT, answers.mask_BGT))
+    rows = [tokens[mask] for tokens, mask in zip(tokens_RT, mask_RT, strict=True)]
     texts = [processor.decode(tokens) for tokens in rows]
-    solutions, key_steps = [owner.answer for owner in owners], [owner.key_steps for owner in owners]
-    with_rules = partial(pool.score, rules=paid.rules, alpha=paid.alpha)
+    columns = (texts, [owner.answer for owner in owners], [owner.key_steps for owner in owners])
     thread = ThreadPoolExecutor(1)  # it only waits for the worker processes
-    pending = thread.submit(with_rules, texts, solutions, key_steps)
+    pending = thread.submit(pool.score, *columns, rules=spec.rules, alpha=spec.alpha)
     thread.shutdown(wait=False)
 
-    def finish() -> list[list[ScoredAnswer]]:
+    def finish() -> ScoredGroups:
         try:
-            given = {reward.name: user_reward(reward, texts, owners).tolist() for reward, _ in paid.user}
+            values = {reward.name: user_reward(reward, texts, owners).tolist() for reward, _ in spec.user}
         finally:
             scores = pending.result()
-        judged = []
+        scored = []
         for i, (text, tokens, score) in enumerate(zip(texts, rows, scores, strict=True)):
-            user = {name: values[i] for name, values in given.items()}
-            reward = paid.accuracy * score.accuracy + paid.validity * score.validity
-            reward += sum(weight * user[function.name] for function, weight in paid.user)
+            user = {name: column[i] for name, column in values.items()}
+            reward = spec.accuracy * score.accuracy + spec.validity * score.validity
+            reward += sum(weight * user[function.name] for function, weight in spec.user)
             truncated = not np.isin(tokens, processor.stop_ids).any()
             steps = processor.token_at(tokens, text, score.step_starts) if by_step else ()
-            judged.append(ScoredAnswer(text, len(tokens), truncated, score, user, reward, tuple(steps)))
-        return [judged[i : i + G] for i in range(0, len(judged), G)]
+            scored.append(ScoredAnswer(text, len(tokens), truncated, score, user, reward, tuple(steps)))
+        return [scored[i : i + G] for i in range(0, len(scored), G)]
 
     return finish
 
 
-def _rows(array_BGT: np.ndarray) -> np.ndarray:
-    return array_BGT.reshape(-1, array_BGT.shape[-1])
+class StepRewards(NamedTuple):
+    """What answer g to question b earns in its step j, (B, G, J).
 
-
-def rewards_by_step(judged: list[list[ScoredAnswer]], paid: RewardSpec, *, by_step: bool) -> tuple[np.ndarray, ...]:
-    """Outcome rewards, step rewards (key steps and validity) and the mask of the steps that there are, each (B, G, K).
-
-    Outcome (the right answer, and what the user's functions gave) and validity fall on an answer's last step. An answer
-    without steps is one step; without `by_step`, every answer is.
+    Attributes:
+      outcome_BGJ: for the right answer, and from the user's functions; on the answer's last step.
+      shaping_BGJ: for key steps, in the step where each first appears, and for validity, on the last step.
+      mask_BGJ: True for the steps that an answer has.
     """
-    B, G = len(judged), len(judged[0])
-    counts = [[len(answer.score.step_rewards) if by_step else 1 for answer in group] for group in judged]
-    shape = (B, G, max(map(max, counts)))
+
+    outcome_BGJ: np.ndarray
+    shaping_BGJ: np.ndarray
+    mask_BGJ: np.ndarray
+
+
+def rewards_by_step(scored: ScoredGroups, spec: RewardSpec, *, by_step: bool) -> StepRewards:
+    """The rewards of all answers. An answer without steps is one step; without `by_step` every answer is one step."""
+    counts = [[len(answer.score.step_rewards) if by_step else 1 for answer in group] for group in scored]
+    shape = (len(scored), len(scored[0]), max(map(max, counts)))
     outcome_BGJ, shaping_BGJ, mask_BGJ = np.zeros(shape), np.zeros(shape), np.zeros(shape, bool)
-    for b, group in enumerate(judged):
+    for b, group in enumerate(scored):
         for g, answer in enumerate(group):
             score, count = answer.score, counts[b][g]
             key_steps = score.step_rewards if by_step else [sum(score.step_rewards)]
-            shaping_BGJ[b, g, :count] = paid.accuracy * np.asarray(key_steps)
-            shaping_BGJ[b, g, count - 1] += paid.validity * score.validity
+            shaping_BGJ[b, g, :count] = spec.accuracy * np.asarray(key_steps)
+            shaping_BGJ[b, g, count - 1] += spec.validity * score.validity
             outcome_BGJ[b, g, count - 1] = answer.reward - shaping_BGJ[b, g].sum()
             mask_BGJ[b, g, :count] = True
-    return outcome_BGJ, shaping_BGJ, mask_BGJ
+    return StepRewards(outcome_BGJ, shaping_BGJ, mask_BGJ)
 
 
-def correct(judged: list[list[ScoredAnswer]]) -> np.ndarray:
+def correct(scored: ScoredGroups) -> np.ndarray:
     """True where the final answer is right, (B, G)."""
-    return np.array([[answer.score.correct for answer in group] for group in judged])
+    return np.array([[answer.score.correct for answer in group] for group in scored])
 
 
-def token_steps(judged: list[list[ScoredAnswer]], length: int) -> np.ndarray:
-    """The step that each token stands in, from 0, (B, G, length). The tokens before the first step belong to it."""
+def token_steps(scored: ScoredGroups, length: int) -> np.ndarray:
+    """The step of each token, from 0, (B, G, length). Tokens before the first step belong to it."""
     places = np.arange(length)
     return np.array(
-        [[np.searchsorted(answer.step_tokens[1:], places, side="right") for answer in group] for group in judged]
+        [[np.searchsorted(answer.step_tokens[1:], places, side="right") for answer in group] for group in scored]
     )
 
 
-def reward_metrics(judged: list[list[ScoredAnswer]]) -> dict[str, float]:
-    """Means over all answers. Counts: scoring/... (answers that could not be scored, by the reason) and key_step_faults
-    (no key steps to find, say)."""
-    flat = [answer for group in judged for answer in group]
+def reward_metrics(scored: ScoredGroups) -> dict[str, float]:
+    """Means over all answers; counts of answers that could not be scored (scoring/...) and of faulty key steps."""
+    flat = [answer for group in scored for answer in group]
     scores, lengths = [answer.score for answer in flat], [answer.tokens for answer in flat]
 
     def mean(name: str) -> float:
@@ -170,8 +187,8 @@ def reward_metrics(judged: list[list[ScoredAnswer]]) -> dict[str, float]:
     }
 
 
-def rollout_rows(examples: list[Example], judged: list[list[ScoredAnswer]], **where: Any) -> list[dict[str, Any]]:
-    """Rows of rollouts.jsonl, one a question; `where` (stage, step) stands at the head of each."""
+def rollout_rows(examples: Sequence[Example], scored: ScoredGroups, **where: Any) -> list[dict[str, Any]]:
+    """Rows of rollouts.jsonl, one a question; each begins with `where` (stage, step)."""
     return [
         {
             **where,
@@ -183,7 +200,7 @@ def rollout_rows(examples: list[Example], judged: list[list[ScoredAnswer]], **wh
             "key_steps": None if example.key_steps is None else {"Steps": [list(group) for group in example.key_steps]},
             "answers": [_answer_row(answer) for answer in group],
         }
-        for example, group in zip(examples, judged, strict=True)
+        for example, group in zip(examples, scored, strict=True)
     ]
 
 

@@ -1,23 +1,28 @@
-"""Gradient accumulation and the AdamW update, for both stages. fp32 masters, gradients and moments.
+"""Gradient accumulation and the AdamW update of both stages, as pure functions; training/programs.py jits them.
 
-for micro_batch in update:  grads, metrics += gradient of the loss at the cast parameters
-state = update(state, grads)
+Master parameters, gradients and moments are fp32. In the formulas of an update:
+
+    grads = sum over micro-batches of the gradient of the loss at the cast parameters
+    state = AdamW(state, grads clipped by their global norm)
 """
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding
 
 from r1vl_jax.config import OptimizerSection
 from r1vl_jax.model.qwen2_vl import cast
 from r1vl_jax.model.spec import tree_map_spec
 from r1vl_jax.parallel.sharding import replicated
-from r1vl_jax.types import TrainState
+from r1vl_jax.types import TrainBatch, TrainState
+
+LossFn = Callable[[Any, TrainBatch], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 def trained_parts(config: OptimizerSection) -> tuple[str, ...]:
@@ -49,10 +54,12 @@ def make_optimizer(config: OptimizerSection, steps: int, spec_tree: Any) -> opta
     )
 
 
-def abstract_state(optimizer: optax.GradientTransformation, parts, spec_tree: Any, shardings: Any, mesh) -> TrainState:
-    """The shapes and layout of a state, nothing allocated; moments lie as their parameters do."""
+def abstract_state(
+    optimizer: optax.GradientTransformation, parts: tuple[str, ...], spec_tree: Any, shardings: Any, mesh: Mesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of a state, nothing allocated; moments have the shardings of their parameters."""
 
-    def placed(shape, sharding):
+    def placed(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
     shapes = tree_map_spec(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), spec_tree)
@@ -67,52 +74,36 @@ def abstract_state(optimizer: optax.GradientTransformation, parts, spec_tree: An
     return TrainState(step, jax.tree.map(placed, shapes, shardings), opt_state)
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation, parts, layout: TrainState) -> TrainState:
-    """A fresh state on fp32 masters that are placed already, in the layout of `abstract_state`."""
+def init_state(
+    params: Any, *, optimizer: optax.GradientTransformation, parts: tuple[str, ...], layout: TrainState
+) -> TrainState:
+    """A fresh state on fp32 parameters that are on their devices already, in the layout of `abstract_state`."""
     sharding = jax.tree.map(lambda shape: shape.sharding, layout.opt_state)
     opt_state = jax.jit(optimizer.init, out_shardings=sharding)({part: params[part] for part in parts})
     return TrainState(jax.device_put(jnp.int32(0), layout.step.sharding), params, opt_state)
 
 
-@partial(jax.jit, static_argnames=("loss_fn", "parts", "dtype"), donate_argnames="grads")
-def accumulate(grads: Any, params: Any, batch: Any, *, loss_fn, parts: tuple[str, ...], dtype: str):
-    """grads + gradient of `loss_fn(params in dtype, batch) -> (loss, metrics)`, and the metrics. grads None: 0."""
+def accumulate(
+    grads: Any, params: Any, batch: TrainBatch, *, loss_fn: LossFn, parts: tuple[str, ...], dtype: str
+) -> tuple[Any, dict[str, jax.Array]]:
+    """(grads + gradient of the loss at the parameters cast to `dtype`, metrics). grads None: the gradient alone."""
 
-    def loss(trained):
+    def loss(trained: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         return loss_fn(cast({**params, **trained}, dtype), batch)
 
     (_, metrics), new = jax.value_and_grad(loss, has_aux=True)({part: params[part] for part in parts})
     return new if grads is None else jax.tree.map(jnp.add, grads, new), metrics
 
 
-def make_update(optimizer: optax.GradientTransformation, layout: TrainState):
-    """The jitted update (state, grads) -> (state, gradient norm), with the state donated and its layout kept."""
-
-    def update(state: TrainState, grads: Any):
-        trained = {part: state.params[part] for part in grads}
-        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-        params = {**state.params, **optax.apply_updates(trained, updates)}
-        return TrainState(state.step + 1, params, opt_state), optax.global_norm(grads)
-
-    sharding = jax.tree.map(lambda shape: shape.sharding, layout)
-    return jax.jit(update, donate_argnums=0, out_shardings=(sharding, sharding.step))
+def update(state: TrainState, grads: Any, *, optimizer: optax.GradientTransformation) -> tuple[TrainState, jax.Array]:
+    """One step of the optimizer: (state, gradient norm)."""
+    trained = {part: state.params[part] for part in grads}
+    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+    params = {**state.params, **optax.apply_updates(trained, updates)}
+    return TrainState(state.step + 1, params, opt_state), optax.global_norm(grads)
 
 
-def zero_grads(params: Any, parts: tuple[str, ...]):
-    """An accumulator that lies as the parameters do."""
+def zero_grads(params: Any, parts: tuple[str, ...]) -> Any:
+    """fp32 zeros with the shapes and shardings of the trained parameters: the buffer that gradients are added to."""
     trained = {part: params[part] for part in parts}
     return jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32, device=a.sharding), trained)
-
-
-def gradient_step(state: TrainState, batches, *, update, loss_fn, parts, dtype: str, summed: bool = True):
-    """One update from a step's micro-batches, on the device: (state, metrics summed over them, with grad_norm).
-
-    Args:
-      summed: False where there is never more than one micro-batch: its gradient then needs no sum to be added to.
-    """
-    grads, totals = zero_grads(state.params, parts) if summed else None, None
-    for batch in batches:
-        grads, metrics = accumulate(grads, state.params, batch, loss_fn=loss_fn, parts=parts, dtype=dtype)
-        totals = metrics if totals is None else jax.tree.map(jnp.add, totals, metrics)
-    state, norm = update(state, grads)
-    return state, {**totals, "grad_norm": norm}

@@ -1,10 +1,9 @@
-"""The run folder: resolved config, metrics.jsonl, rollouts.jsonl, and the line of progress on the terminal."""
+"""The run folder: resolved configuration, metrics.jsonl, rollouts.jsonl, and the progress line on the terminal."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import sys
 import time
@@ -16,40 +15,25 @@ import yaml
 from tqdm import tqdm
 
 from r1vl_jax import config as configs
+from r1vl_jax.common import config_tree
+from r1vl_jax.common.files import atomic_write, read_json_lines
 from r1vl_jax.config import Config
 from r1vl_jax.errors import ConfigError
 
-
-def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSONL file of a run, one by one; none where there is no file.
-
-    A last line that a cut-off run left half written is left out. Raises ValueError naming file and line for any other.
-    """
-    if not Path(path).exists():
-        return
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                if next(file, None) is None:
-                    return
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-
-
-# By what means a run computes, not what: another means changes results by rounding alone.
-MEANS = ("model.remat", "model.attention", "model.kernels", "model.shared_prefix", "compilation_cache")
+# How a run computes, not what: a change of these changes results by rounding alone.
+BACKEND_KEYS = ("model.remat", "model.attention", "model.kernels", "model.shared_prefix", "compilation_cache")
 
 
 class RunLog:
-    """Everything that a run writes but checkpoints and exports.
+    """Everything that a run writes except checkpoints and exports.
 
     Args:
       config: is written to config.yaml.
-      resume: go on in an existing folder; else such a folder is an error, or removed with `overwrite`.
+      resume: go on in an existing run folder. Without it such a folder is an error, or is removed with `overwrite`.
+    Raises: ConfigError where the folder cannot be used.
     """
 
-    def __init__(self, config: Config, *, resume: bool = False, overwrite: bool = False):
+    def __init__(self, config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
         self.folder = Path(config.output_dir)
         self._config_file = self.folder / "config.yaml"
         trained = any((self.folder / name).exists() for name in ("metrics.jsonl", "checkpoints"))
@@ -67,17 +51,20 @@ class RunLog:
         elif resume:
             self.say(f"{self.folder} holds no run to resume: starting one")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._config_file.write_text(configs.dump(config))
+        with atomic_write(self._config_file) as file:
+            file.write(configs.dump(config))
         self._bar: tqdm | None = None
 
     def _check_changes(self, config: Config) -> None:
-        """A resumed run goes on with the settings it was started with, but for those that change no result so far."""
+        """A resumed run keeps its settings, except those that change no result so far."""
         old, new = yaml.safe_load(self._config_file.read_text()), yaml.safe_load(configs.dump(config))
-        free = ["checkpoint.", "scoring.", "eval.", "mesh.", "output_dir", "rl.steps", "data.workers", *MEANS]
+        free = ["checkpoint.", "scoring.", "eval.", "mesh.", "output_dir", "rl.steps", "data.workers", *BACKEND_KEYS]
         if not (self.folder / "checkpoints" / "step_grpo").exists():
             free += ["sft.steps", "sft.epochs"]
         for key, default, _ in configs.describe():
-            before, after = _dig(old, key, default), _dig(new, key)
+            # A run of an earlier version lacks newer keys: they had their defaults.
+            before = config_tree.get(old, key, list(default) if isinstance(default, tuple) else default)
+            after = config_tree.get(new, key)
             if before != after and not key.startswith(tuple(free)):
                 raise ConfigError(f"{key} was {before!r} in this run and is now {after!r}; expected no change")
             if before != after:
@@ -88,28 +75,25 @@ class RunLog:
         tqdm.write(message, file=sys.stderr)
 
     def truncate_after(self, stage: str, step: int) -> None:
-        """Removes what a stage logged after its checkpoint, so that a resumed run logs each step once."""
-        judged = self.judged(stage, step)
+        """Removes what a stage logged after a step, so that a resumed run logs each step once."""
+        has_heldout = self.has_heldout(stage, step)
 
         def keep(row: dict[str, Any]) -> bool:
             if row["stage"] != stage:
                 return True
-            # The held-out judgement of a step comes after its checkpoint: where it was cut off, it is made again.
-            return row["step"] < step or (row["step"] == step and (judged or row.get("event") != "heldout"))
+            # Held-out rows of a step are scored after its checkpoint: where that was cut off, it is done again.
+            return row["step"] < step or (row["step"] == step and (has_heldout or row.get("event") != "heldout"))
 
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             path = self.folder / name
-            if not path.exists():
-                continue
-            temporary = path.with_name(name + ".tmp")
-            with open(temporary, "w") as file:
-                file.writelines(json.dumps(row) + "\n" for row in read_rows(path) if keep(row))
-            os.replace(temporary, path)
+            if path.exists():
+                with atomic_write(path) as file:
+                    file.writelines(json.dumps(row) + "\n" for row in read_json_lines(path) if keep(row))
 
-    def judged(self, stage: str, step: int) -> bool:
-        """Whether the held-out judgement of a step is in metrics.jsonl, whole."""
+    def has_heldout(self, stage: str, step: int) -> bool:
+        """Whether metrics.jsonl has the held-out means of a step."""
         wanted = ("heldout", stage, step)
-        rows = read_rows(self.folder / "metrics.jsonl")
+        rows = read_json_lines(self.folder / "metrics.jsonl")
         return any((row.get("event"), row["stage"], row["step"]) == wanted for row in rows)
 
     def metrics(self, stage: str, step: int, values: dict[str, Any]) -> None:
@@ -124,7 +108,7 @@ class RunLog:
             file.write(json.dumps(row) + "\n")
 
     def steps(self, name: str, start: int, total: int) -> Iterator[int]:
-        """Steps start+1 .. total with a live line: bar, rate, time left and what `show` gives it."""
+        """Steps start+1 to total, with a progress line: bar, rate, time left, and the values given to `show`."""
         self._bar = tqdm(total=total, initial=start, desc=name, unit="step", file=sys.stderr, dynamic_ncols=True)
         with self._bar:
             for step in range(start + 1, total + 1):
@@ -133,6 +117,7 @@ class RunLog:
         self._bar = None
 
     def show(self, **values: float) -> None:
+        """Values beside the progress bar."""
         if self._bar is not None:
             self._bar.set_postfix({key: f"{value:.3g}" for key, value in values.items()})
 
@@ -140,11 +125,11 @@ class RunLog:
 class Phases:
     """Seconds spent in each phase of a step."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
-    def __call__(self, name: str):
+    def __call__(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
@@ -159,12 +144,3 @@ class Phases:
 
 def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, bool)) or value is None else float(value)
-
-
-def _dig(tree: dict, key: str, default: Any = None) -> Any:
-    """The value at a dotted key; the default, as YAML has it, where there is none (a run of an earlier version)."""
-    for part in key.split("."):
-        if not isinstance(tree, dict) or part not in tree:
-            return list(default) if isinstance(default, tuple) else default
-        tree = tree[part]
-    return tree

@@ -1,0 +1,202 @@
+"""Stage 2: StepGRPO (R1-VL, arXiv 2503.12937, section 3.3). In each step:
+
+sample       M answers to each question from the policy                       rollout/
+score        StepRAR + StepRVR, step by step                                  rewards/, training/judging.py
+gate         where the step rewards count                                     step_grpo/advantages.py
+advantage    reward to go against the mean of the group, for each token       kernels/step_group_advantage.py
+update       policy gradient with a KL to the reference, in micro-batches     step_grpo/loss.py, training/programs.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from r1vl_jax.config import RLSection
+from r1vl_jax.data.batching import by_length, collate_prompts, in_micro_batches, padding, size_of
+from r1vl_jax.data.buckets import Buckets
+from r1vl_jax.data.loader import Loader
+from r1vl_jax.data.sources import Source
+from r1vl_jax.errors import RewardError
+from r1vl_jax.step_grpo.advantages import gate_rewards, has_signal, shaped_only
+from r1vl_jax.training.context import Run
+from r1vl_jax.training.heldout import heldout
+from r1vl_jax.training.judging import (
+    correct,
+    reward_metrics,
+    rewards_by_step,
+    rollout_rows,
+    start_scoring,
+    token_steps,
+)
+from r1vl_jax.training.micro_batches import (
+    Batching,
+    Groups,
+    Question,
+    answer_unit,
+    batched_logprobs,
+    rl_batches,
+)
+from r1vl_jax.training.run_folder import Phases
+from r1vl_jax.training.stage import Stage
+from r1vl_jax.types import Prompts, Sampling, TrainBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class StepGRPO:
+    """What all steps share. `reference`: the frozen parameters, in the dtype of the computation."""
+
+    run: Run
+    stage: Stage
+    reference: Any
+    batching: Batching
+
+    @property
+    def config(self) -> RLSection:
+        return self.run.config.rl
+
+    def step(self, loader: Loader, step: int, phases: Phases) -> tuple[dict[str, float], int]:
+        """One step of the algorithm: (metrics, sampled tokens)."""
+        groups = self.sample(loader, step, phases)
+        with phases("train"):
+            batches, metrics = self.update(groups)
+        metrics |= reward_metrics(groups.scored)
+        metrics |= padding([b.prompts for b in batches], [b.weight_BGT > 0 for b in batches])
+        metrics["group_std"] = groups.reward_BG.std(axis=1, ddof=1).mean()
+        metrics["zero_variance"] = 1 - groups.has_signal_B.mean()
+        metrics["shaping_alone"] = groups.shaping_alone_B.mean()
+        metrics |= {"questions": len(groups.questions), "rows_dropped": loader.dropped}
+        return metrics, int(groups.mask_BGT.sum())
+
+    def sample(self, loader: Loader, step: int, phases: Phases) -> Groups:
+        """The next questions with scored answers; with `zero_variance: resample` more, until enough have a signal."""
+        config, weights, parts = self.config, self.stage.rollout_weights(), []
+        rounds = 1 + (config.max_resamples if config.zero_variance == "resample" else 0)
+        while not parts or (
+            len(parts) < rounds and sum(p.has_signal_B.sum() for p in parts) < config.questions_per_step
+        ):
+            first = len(parts) * config.questions_per_step
+            parts.append(self.sample_once(loader, weights, step, first, phases))
+        return Groups.concatenate(parts)
+
+    def sample_once(self, loader: Loader, weights: Any, step: int, first: int, phases: Phases) -> Groups:
+        """Sample, score, gate, advantage. `first`: number of the first question in this step."""
+        run, config, by_step = self.run, self.config, self.config.advantage == "step"
+        with phases("data"):
+            questions, prompts = loader.take()
+        with phases("rollout"):
+            sampling = Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
+            answers = run.sample(weights, prompts, sampling, group=config.group_size, step=step, first=first)
+        examples = [example for example, _ in questions]
+        scoring = start_scoring(examples, answers, run.model.processor, run.pool, run.reward, by_step=by_step)
+        with phases("reference"):  # while the worker processes score
+            ref_logprobs_BGT = self.logprobs(self.reference, questions, answers.tokens_BGT, answers.mask_BGT)
+        with phases("score"):
+            scored = scoring()
+            run.log.rollouts(rollout_rows(examples, scored, stage="step_grpo", step=step))
+        outcome_BGJ, shaping_BGJ, mask_BGJ = rewards_by_step(scored, run.reward, by_step=by_step)
+        rewards_BGJ = gate_rewards(outcome_BGJ, shaping_BGJ, correct(scored), config.gate)
+        advantage_BGT = self.advantages(rewards_BGJ, mask_BGJ, token_steps(scored, config.max_new_tokens))
+        return Groups(
+            questions, scored, answers.tokens_BGT, answers.mask_BGT, ref_logprobs_BGT, advantage_BGT,
+            reward_BG=rewards_BGJ.sum(axis=2), has_signal_B=has_signal(advantage_BGT),
+            shaping_alone_B=shaped_only(outcome_BGJ, advantage_BGT),
+        )  # fmt: skip
+
+    def update(self, groups: Groups) -> tuple[list[TrainBatch], dict[str, float]]:
+        """The step's updates of the policy: (micro-batches, metrics of the last update)."""
+        config = self.config
+        if not (groups.has_signal_B.any() or config.zero_variance == "keep"):
+            return [], self.stage.skip_step()
+        old_logprobs_BGT = None
+        if config.updates_per_rollout > 1:  # the ratios of all updates are to the policy that sampled
+            params = self.stage.state.params
+            old_logprobs_BGT = self.logprobs(params, groups.questions, groups.tokens_BGT, groups.mask_BGT)
+        batches = list(
+            rl_batches(
+                groups, self.batching, most=config.questions_per_step, keep_all=config.zero_variance == "keep",
+                average=config.average, old_logprobs_BGT=old_logprobs_BGT,
+            )
+        )  # fmt: skip
+        metrics = {}
+        for _ in range(config.updates_per_rollout):
+            metrics = self.stage.update(map(self.run.put, batches))
+        return batches, metrics
+
+    def advantages(self, rewards_BGJ: np.ndarray, mask_BGJ: np.ndarray, step_BGT: np.ndarray) -> np.ndarray:
+        """Each token's advantage (B, G, T). J is padded to a power of two, for few compiled programs."""
+        J = mask_BGJ.shape[2]
+        more = [(0, 0), (0, 0), (0, (1 << (J - 1).bit_length()) - J)]
+        rewards_BGJ, mask_BGJ = np.pad(rewards_BGJ.astype(np.float32), more), np.pad(mask_BGJ, more)
+        return jax.device_get(self.stage.programs.advantages(rewards_BGJ, mask_BGJ, step_BGT.astype(np.int32)))
+
+    def logprobs(
+        self, params: Any, questions: list[Question], tokens_BGT: np.ndarray, mask_BGT: np.ndarray
+    ) -> np.ndarray:
+        """Log-probabilities of answers under some parameters, (B, G, T)."""
+        program = self.stage.programs.token_logprobs
+        return batched_logprobs(program, params, self.batching, questions, tokens_BGT, mask_BGT)
+
+
+def step_grpo(run: Run, params: Any, resume: bool) -> Any:
+    """Trains the policy with StepGRPO. Returns the fp32 parameters.
+
+    Args:
+      params: to start from; None: those of the run's checkpoint.
+      resume: go on from the stage's newest checkpoint, if there is one.
+    """
+    config, data = run.config.rl, run.config.data
+    source = run.source(data.rl)
+    stage = Stage(
+        run, "step_grpo", config.steps, params, resume,
+        micro_batches=config.questions_per_step // config.micro_batch_size, updates=config.updates_per_rollout,
+    )  # fmt: skip
+    start = warm_up_folder(run) if "sft" in run.config.stages else run.model.folder
+    reference = run.model.load_weights(run.config.model.dtype, start)
+    encode = partial(run.model.processor.for_stage(config, data.video).encode_prompt, max_tokens=data.max_prompt_tokens)
+    rollout_buckets, buckets = plan_buckets(run, source, encode)
+    unit = answer_unit(config.max_new_tokens, data.pad_multiple)
+    grpo = StepGRPO(run, stage, reference, Batching(config.micro_batch_size, buckets, unit, run.put))
+    if stage.is_first:
+        heldout(run, stage, step=0)
+
+    def make(questions: list[Question]) -> tuple[list[Question], Prompts]:
+        """A rollout's questions, the short ones first, and on the device."""
+        (questions,) = by_length(questions, len(questions), lambda question: size_of(question[1]))
+        return questions, run.put(collate_prompts([prompt for _, prompt in questions], rollout_buckets))
+
+    with run.loader(source, encode, count=config.questions_per_step, make=make, position=stage.position) as loader:
+        for step in run.log.steps("step_grpo", stage.start, config.steps):
+            phases = Phases()
+            try:
+                metrics, tokens = grpo.step(loader, step, phases)
+            except RewardError:  # a user's function failed: what has been trained is kept
+                stage.save(step - 1)
+                stage.finish()
+                run.log.say(f"step_grpo: saved after step {step - 1}; --resume goes on from there")
+                raise
+            stage.finish_step(step, metrics, phases, tokens, loader.position)
+    heldout(run, stage, step=config.steps)
+    return stage.finish().params
+
+
+def plan_buckets(run: Run, source: Source, encode: Any) -> tuple[Buckets, Buckets]:
+    """The shapes of a rollout's prompts and of a micro-batch's prompts."""
+    config = run.config.rl
+    sizes = run.first_sizes(source, encode, size_of)
+    rollout_buckets, buckets = (
+        run.plan(in_micro_batches(sizes, config.questions_per_step, count), count=run.config.data.buckets)
+        for count in (config.questions_per_step, config.micro_batch_size)
+    )
+    run.log.say(f"step_grpo: prompts are padded to {buckets}")
+    return rollout_buckets, buckets
+
+
+def warm_up_folder(run: Run) -> Path:
+    """Where the parameters after the warm-up are exported: the reference of StepGRPO."""
+    return run.log.folder / "warmup"

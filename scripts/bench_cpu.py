@@ -33,23 +33,21 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax  # noqa: E402 (it reads the environment when it is imported)
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from torch_baseline import TorchTraining, generate, hf_inputs, logprobs  # noqa: E402
-from transformers import Qwen2VLForConditionalGeneration  # noqa: E402
-from workloads import (  # noqa: E402
+from bench_common import (  # noqa: E402
     SIZES,
     Size,
-    Training,
-    answer,
     collate,
     interleaved,
     random_advantages,
     random_params,
     random_questions,
-    rollout_weights,
     single_device,
     table,
     timed,
 )
+from bench_programs import answer, micro_batches, step_programs, update, with_advantages, with_reference  # noqa: E402
+from torch_baseline import TorchTraining, generate, hf_inputs, logprobs  # noqa: E402
+from transformers import Qwen2VLForConditionalGeneration  # noqa: E402
 
 from r1vl_jax.checkpoint.hf import save_hf  # noqa: E402
 from r1vl_jax.common.arguments import positive_int  # noqa: E402
@@ -92,22 +90,29 @@ class Bench:
         questions = random_questions(size, GROUPS, pixels=False)
         self.prompts = collate(questions, multiple=1)
         self.inputs = hf_inputs([q for q in questions for _ in range(size.group)], self.cfg.image_token_id)
-        self.weights = rollout_weights(self.policy, self.cfg, size.dtype)
+        self.programs = step_programs(size, self.cfg, remat="matmuls")
+        self.reference, self.weights = reference, self.programs.rollout_weights(self.policy)
         self.first = {"rollout": timed(self.ours_rollout)}
         self.sampled = self.ours_rollout()
         self.tokens = torch.from_numpy(self.sampled.tokens_BGT.reshape(-1, size.new).astype(np.int64))
         advantages = random_advantages(GROUPS, size.group)
         self.advantages = torch.from_numpy(advantages.reshape(-1, 1))
         masters = jax.tree.map(lambda a: a.copy(), self.policy)  # the update takes them over
-        self.ours = Training(self.cfg, masters, reference, dtype=size.dtype, remat="matmuls")
-        batches = self.ours.micro_batches(questions, self.sampled.tokens_BGT, GROUPS, multiple=1)
-        self.batches = self.ours.with_advantages(batches, advantages)
+        self.state = self.programs.init(masters)
+        batches = micro_batches(questions, self.sampled.tokens_BGT, GROUPS, multiple=1)
+        self.batches = with_advantages(batches, advantages)
         self.torch = {
             attention: TorchTraining(*models, self.cfg.vision_ids) for attention, models in self.models.items()
         }
 
-    def ours_rollout(self):
+    def ours_rollout(self) -> Any:
         return answer(self.weights, self.cfg, self.prompts, self.size.group, self.size.new)
+
+    def ours_step(self) -> dict[str, float]:
+        """Reference, gradient and update."""
+        batches = with_reference(self.programs, self.reference, self.batches)
+        self.state, metrics = update(self.programs, self.state, batches)
+        return metrics
 
     def differences(self) -> dict[str, float]:
         """The largest difference between ours and torch in what a first training step is made of."""
@@ -116,9 +121,9 @@ class Bench:
         with torch.inference_mode():
             theirs = [score(model).numpy() for model in (policy, reference)]
         start = time.perf_counter()
-        batch = self.ours.with_reference(self.batches)[0]
-        ours = self.ours.logprobs(self.policy, batch.prompts, batch.tokens_BGT)
-        got = self.ours.update([batch])
+        (batch,) = with_reference(self.programs, self.reference, self.batches)
+        ours = self.programs.token_logprobs(self.policy, batch.prompts, batch.tokens_BGT)
+        self.state, got = update(self.programs, self.state, [batch])
         self.first["training"] = time.perf_counter() - start
         expected = self.torch["eager"].step(self.inputs, self.tokens, self.advantages)
         found = {
@@ -139,7 +144,7 @@ class Bench:
         calls = {
             "rollout": {"ours": self.ours_rollout}
             | {a: partial(generate, models[0], self.inputs, self.size.new) for a, models in self.models.items()},
-            "training": {"ours": partial(self.ours.step, self.batches)}
+            "training": {"ours": self.ours_step}
             | {a: partial(t.step, self.inputs, self.tokens, self.advantages) for a, t in self.torch.items()},
         }
         found = {}

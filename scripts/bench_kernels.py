@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bench_common import Timing, interleaved, table
 from r1vl_kernels.kl_policy_loss import kl_policy_loss
 from r1vl_kernels.prefix_decode_attention import prefix_decode_attention
 from r1vl_kernels.step_group_advantage import step_group_advantage
-from workloads import Timing, interleaved, table
 
 from r1vl_jax.common.arguments import positive_int
 

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench_common import SIZES, Size, random_advantages, random_questions, random_tokens
+from bench_programs import BETA, OPTIMIZER, TEMPERATURE
 from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
-from workloads import BETA, OPTIMIZER, SIZES, TEMPERATURE, Size, random_advantages, random_questions, random_tokens
 
 from r1vl_jax.types import EncodedPrompt
 
@@ -114,7 +115,7 @@ def build(size: Size, attention: str, device: str, *, checkpointing: bool = Fals
 
 
 def measure(call: Callable[[], Any], repeats: int, device: str, until: float) -> dict[str, Any]:
-    """Up to `repeats` calls, as long as another one ends before `until`; the figures as workloads.Timing has them."""
+    """Up to `repeats` calls, while another one still ends before `until`; figures as in bench_common.Timing."""
     seconds = []
     while not seconds or (len(seconds) < repeats and time.monotonic() + seconds[-1] < until):
         start = time.perf_counter()

@@ -26,7 +26,7 @@ def scripts(monkeypatch):
 
 def test_flops(scripts):
     """The count of PERFORMANCE.md: TFLOP of a training step on a group, 2B and 7B."""
-    from workloads import SIZES, training_flops
+    from bench_common import SIZES, training_flops
 
     assert training_flops(SIZES["2b"], 1) / 1e12 == pytest.approx(75.6, abs=0.1)
     assert training_flops(SIZES["7b"], 1) / 1e12 == pytest.approx(293.9, abs=0.1)
@@ -65,11 +65,12 @@ def test_gpu_without_time(tmp_path):
 def test_gpu_failure(scripts, monkeypatch, capsys):
     """A workload that fails has its error as its row; the next one runs."""
     import bench_gpu
+    import bench_gpu_worker
 
     def fail(worker, name, until):
         raise MemoryError("out of memory\nand more")
 
-    monkeypatch.setitem(bench_gpu.METHODS, "T2", fail)
+    monkeypatch.setitem(bench_gpu_worker.METHODS, "T2", fail)
     assert bench_gpu.main(["--size", "tiny", "--repeats", "1", "--seconds", "1", "--worker", "T2", "K"]) == 0
     failed, measured = map(json.loads, capsys.readouterr().out.splitlines())
     assert failed == {"name": "T2", "error": "MemoryError: out of memory"}
@@ -78,27 +79,20 @@ def test_gpu_failure(scripts, monkeypatch, capsys):
 
 @pytest.mark.parametrize("platform, attention", [("cuda", "xla"), ("tpu", "splash")])
 def test_every_program_of_a_step_lowers(scripts, monkeypatch, platform, attention):
-    """As scripts/aot_memory.py compiles them, short of compiling: with the kernels, for accelerators not there."""
+    """As scripts/hlo_report.py compiles them, short of compiling: with the kernels, for accelerators not there."""
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    import aot_memory
+    import hlo_report
     import jax
-    from workloads import SIZES
+    from bench_common import SIZES
 
     from r1vl_jax.parallel.sharding import make_mesh
 
-    lowered = {}
-
-    class Lowered(aot_memory.Programs):
-        def add(self, name, jitted, *args, beside, **kwargs):
-            with jax.set_mesh(self.mesh):
-                lowered[name] = jitted.trace(*args, **kwargs).lower(lowering_platforms=(platform,)).as_text()
-            assert aot_memory.size_of(beside) > 0
-
-    size = SIZES["tiny"]
+    size, mesh = SIZES["tiny"], make_mesh(1, 2, 1, devices=jax.devices()[:2])
     cfg = size.cfg.with_backend(attention, "pallas")
-    programs = Lowered(make_mesh(1, 2, 1, devices=jax.devices()[:2]), cfg, size, remat="matmuls")
-    programs.rollout(2)
-    programs.training(2)
+    lowered = {}
+    for call in hlo_report.step_calls(cfg, size, mesh, questions=2, micro=2, remat="matmuls"):
+        lowered[call.name] = hlo_report.lower(call, mesh, platform).as_text()
+        assert sum(map(hlo_report.device_bytes, call.beside)) > 0
     call = {"cuda": "__gpu$xla.gpu.triton", "tpu": "tpu_custom_call"}[platform]
     with_kernels = {name for name, text in lowered.items() if call in text}
     expected = {"decode, longest cache", "gradient"} | ({"prefill", "reference"} if attention == "splash" else set())

@@ -1,7 +1,7 @@
-"""What bench_cpu.py and bench_gpu.py measure: model sizes, random weights and questions, our stages as they are timed.
+"""What the benchmarks and the GPU check share: model sizes, random weights and questions, FLOPs, timing, tables.
 
-The workloads are those of training, with random weights and no end of text, so that every run makes as many tokens.
-Each use of r1vl_jax stands in one function here. FLOPs are counted by `training_flops` and `rollout_flops`.
+Workloads are those of training, with random weights and without an end of text, so that every run makes as many tokens.
+bench_programs.py has the programs of a step that they time.
 """
 
 from __future__ import annotations
@@ -16,34 +16,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from r1vl_kernels.prefix_decode_attention import prefix_decode_attention
+from jax.sharding import Mesh
 
-from r1vl_jax.config import OptimizerSection
 from r1vl_jax.data.batching import collate_prompts
 from r1vl_jax.data.buckets import Buckets
 from r1vl_jax.model.backend import choose
 from r1vl_jax.model.config import ModelConfig, parse_config
-from r1vl_jax.model.fused import fuse
-from r1vl_jax.model.head import head_loss
-from r1vl_jax.model.qwen2_vl import answer_logprobs, cast
 from r1vl_jax.model.spec import ParamSpec, is_spec, param_spec
-from r1vl_jax.parallel.sharding import make_mesh, param_shardings, put_batch
+from r1vl_jax.parallel.sharding import make_mesh, put_batch
 from r1vl_jax.processing.positions import mrope_positions
-from r1vl_jax.rollout.generate import rollout
-from r1vl_jax.step_grpo.loss import Objective, answer_weights, policy_loss, step_grpo_loss
-from r1vl_jax.training.optimizer import (
-    abstract_state,
-    gradient_step,
-    init_state,
-    make_optimizer,
-    make_update,
-    trained_parts,
-)
-from r1vl_jax.types import EncodedPrompt, Prompts, Rollout, Sampling, TrainBatch
+from r1vl_jax.types import EncodedPrompt, Prompts
 
-TEMPERATURE, BETA = 1.2, 0.04
-OBJECTIVE = Objective(temperature=TEMPERATURE, beta=BETA)
-OPTIMIZER = OptimizerSection(learning_rate=1e-6, schedule="constant", warmup_ratio=0.0)
 PAD_MULTIPLE = 128
 
 
@@ -70,7 +53,7 @@ class Size:
         return parse_config(self.raw)
 
     def on_this_machine(self, attention: str = "auto", kernels: str = "auto") -> ModelConfig:
-        """The model by the means that training would choose here, or those named."""
+        """The model with the backend that training would choose here, or with the named one."""
         return self.cfg.with_backend(*choose(attention, kernels, dtype=self.dtype))
 
 
@@ -156,12 +139,12 @@ def random_questions(size: Size, count: int, seed: int = 0, *, pixels: bool = Tr
     is_image_T = np.zeros(size.prompt, bool)
     is_image_T[before + 1 : before + 1 + image] = True
     patches = (math.prod(size.grid), cfg.vision.patch_dim)
-    found = []
+    questions = []
     for _ in range(count):
         tokens = rng.integers(0, min(cfg.vision_ids), size.prompt).astype(np.int32)
         tokens[before], tokens[before + 1 + image] = cfg.vision_start_token_id, cfg.vision_end_token_id
         tokens[is_image_T] = cfg.image_token_id
-        found.append(
+        questions.append(
             EncodedPrompt(
                 tokens_T=tokens,
                 positions_3T=positions,
@@ -173,7 +156,7 @@ def random_questions(size: Size, count: int, seed: int = 0, *, pixels: bool = Tr
                 next_position=after,
             )
         )
-    return found
+    return questions
 
 
 def random_tokens(size: Size, count: int, seed: int = 1) -> np.ndarray:
@@ -183,13 +166,13 @@ def random_tokens(size: Size, count: int, seed: int = 1) -> np.ndarray:
 
 
 def random_advantages(count: int, group: int, seed: int = 2) -> np.ndarray:
-    """Of mean 0 and deviation 1 in each group, as the group-relative advantage is; (count, group)."""
+    """Advantages (count, group) of mean 0 and standard deviation 1 in each group."""
     values = np.random.default_rng(seed).normal(size=(count, group)).astype(np.float32)
     return (values - values.mean(1, keepdims=True)) / values.std(1, ddof=1, keepdims=True)
 
 
 @cache
-def single_device():
+def single_device() -> Mesh:
     """The mesh of one device: the benchmarks use no more."""
     return make_mesh(1, devices=jax.devices()[:1])
 
@@ -199,109 +182,11 @@ def collate(questions: Sequence[EncodedPrompt], multiple: int = PAD_MULTIPLE) ->
     return put_batch(collate_prompts(questions, Buckets(multiple)), single_device())
 
 
-# Our stages.
-
-
-@partial(jax.jit, static_argnames=("cfg", "dtype"))
-def rollout_weights(params: Any, cfg: ModelConfig, dtype: str) -> Any:
-    """Parameters as `rollout` takes them, in the dtype of the computation."""
-    return fuse(cast(params, dtype), cfg)
-
-
-def answer(weights, cfg: ModelConfig, prompts: Prompts, group: int, new: int, *, step: int = 0, **more) -> Rollout:
-    """`group` answers of exactly `new` tokens to each question: the only stop token is one that is never sampled."""
-    count = prompts.tokens_BT.shape[0]
-    return rollout(
-        weights, cfg, prompts, np.arange(count, dtype=np.uint32),
-        group=group, sampling=Sampling(temperature=TEMPERATURE, max_new_tokens=new),
-        stop_ids=(cfg.image_token_id,), seed=0, step=step, **more,
-    )  # fmt: skip
-
-
-class Training:
-    """Policy, its optimizer and the reference on one device, as train.py's second stage has them."""
-
-    def __init__(self, cfg: ModelConfig, params: Any, reference: Any, *, dtype: str, remat: str):
-        self.cfg, self.dtype, self.reference = cfg, dtype, reference
-        spec, mesh, self.parts = param_spec(cfg), single_device(), trained_parts(OPTIMIZER)
-        optimizer = make_optimizer(OPTIMIZER, 1000, spec)
-        layout = abstract_state(optimizer, self.parts, spec, param_shardings(spec, mesh), mesh)
-        self.state = init_state(params, optimizer, self.parts, layout)
-        self._update = make_update(optimizer, layout)
-        self._loss = partial(step_grpo_loss, cfg=cfg, objective=OBJECTIVE, remat=remat)
-        scored = {"temperature": TEMPERATURE, "forbidden": cfg.vision_ids}
-        self.logprobs = jax.jit(
-            lambda params, prompts, tokens: answer_logprobs(params, cfg, prompts, tokens, **scored)[0]
-        )
-
-    def micro_batches(self, questions, tokens_BGT, micro: int, multiple: int = PAD_MULTIPLE) -> list[TrainBatch]:
-        """The step's questions and answers, `micro` questions at a time, on the device."""
-        weights = answer_weights(np.ones(tokens_BGT.shape, bool), answers=tokens_BGT.shape[0] * tokens_BGT.shape[1])
-        return [
-            TrainBatch(
-                collate(questions[i : i + micro], multiple),
-                *(put_batch(a[i : i + micro], single_device()) for a in (tokens_BGT, weights)),
-            )
-            for i in range(0, len(questions), micro)
-        ]
-
-    def with_advantages(self, batches: list[TrainBatch], advantages_BG: np.ndarray) -> list[TrainBatch]:
-        parts = np.split(advantages_BG[..., None], len(batches))
-        spread = [np.broadcast_to(a, b.tokens_BGT.shape) for a, b in zip(parts, batches, strict=True)]
-        return [b.replace(advantage_BGT=put_batch(a, single_device())) for a, b in zip(spread, batches, strict=True)]
-
-    def with_reference(self, batches: list[TrainBatch]) -> list[TrainBatch]:
-        return [b.replace(ref_logprobs_BGT=self.logprobs(self.reference, b.prompts, b.tokens_BGT)) for b in batches]
-
-    def update(self, batches: list[TrainBatch]) -> dict[str, float]:
-        """Gradient of policy and update, from batches that have advantages and reference."""
-        self.state, metrics = gradient_step(
-            self.state, batches, update=self._update, loss_fn=self._loss, parts=self.parts, dtype=self.dtype,
-            summed=len(batches) > 1,
-        )  # fmt: skip
-        return jax.device_get(jax.block_until_ready((self.state, metrics))[1])
-
-    def step(self, batches: list[TrainBatch]) -> dict[str, float]:
-        """Reference, gradient and update."""
-        return self.update(self.with_reference(batches))
-
-    def rollout_weights(self) -> Any:
-        """The policy as it stands, for `answer`."""
-        return rollout_weights(self.state.params, self.cfg, self.dtype)
-
-
-@partial(jax.jit, static_argnames="cfg")
-def head_gradient(cfg: ModelConfig, hidden_BGTD, head_VD, tokens_BGT, values: dict[str, jax.Array]):
-    """The StepGRPO loss of hidden states, and its gradients to them and to the head."""
-    token_loss = partial(policy_loss, objective=OBJECTIVE, backend=cfg.kernels)
-
-    def loss(hidden_BGTD, head_VD):
-        return head_loss(
-            token_loss, hidden_BGTD, head_VD, tokens_BGT, values, TEMPERATURE, cfg.vision_ids, cfg.logit_rows
-        )
-
-    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden_BGTD, head_VD)
-
-
-@partial(jax.jit, static_argnames=("steps", "backend"))
-def decode_layers(q_BKGEH, caches, prefix_length_B, own_length_BG, steps: int, backend: str) -> jax.Array:
-    """Attention of `steps` tokens: layer after layer, each with caches (prompt k, v, answers' k, v) of its own."""
-
-    def one(_, q_BKGEH):
-        for prefix_k, prefix_v, own_k, own_v in caches:
-            q_BKGEH = prefix_decode_attention(
-                q_BKGEH, prefix_k, prefix_v, prefix_length_B, own_k, own_v, own_length_BG, backend=backend
-            )
-        return q_BKGEH
-
-    return jax.lax.fori_loop(0, steps, one, q_BKGEH)
-
-
 # FLOPs.
 
 
 def _weights(cfg: ModelConfig) -> tuple[int, int, int]:
-    """Multiplications that a text token, the head on a token, and a patch take; attention between tokens apart."""
+    """Multiplications of a text token, of the head on a token, and of a patch, without attention between tokens."""
     D, F, H = cfg.width, cfg.mlp, cfg.head_dim
     layer = D * H * (2 * cfg.heads + 2 * cfg.kv_heads) + 3 * D * F
     W, merged = cfg.vision.width, cfg.vision.width * cfg.vision.merge_size**2
@@ -327,12 +212,12 @@ def group_flops(size: Size, *, shared: bool = True) -> float:
 
 
 def training_flops(size: Size, groups: int) -> float:
-    """Forward and backward of the policy (3), forward of the reference (1); without what remat computes again."""
+    """Forward and backward of the policy (3), forward of the reference (1); without what remat recomputes."""
     return 4 * groups * group_flops(size)
 
 
 def rollout_flops(size: Size, groups: int) -> float:
-    """As many as one forward pass over what was sampled."""
+    """Those of one forward pass over what was sampled."""
     return groups * group_flops(size)
 
 
@@ -352,7 +237,7 @@ class Timing:
 
     @property
     def compile(self) -> float:
-        """What the first call took longer."""
+        """Seconds that the first call took longer than the median."""
         return max(0.0, self.first - self.median)
 
     def as_json(self) -> dict[str, Any]:
@@ -367,7 +252,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def interleaved(calls: dict[str, Callable[[], Any]], repeats: int, pause: float = 0.0) -> dict[str, Timing]:
-    """Each call once to warm up, then all in turn, `repeats` times, `pause` seconds apart."""
+    """Runs each call once to warm up, then all in turn, `repeats` times, `pause` seconds apart."""
     first = {name: timed(call) for name, call in calls.items()}
     seconds = {name: [] for name in calls}
     for _ in range(repeats):
@@ -378,7 +263,7 @@ def interleaved(calls: dict[str, Callable[[], Any]], repeats: int, pause: float 
 
 
 def measure(call: Callable[[], Any], repeats: int, until: float = math.inf) -> Timing:
-    """The first call apart, then up to `repeats` more, as long as another one ends before `until` (time.monotonic)."""
+    """Times a first call, then up to `repeats` more while another one still ends before `until` (time.monotonic)."""
     first, seconds = timed(call), []
     while not seconds or (len(seconds) < repeats and time.monotonic() + seconds[-1] < until):
         seconds.append(timed(call))

@@ -1,0 +1,124 @@
+"""The programs of a StepGRPO step on random weights, as r1vl_jax.training.programs builds them, on one device.
+
+A step: build them by `step_programs`, a state by `programs.init(masters)`, sample by `answer`, then
+
+    batches = with_reference(programs, reference, micro_batches(questions, tokens_BGT, micro))
+    state, metrics = update(programs, state, with_advantages(batches, advantages_BG))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from bench_common import PAD_MULTIPLE, Size, collate, single_device
+from jax.sharding import Mesh
+from r1vl_kernels.prefix_decode_attention import prefix_decode_attention
+
+from r1vl_jax.config import Config, DataSection, ModelSection, OptimizerSection, RLSection, SourceSection
+from r1vl_jax.model.config import ModelConfig
+from r1vl_jax.model.head import head_loss
+from r1vl_jax.parallel.sharding import put_batch
+from r1vl_jax.rollout.generate import rollout
+from r1vl_jax.step_grpo.loss import Objective, answer_weights, policy_loss
+from r1vl_jax.training.programs import Programs, build_programs, gradient_step
+from r1vl_jax.types import EncodedPrompt, Prompts, Rollout, Sampling, TrainBatch, TrainState
+
+TEMPERATURE, BETA = 1.2, 0.04
+OPTIMIZER = OptimizerSection(learning_rate=1e-6, schedule="constant", warmup_ratio=0.0)
+UPDATES = 1000
+
+
+def step_config(size: Size, remat: str) -> Config:
+    """The configuration of the second stage; no file that it names is read."""
+    return Config(
+        stages=("step_grpo",),
+        model=ModelSection(path="random", dtype=size.dtype, remat=remat),
+        data=DataSection(rl=SourceSection(path="random")),
+        rl=RLSection(temperature=TEMPERATURE, beta=BETA, max_new_tokens=max(2, size.new), optimizer=OPTIMIZER),
+    )
+
+
+def step_programs(size: Size, cfg: ModelConfig, *, remat: str, mesh: Mesh | None = None) -> Programs:
+    """The programs of a step; nothing is compiled yet. `mesh`: default: one device."""
+    return build_programs(cfg, mesh or single_device(), step_config(size, remat), "step_grpo", UPDATES)
+
+
+def answer(
+    weights: Any, cfg: ModelConfig, prompts: Prompts, group: int, new: int, *, step: int = 0, **options: Any
+) -> Rollout:
+    """`group` answers of exactly `new` tokens to each question: the only stop token is one that is never sampled."""
+    row_ids = np.arange(prompts.tokens_BT.shape[0], dtype=np.uint32)
+    sampling = Sampling(temperature=TEMPERATURE, max_new_tokens=new)
+    stop_ids = (cfg.image_token_id,)
+    return rollout(
+        weights, cfg, prompts, row_ids, group=group, sampling=sampling, stop_ids=stop_ids, seed=0, step=step, **options
+    )
+
+
+def micro_batches(
+    questions: Sequence[EncodedPrompt], tokens_BGT: np.ndarray, micro: int, multiple: int = PAD_MULTIPLE
+) -> list[TrainBatch]:
+    """The step's questions and answers, `micro` questions at a time, on the device."""
+    B, G, _ = tokens_BGT.shape
+    weights_BGT = answer_weights(np.ones(tokens_BGT.shape, bool), answers=B * G)
+    return [
+        TrainBatch(
+            collate(questions[i : i + micro], multiple),
+            *(put_batch(a[i : i + micro], single_device()) for a in (tokens_BGT, weights_BGT)),
+        )
+        for i in range(0, len(questions), micro)
+    ]
+
+
+def with_advantages(batches: Sequence[TrainBatch], advantages_BG: np.ndarray) -> list[TrainBatch]:
+    """The micro-batches with the advantage of each answer on all its tokens."""
+    parts = np.split(advantages_BG[..., None], len(batches))
+    spread = [np.broadcast_to(a, b.tokens_BGT.shape) for a, b in zip(parts, batches, strict=True)]
+    return [b.replace(advantage_BGT=put_batch(a, single_device())) for a, b in zip(spread, batches, strict=True)]
+
+
+def with_reference(programs: Programs, reference: Any, batches: Sequence[TrainBatch]) -> list[TrainBatch]:
+    """The micro-batches with the reference's log-probabilities."""
+    score = partial(programs.token_logprobs, reference)
+    return [batch.replace(ref_logprobs_BGT=score(batch.prompts, batch.tokens_BGT)) for batch in batches]
+
+
+def update(programs: Programs, state: TrainState, batches: Sequence[TrainBatch]) -> tuple[TrainState, dict[str, float]]:
+    """One update of the policy, waited for: (state, metrics). The old state is donated."""
+    state, metrics = jax.block_until_ready(gradient_step(programs, state, batches, sums=len(batches) > 1))
+    return state, jax.device_get(metrics)
+
+
+@partial(jax.jit, static_argnames="cfg")
+def head_gradient(
+    cfg: ModelConfig, hidden_BGTD: jax.Array, head_VD: jax.Array, tokens_BGT: jax.Array, values: dict[str, jax.Array]
+) -> Any:
+    """The StepGRPO loss of hidden states, and its gradients to them and to the head."""
+    token_loss = partial(policy_loss, objective=Objective(TEMPERATURE, BETA), backend=cfg.kernels)
+
+    def loss(hidden_BGTD, head_VD):
+        return head_loss(
+            token_loss, hidden_BGTD, head_VD, tokens_BGT, values, TEMPERATURE, cfg.vision_ids, cfg.logit_rows
+        )
+
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden_BGTD, head_VD)
+
+
+@partial(jax.jit, static_argnames=("steps", "backend"))
+def decode_layers(
+    q_BKGEH: jax.Array, caches: Any, prefix_length_B: jax.Array, own_length_BG: jax.Array, steps: int, backend: str
+) -> jax.Array:
+    """Attention of `steps` tokens: layer after layer, each with caches (prompt k, v, answers' k, v) of its own."""
+
+    def one(_, q_BKGEH):
+        for prefix_k, prefix_v, own_k, own_v in caches:
+            q_BKGEH = prefix_decode_attention(
+                q_BKGEH, prefix_k, prefix_v, prefix_length_B, own_k, own_v, own_length_BG, backend=backend
+            )
+        return q_BKGEH
+
+    return jax.lax.fori_loop(0, steps, one, q_BKGEH)

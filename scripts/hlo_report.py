@@ -1,0 +1,202 @@
+"""What the programs of a StepGRPO step take on a GPU that is not there: each is compiled ahead of time for it.
+
+    python scripts/hlo_report.py --target h100_80gb.textproto --size 2b --questions 16 --micro 4
+
+Needs `pip install -e '.[gpu]'`, no GPU, and a description of one in XLA's text form (GpuTargetConfigProto, as XLA's own
+tests have them). Prints for each program its arguments, its temporaries, and what else is on the device meanwhile:
+fp32 parameters and both moments, the reference, the rollout's weights, gradients. Nothing runs, so nothing is said
+about speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # for everything that is not compiled for the target
+
+import jax  # noqa: E402 (it reads the environment when it is imported)
+import jax.numpy as jnp  # noqa: E402
+from bench_common import SIZES, Size, random_questions  # noqa: E402
+from bench_programs import TEMPERATURE, step_programs  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+from jax.sharding import Mesh, NamedSharding  # noqa: E402
+
+from r1vl_jax.config import REMAT  # noqa: E402
+from r1vl_jax.data.batching import collate_prompts  # noqa: E402
+from r1vl_jax.data.buckets import Buckets  # noqa: E402
+from r1vl_jax.model.config import ModelConfig  # noqa: E402
+from r1vl_jax.parallel.sharding import RULES, batch_shards, make_mesh, partition_spec  # noqa: E402
+from r1vl_jax.rollout import generate  # noqa: E402
+from r1vl_jax.training.programs import Programs  # noqa: E402
+from r1vl_jax.types import Prompts, Sampling, TrainBatch  # noqa: E402
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A program with abstract arguments. `beside`: trees on the device meanwhile that are not among its arguments."""
+
+    name: str
+    program: Any
+    args: tuple[Any, ...]
+    beside: tuple[Any, ...]
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of all arrays on one device."""
+    return sum(a.dtype.itemsize * math.prod(a.sharding.shard_shape(a.shape)) for a in jax.tree.leaves(tree))
+
+
+def placed(tree: Any, mesh: Mesh, *axes: str | None) -> Any:
+    """Abstract arrays whose first axis is split over the batch axes of the mesh; `axes` are others before it."""
+
+    def one(a: Any) -> jax.ShapeDtypeStruct:
+        spec = partition_spec((*axes, "batch")[: a.ndim], RULES)
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(one, tree)
+
+
+def prompts_of(size: Size, questions: int, mesh: Mesh) -> Prompts:
+    """Abstract prompts of some questions."""
+    buckets = Buckets(128, shards=batch_shards(mesh))
+    batch = collate_prompts(random_questions(size, questions), buckets)
+    return placed(batch, mesh).replace(positions_3BT=placed(batch.positions_3BT, mesh, None))
+
+
+def array(mesh: Mesh, *shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return placed(jax.ShapeDtypeStruct(shape, dtype), mesh)
+
+
+def reference_of(programs: Programs, dtype: str) -> Any:
+    """The frozen reference: the parameters in the dtype of the computation."""
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, jnp.dtype(dtype), sharding=a.sharding), programs.layout.params
+    )
+
+
+def rollout_calls(programs: Programs, cfg: ModelConfig, size: Size, questions: int, mesh: Mesh) -> Iterator[Call]:
+    """The programs of a rollout; of the decode loops the one with the longest cache."""
+    state, reference = programs.layout, reference_of(programs, size.dtype)
+    B, G, T = questions, size.group, size.new
+    yield Call("rollout_weights", programs.rollout_weights, (state.params,), (state.opt_state, reference))
+
+    weights = programs.rollout_weights.eval_shape(state.params)
+    prompts, beside = prompts_of(size, questions, mesh), (state, reference)
+    yield Call("prefill", programs.prefill, (weights, cfg, prompts), beside)
+
+    last_BD, prefix, length_B = placed(jax.eval_shape(programs.prefill, weights, cfg, prompts), mesh)
+    limit_BG = array(mesh, B, G, dtype=jnp.int32)
+    asked = generate.Questions(prefix, length_B, prompts.next_position_B, array(mesh, B, G, T), limit_BG)
+    start = partial(generate.start, cfg, samples=G, tokens=T, length=min(generate.SEGMENT, T), stop=0)
+    answers = placed(jax.eval_shape(start, last_BD), mesh)
+    if T > generate.SEGMENT:
+        half = placed(jax.eval_shape(partial(generate.enlarge, length=T // 2), answers), mesh)
+        yield Call("enlarge, the last time", generate.enlarge, (half, T), (*beside, weights, asked))
+    full = placed(jax.eval_shape(partial(generate.enlarge, length=T), answers), mesh)
+    sampling = Sampling(temperature=TEMPERATURE, max_new_tokens=T)
+    yield Call("decode, longest cache", programs.decode, (weights, cfg, asked, full, 0, T, sampling, (0,)), beside)
+
+
+def training_calls(programs: Programs, size: Size, micro: int, mesh: Mesh) -> Iterator[Call]:
+    """The programs from the sampled answers to the updated policy, on micro-batches of `micro` questions."""
+    state, reference = programs.layout, reference_of(programs, size.dtype)
+    prompts, shape = prompts_of(size, micro, mesh), (micro, size.group, size.new)
+    tokens_BGT = array(mesh, *shape, dtype=jnp.int32)
+    yield Call("reference", programs.token_logprobs, (reference, prompts, tokens_BGT), (state,))
+    grads = {part: state.params[part] for part in programs.parts}
+    batch = TrainBatch(prompts, tokens_BGT, *[array(mesh, *shape)] * 3)
+    yield Call("gradient", programs.accumulate, (grads, state.params, batch), (state.opt_state, reference))
+    yield Call("update", programs.update, (state, grads), (reference,))
+
+
+def step_calls(cfg: ModelConfig, size: Size, mesh: Mesh, *, questions: int, micro: int, remat: str) -> Iterator[Call]:
+    """Every program of a step, in its order."""
+    programs = step_programs(size, cfg, remat=remat, mesh=mesh)
+    yield from rollout_calls(programs, cfg, size, questions, mesh)
+    yield from training_calls(programs, size, micro, mesh)
+
+
+def lower(call: Call, mesh: Mesh, platform: str) -> jax.stages.Lowered:
+    with jax.set_mesh(mesh):
+        return call.program.trace(*call.args, **call.options).lower(lowering_platforms=(platform,))
+
+
+def memory_row(call: Call, mesh: Mesh) -> dict[str, Any]:
+    """Compiles a program for the target. Returns its memory, in GiB of one device."""
+    started = time.perf_counter()
+    memory = lower(call, mesh, "cuda").compile().memory_analysis()
+    own = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    own += memory.temp_size_in_bytes
+    beside = sum(map(device_bytes, call.beside))
+    return {
+        "program": call.name,
+        "arguments_gib": memory.argument_size_in_bytes / GIB,
+        "temporaries_gib": memory.temp_size_in_bytes / GIB,
+        "beside_gib": beside / GIB,
+        "peak_gib": (own + beside) / GIB,
+        "compile_s": time.perf_counter() - started,
+    }
+
+
+HEADINGS = f"{'GiB':<24}{'arguments':>11}{'temporaries':>13}{'beside':>9}{'peak':>8}{'compile, s':>11}"
+ROW = "{program:<24}{arguments_gib:>11.1f}{temporaries_gib:>13.1f}{beside_gib:>9.1f}{peak_gib:>8.1f}{compile_s:>11.0f}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add: Callable[..., Any] = parser.add_argument
+    add("--target", required=True, type=Path, help="XLA's description of the GPU, a text file")
+    add("--devices", type=int, default=1, help="GPUs (default 1); the train state is split over them (fsdp)")
+    add("--size", choices=sorted(SIZES), default="2b", help="model (default 2b)")
+    add("--questions", type=int, default=16, help="questions in a rollout (default 16: workload S)")
+    add("--micro", type=int, default=4, help="questions in a micro-batch (default 4)")
+    add("--attention", default="cudnn", help="default cudnn")
+    add("--kernels", default="pallas", help="default pallas")
+    add("--remat", choices=REMAT, default="full", help="what the backward pass recomputes (default full)")
+    add("--limit", type=float, default=80, help="GB of the device; exit code 1 above it (default 80)")
+    add("--json", type=Path, help="write the figures here too")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line. Returns 1 where a program does not fit."""
+    args = _parser().parse_args(argv)
+    shape = f"1x{args.devices}x1"
+    topology = topologies.get_topology_desc(platform="cuda", target_config=args.target.read_text(), topology=shape)
+    mesh = make_mesh(1, args.devices, 1, devices=topology.devices)
+    size = SIZES[args.size]
+    cfg = size.cfg.with_backend(args.attention, args.kernels)
+    print(
+        f"{args.size}, {args.questions} questions x {size.group}, prompt {size.prompt}, {size.new} new tokens, "
+        f"micro-batches of {args.micro} questions, attention {args.attention}, kernels {args.kernels}\n\n{HEADINGS}"
+    )
+    rows = []
+    for call in step_calls(cfg, size, mesh, questions=args.questions, micro=args.micro, remat=args.remat):
+        rows.append(memory_row(call, mesh))
+        print(ROW.format(**rows[-1]), flush=True)
+    peak = max(rows, key=lambda row: row["peak_gib"])
+    fits = peak["peak_gib"] * GIB <= args.limit * 1e9
+    print(
+        f"\npeak {peak['peak_gib']:.1f} GiB ({peak['peak_gib'] * GIB / 1e9:.1f} GB), in {peak['program']}: "
+        f"{'fits' if fits else 'does not fit'} in {args.limit:.0f} GB"
+    )
+    if args.json:
+        args.json.write_text(json.dumps({"arguments": vars(args), "programs": rows}, default=str, indent=1))
+    return 0 if fits else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

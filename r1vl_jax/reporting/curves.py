@@ -1,13 +1,17 @@
-"""curves.png of a run folder, from its metrics.jsonl, and its held-out judgements as a table."""
+"""From the metrics.jsonl of a run folder: curves.png, and the held-out results as a table."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from r1vl_jax.common.files import read_json_lines
+
+if TYPE_CHECKING:  # matplotlib is loaded when something is drawn
+    from matplotlib.axes import Axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +45,7 @@ def read_metrics(folder: str | Path) -> list[dict]:
 
 
 def plot_metrics(folder: str | Path) -> Path:
-    """Draws the curves of all stages side by side; held-out judgements are dots. Returns the picture's path."""
+    """Draws the curves of all stages side by side; held-out results are dots. Returns the picture's path."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -60,33 +64,20 @@ def plot_metrics(folder: str | Path) -> Path:
     return path
 
 
-def _draw(axes, panel: Panel, rows: list[dict], lengths: dict[str, int]) -> None:
+def _draw(axes: Axes, panel: Panel, rows: list[dict[str, Any]], lengths: dict[str, int]) -> None:
     """One panel. Every stage is one unit wide, whatever its number of steps."""
     stages = list(lengths)
-    shown, positive = set(), False
+    shown: set[int] = set()
+    positive = False
     for number, name in enumerate(panel.names):
-        colour = f"C{number}"
         for place, stage in enumerate(stages):
-            if panel.stage not in (None, stage):
-                continue
             of_stage = [row for row in rows if row["stage"] == stage and row.get(name) is not None]
-            for heldout in (False, True):
-                points = [(r["step"], r[name]) for r in of_stage if (r.get("event") == "heldout") == heldout]
-                if not points:
-                    continue
+            if of_stage and panel.stage in (None, stage):
                 shown.add(place)
-                steps, values = np.array(points, float).T
-                positive |= bool((values > 0).any())
-                x = place + steps / lengths[stage]
-                if heldout:
-                    axes.plot(x, values, "o", color=colour, markersize=7, markeredgecolor="white", zorder=3)
-                    continue
-                long = len(x) >= SMOOTHED_FROM
-                axes.plot(x, values, color=colour, linewidth=1.2, alpha=0.25 if long else 1)
-                if long:
-                    axes.plot(x, _running_mean(values, len(x) // 20), color=colour, linewidth=1.8)
+                positive |= any(row[name] > 0 for row in of_stage)
+                _curve(axes, of_stage, name, f"C{number}", place, lengths[stage])
         if len(panel.names) > 1:
-            axes.plot([], [], color=colour, linewidth=1.8, label=name.replace("_", " "))
+            axes.plot([], [], color=f"C{number}", linewidth=1.8, label=name.replace("_", " "))
     axes.set_title(panel.title, fontsize=11)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -102,7 +93,24 @@ def _draw(axes, panel: Panel, rows: list[dict], lengths: dict[str, int]) -> None
         axes.legend(fontsize=8, frameon=False)
 
 
-def _stage_ticks(axes, places: range, stages: list[str], lengths: dict[str, int]) -> None:
+def _curve(axes: Axes, rows: list[dict[str, Any]], name: str, colour: str, place: int, length: int) -> None:
+    """One metric of one stage: steps as a line, held-out rows as dots."""
+    for heldout in (False, True):
+        points = [(row["step"], row[name]) for row in rows if (row.get("event") == "heldout") == heldout]
+        if not points:
+            continue
+        steps, values = np.array(points, float).T
+        x = place + steps / length
+        if heldout:
+            axes.plot(x, values, "o", color=colour, markersize=7, markeredgecolor="white", zorder=3)
+            continue
+        long = len(x) >= SMOOTHED_FROM
+        axes.plot(x, values, color=colour, linewidth=1.2, alpha=0.25 if long else 1)
+        if long:
+            axes.plot(x, _running_mean(values, len(x) // 20), color=colour, linewidth=1.8)
+
+
+def _stage_ticks(axes: Axes, places: range, stages: list[str], lengths: dict[str, int]) -> None:
     """Ticks in each stage's own steps, its name below them, and a line between stages."""
     halves = [(place + part, round(part * lengths[stages[place]])) for place in places for part in (0.5, 1)]
     ticks = [(places[0], 0), *halves]
@@ -120,7 +128,7 @@ def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def heldout_table(folder: str | Path) -> str:
-    """The held-out judgements of a run as a table of text, empty where there are none."""
+    """The held-out results of a run as a table of text, empty where there are none."""
     rows = [row for row in read_metrics(folder) if row.get("event") == "heldout"]
     names = {"reward": "reward", "correct": "answers right", "validity": "valid", "key_steps": "key steps"}
     if not rows:

@@ -1,0 +1,132 @@
+"""The models that gpu_check.py runs, and all that it takes from workloads.py: a small StepGRPO step, a rollout."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from workloads import (
+    SIZES,
+    Size,
+    Training,
+    answer,
+    collate,
+    random_advantages,
+    random_params,
+    random_questions,
+    random_tokens,
+    rollout_weights,
+    single_device,
+)
+
+from r1vl_jax.model.config import ModelConfig
+from r1vl_jax.model.qwen2_vl import cast
+from r1vl_jax.model.spec import ParamSpec, is_spec, param_spec
+from r1vl_jax.parallel.sharding import param_shardings
+
+QUESTIONS, MICRO, UPDATES = 4, 2, 2
+LOGIT_ROWS = 256
+SAMPLES = 20_000  # of each parameter that are compared
+
+
+class Way(NamedTuple):
+    """How to run a step: dtype of the computation, backends of attention and kernels, precision of fp32 matmuls."""
+
+    dtype: str
+    attention: str
+    kernels: str
+    precision: str | None
+
+
+def step_size(name: str, dtype: str) -> Size:
+    """The tiny model, or one of two layers with the head widths of the 2B, 128 and in its vision 80; few tokens."""
+    if name == "tiny":
+        return dataclasses.replace(SIZES["tiny"], dtype=dtype)
+    size, vocab = SIZES["2b"], 8192
+    vision = size.raw["vision_config"] | {"depth": 2, "embed_dim": 160, "num_heads": 2, "hidden_size": 512}
+    raw = size.raw | {
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": vocab,
+        "image_token_id": vocab - 1,
+        "video_token_id": vocab - 2,
+        "vision_start_token_id": vocab - 3,
+        "vision_end_token_id": vocab - 4,
+        "vision_config": vision,
+    }
+    return dataclasses.replace(size, raw=raw, prompt=96, grid=(1, 8, 12), new=64, dtype=dtype)
+
+
+def numpy_params(cfg: ModelConfig) -> Any:
+    """Random fp32 parameters from NumPy: the same on every device."""
+    rng = np.random.default_rng(7)
+
+    def draw(spec: ParamSpec) -> np.ndarray:
+        deviation = math.prod(spec.hf_shape[1:]) ** -0.5 if spec.init == "normal" else 0.1
+        return (deviation * rng.normal(size=spec.shape) + (spec.init == "ones")).astype(np.float32)
+
+    return jax.tree.map(draw, param_spec(cfg), is_leaf=is_spec)
+
+
+def step(name: str, way: Way) -> dict[str, np.ndarray]:
+    """A rollout of the model `step_size(name)`, and two updates on random answers, whatever the rollout sampled.
+
+    Returns:
+      tokens, rollout_logprobs: of the rollout; recomputed: log-probabilities of its tokens by the training program.
+      reference: log-probabilities of the random answers; loss0, kl0, ... loss1, ...: metrics of each update.
+      change: what the updates added to the parameters, a sample of each.
+    """
+    size = step_size(name, way.dtype)
+    cfg = size.cfg.with_backend(way.attention, way.kernels, LOGIT_ROWS)
+    with jax.set_mesh(single_device()), jax.default_matmul_precision(way.precision):
+        start, shardings = numpy_params(cfg), param_shardings(param_spec(cfg), single_device())
+        before = sampled_entries(start)
+        policy = jax.device_put(cast(start, way.dtype), shardings)
+        reference = jax.device_put(cast(jax.tree.map(lambda a: np.float32(0.9) * a, start), way.dtype), shardings)
+        training = Training(cfg, jax.device_put(start, shardings), reference, dtype=way.dtype, remat="matmuls")
+        questions = random_questions(size, QUESTIONS)
+
+        sampled = answer(training.rollout_weights(), cfg, collate(questions), size.group, size.new)
+        result = {"tokens": sampled.tokens_BGT, "rollout_logprobs": sampled.logprobs_BGT}
+        batches = training.micro_batches(questions, np.asarray(sampled.tokens_BGT), MICRO)
+        result["recomputed"] = joined(training.logprobs(policy, b.prompts, b.tokens_BGT) for b in batches)
+
+        batches = training.with_reference(training.micro_batches(questions, random_tokens(size, QUESTIONS), MICRO))
+        result["reference"] = joined(b.ref_logprobs_BGT for b in batches)
+        batches = training.with_advantages(batches, random_advantages(QUESTIONS, size.group))
+        for number in range(UPDATES):
+            result |= {f"{key}{number}": value for key, value in training.update(batches).items()}
+        result["change"] = sampled_entries(training.state.params) - before
+    return {key: np.asarray(value) for key, value in result.items()}
+
+
+def joined(arrays: Any) -> np.ndarray:
+    return np.concatenate([np.asarray(array) for array in arrays])
+
+
+def sampled_entries(params: Any) -> np.ndarray:
+    """About SAMPLES entries of each parameter, evenly spread."""
+    flat = [np.asarray(a, np.float64).ravel() for a in jax.tree.leaves(params)]
+    return np.concatenate([a[:: max(1, a.size // SAMPLES)] for a in flat])
+
+
+def rollout_call(name: str, questions: int, new: int) -> tuple[Callable[[], Any], int]:
+    """(a function that samples 4 answers to each of some questions by the model of that size, tokens of an answer)."""
+    size = SIZES[name]
+    cfg, new = size.on_this_machine(), min(new, size.new)
+    with jax.set_mesh(single_device()):
+        weights = rollout_weights(random_params(cfg, size.dtype), cfg, size.dtype)
+        prompts = collate(random_questions(size, questions))
+
+    def call() -> Any:
+        with jax.set_mesh(single_device()):
+            return jax.block_until_ready(answer(weights, cfg, prompts, size.group, new))
+
+    return call, new

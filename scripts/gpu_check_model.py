@@ -1,4 +1,4 @@
-"""The models that gpu_check.py runs, and all that it takes from workloads.py: a small StepGRPO step, a rollout."""
+"""The models that gpu_check.py runs, and all that it takes from the benchmarks: a small StepGRPO step, a rollout."""
 
 from __future__ import annotations
 
@@ -9,19 +9,17 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from workloads import (
+from bench_common import (
     SIZES,
     Size,
-    Training,
-    answer,
     collate,
     random_advantages,
     random_params,
     random_questions,
     random_tokens,
-    rollout_weights,
     single_device,
 )
+from bench_programs import answer, micro_batches, step_programs, update, with_advantages, with_reference
 
 from r1vl_jax.model.config import ModelConfig
 from r1vl_jax.model.qwen2_vl import cast
@@ -90,20 +88,24 @@ def step(name: str, way: Way) -> dict[str, np.ndarray]:
         before = sampled_entries(start)
         policy = jax.device_put(cast(start, way.dtype), shardings)
         reference = jax.device_put(cast(jax.tree.map(lambda a: np.float32(0.9) * a, start), way.dtype), shardings)
-        training = Training(cfg, jax.device_put(start, shardings), reference, dtype=way.dtype, remat="matmuls")
+        programs = step_programs(size, cfg, remat="matmuls")
+        state = programs.init(jax.device_put(start, shardings))
         questions = random_questions(size, QUESTIONS)
 
-        sampled = answer(training.rollout_weights(), cfg, collate(questions), size.group, size.new)
+        weights = programs.rollout_weights(state.params)
+        sampled = answer(weights, cfg, collate(questions), size.group, size.new)
         result = {"tokens": sampled.tokens_BGT, "rollout_logprobs": sampled.logprobs_BGT}
-        batches = training.micro_batches(questions, np.asarray(sampled.tokens_BGT), MICRO)
-        result["recomputed"] = joined(training.logprobs(policy, b.prompts, b.tokens_BGT) for b in batches)
+        batches = micro_batches(questions, np.asarray(sampled.tokens_BGT), MICRO)
+        result["recomputed"] = joined(programs.token_logprobs(policy, b.prompts, b.tokens_BGT) for b in batches)
 
-        batches = training.with_reference(training.micro_batches(questions, random_tokens(size, QUESTIONS), MICRO))
+        batches = micro_batches(questions, random_tokens(size, QUESTIONS), MICRO)
+        batches = with_reference(programs, reference, batches)
         result["reference"] = joined(b.ref_logprobs_BGT for b in batches)
-        batches = training.with_advantages(batches, random_advantages(QUESTIONS, size.group))
+        batches = with_advantages(batches, random_advantages(QUESTIONS, size.group))
         for number in range(UPDATES):
-            result |= {f"{key}{number}": value for key, value in training.update(batches).items()}
-        result["change"] = sampled_entries(training.state.params) - before
+            state, metrics = update(programs, state, batches)
+            result |= {f"{key}{number}": value for key, value in metrics.items()}
+        result["change"] = sampled_entries(state.params) - before
     return {key: np.asarray(value) for key, value in result.items()}
 
 
@@ -122,7 +124,7 @@ def rollout_call(name: str, questions: int, new: int) -> tuple[Callable[[], Any]
     size = SIZES[name]
     cfg, new = size.on_this_machine(), min(new, size.new)
     with jax.set_mesh(single_device()):
-        weights = rollout_weights(random_params(cfg, size.dtype), cfg, size.dtype)
+        weights = step_programs(size, cfg, remat="full").rollout_weights(random_params(cfg, size.dtype))
         prompts = collate(random_questions(size, questions))
 
     def call() -> Any:

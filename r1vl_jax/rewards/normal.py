@@ -76,7 +76,7 @@ class NormalText:
         while place >= 0:
             if self._offsets is None:
                 self._offsets = list(itertools.accumulate((len(word) + 1 for word in self.words), initial=0))
-            # The next token is checked first: it costs little, and mostly the place is far on.
+            # The next token is checked first because that is cheap; usually the place is much further on.
             first = first + 1 if self._offsets[first + 1] == place else bisect_right(self._offsets, place) - 1
             last = first + needle.length - 1
             if check and self._cut_from_expression(first, last, opens, closes, relational):

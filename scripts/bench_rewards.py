@@ -1,12 +1,12 @@
-"""How many answers a second the rewards score: `python scripts/bench_rewards.py` (about a minute; --help).
+"""Measures how many answers per second the rewards score: `python scripts/bench_rewards.py` (about a minute; --help).
 
-Three figures for each preset, each the median of some repeats on answers that no repeat shares (SymPy remembers):
+Three figures for each preset. Each is the median of several repeats, with new answers in each because SymPy caches:
 
-    rules   key steps and validity alone, in this process
-    text    whole scores in the pool, of final answers that comparing texts or letters decides
-    math    whole scores in the pool, of final answers that need math-verify
+    rules   key steps and validity only, in this process
+    text    whole scores in the pool; comparing texts or letters decides the final answers
+    math    whole scores in the pool; the final answers need math-verify
 
-and, for one preset, what kind of answer makes math-verify slow, and what one that hangs costs.
+For one preset also: which kinds of answer make math-verify slow, and what an answer that hangs costs.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib import metadata
+from typing import Any
 
 from r1vl_jax.common.arguments import positive_int
 from r1vl_jax.rewards import PRESETS, Rules, ScorerPool
 from r1vl_jax.rewards.key_steps import key_step_groups, key_step_hits
 from r1vl_jax.rewards.steps import section_faults
 
-Row = tuple[str, str, dict]  # completion, solution, key steps
+Row = tuple[str, str, dict[str, Any]]  # completion, solution, key steps
 Kind = Callable[[random.Random], tuple[str, str]]  # makes an answer and its solution
-GROUP = 4  # answers to a question, as in training
+GROUP = 4  # answers to one question, as in training
 BOMB = "10^10^10^10"
-TARGETS = {"rules": 2000, "text": 2000, "math": 200}  # answers a second a core
+TARGETS = {"rules": 2000, "text": 2000, "math": 200}  # answers per second and core
 DETAILED = "paper"
 
 _SENTENCES = (
@@ -46,7 +47,7 @@ _SENTENCES = (
 
 
 def _fraction(rng: random.Random) -> tuple[str, str]:
-    """A fraction, and the same one expanded or another one."""
+    """A fraction, and the same one expanded, or a different one."""
     top, bottom, factor = rng.randrange(1, 99), rng.randrange(2, 99), rng.choice((2, 3))
     other = top * factor + rng.randrange(2)
     return f"$\\frac{{{top}}}{{{bottom}}}$", f"$\\frac{{{other}}}{{{bottom * factor}}}$"
@@ -91,8 +92,15 @@ MATH_KINDS = {
 
 
 def make_rows(rng: random.Random, count: int, kinds: list[Kind]) -> list[Row]:
-    """Answers of about 1,000 characters in 5 steps, GROUP to a question of 5 key steps with 3 alternatives each."""
+    """Answers of about 1,000 characters in 5 steps. Each question has GROUP answers, and 5 key steps of 3 alternatives.
+
+    Args:
+      count: number of rows.
+      kinds: makers of final answers, used in turn.
+    """
     rows = []
+    values: list[tuple[int, int]] = []
+    key_steps: list[list[str]] = []
     for number in range(count):
         if number % GROUP == 0:
             values = [(rng.randrange(2, 99), rng.randrange(2, 99)) for _ in range(5)]
@@ -119,7 +127,7 @@ def _completion(rng: random.Random, values: list[tuple[int, int]], answer: str) 
 
 
 def measure(rows_of: Callable[[int], list[Row]], score: Callable[[list[Row]], object], repeats: int) -> float:
-    """Answers a second, the median of `repeats`, each with rows of its own; the first row warms up."""
+    """Answers per second: the median of `repeats`, each with its own rows, after scoring the first row as a warm-up."""
     rates = []
     for repeat in range(repeats):
         rows = rows_of(repeat)
@@ -131,7 +139,7 @@ def measure(rows_of: Callable[[int], list[Row]], score: Callable[[list[Row]], ob
 
 
 def score_rules(rows: list[Row], rules: Rules) -> None:
-    """Key steps and validity, in this process."""
+    """Scores key steps and validity in this process."""
     for completion, _, key_steps in rows:
         groups, _ = key_step_groups(key_steps)
         key_step_hits(completion, groups, rules)
@@ -139,17 +147,22 @@ def score_rules(rows: list[Row], rules: Rules) -> None:
 
 
 def score_pool(rows: list[Row], rules: Rules, pool: ScorerPool) -> None:
-    """Whole scores, in the pool; raises where one failed: a failure is fast, and no figure."""
+    """Scores answers in the pool. Raises RuntimeError if one fails: failing is fast and would falsify the figure."""
     scores = pool.score(*zip(*rows, strict=True), rules=rules)
     failed = [score for score in scores if score.status != "ok"]
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(rows)} answers were not scored, the first: {failed[0].note}")
 
 
-def measure_hang(rows: list[Row], workers: int, limit_s: float) -> dict:
-    """What one hanging answer, handed out first, costs: its own time, and how many others are scored meanwhile."""
+def measure_hang(rows: list[Row], workers: int, limit_s: float) -> dict[str, Any]:
+    """What one answer that hangs costs: when it is given up, and how many others are scored meanwhile.
+
+    Args:
+      rows: the other answers; the one that hangs is sent first.
+      limit_s: seconds for one answer.
+    """
     bomb = (f"### The final answer is: {BOMB}", "### The final answer is: 3", None)
-    arrived = []
+    arrived: list[tuple[float, str]] = []  # seconds and status of each score, as they arrive
     with ScorerPool(workers, limit_s) as pool:
         score_pool(rows[: 4 * workers], PRESETS[DETAILED], pool)
         start = time.perf_counter()
@@ -170,8 +183,8 @@ def measure_hang(rows: list[Row], workers: int, limit_s: float) -> dict:
     }
 
 
-def bench(args: argparse.Namespace) -> dict:
-    """All figures, as the JSON that --json prints."""
+def bench(args: argparse.Namespace) -> dict[str, Any]:
+    """All figures, in the form that --json prints."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     used, load = min(args.workers, cores), os.getloadavg()[0]
 
@@ -183,7 +196,9 @@ def bench(args: argparse.Namespace) -> dict:
 
     presets, math = {}, list(MATH_KINDS.values())
     with ScorerPool(args.workers) as pool:
-        score_pool(make_rows(random.Random(0), 4 * args.workers, [_letter]), PRESETS["paper"], pool)  # all have started
+        score_pool(
+            make_rows(random.Random(0), 4 * args.workers, [_letter]), PRESETS["paper"], pool
+        )  # starts all workers
         for name in args.presets:
             rules = PRESETS[name]
             text = [_text, _letter] if rules.choice_letters else [_text]
@@ -219,22 +234,22 @@ def bench(args: argparse.Namespace) -> dict:
     }
 
 
-def table(found: dict) -> str:
-    """The figures for a terminal."""
+def table(figures: dict[str, Any]) -> str:
+    """The figures as a text table."""
     lines = [
-        f"{found['date']}, Python {found['python']}, {found['machine']}, {found['cores']} cores "
-        f"(load {found['load']:.1f} before), {found['workers']} workers, math-verify {found['math_verify']}",
-        f"{found['answers']} answers of {found['characters']:.0f} characters (math: a quarter), median of "
-        f"{found['repeats']}; answers/s, and answers/s a core",
+        f"{figures['date']}, Python {figures['python']}, {figures['machine']}, {figures['cores']} cores "
+        f"(load {figures['load']:.1f} before), {figures['workers']} workers, math-verify {figures['math_verify']}",
+        f"{figures['answers']} answers of {figures['characters']:.0f} characters (math: a quarter), median of "
+        f"{figures['repeats']}; answers/s, and answers/s a core",
         "",
         f"{'preset':<10}{'rules alone, in process':>26}{'pool, text decides':>26}{'pool, math-verify':>26}",
     ]
-    for name, columns in found["presets"].items():
+    for name, columns in figures["presets"].items():
         cells = (f"{rate['per_s']:>14,.0f}{rate['per_s_core']:>12,.0f}" for rate in columns.values())
         lines.append(f"{name:<10}" + "".join(cells))
-    lines.append(f"{'target':<10}" + "".join(f"{target:>26,}" for target in found["targets_per_s_core"].values()))
-    kinds = ", ".join(f"{name} {rate:,.0f}" for name, rate in found["math_kinds_per_s_core"].items())
-    hang = found["hang"]
+    lines.append(f"{'target':<10}" + "".join(f"{target:>26,}" for target in figures["targets_per_s_core"].values()))
+    kinds = ", ".join(f"{name} {rate:,.0f}" for name, rate in figures["math_kinds_per_s_core"].items())
+    hang = figures["hang"]
     end = (
         "did not end early"
         if hang["ended_after_s"] is None
@@ -253,10 +268,10 @@ def table(found: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
+    """Runs the benchmark and prints its figures. Returns the exit code."""
     args = _arguments(argv)
-    found = bench(args)
-    print(json.dumps(found, indent=2) if args.json else table(found))
+    figures = bench(args)
+    print(json.dumps(figures, indent=2) if args.json else table(figures))
     return 0
 
 
@@ -273,13 +288,17 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         help=f"of {known} (default: all)",
     )
     parser.add_argument("--answers", type=positive_int, default=1000, help="answers in each repeat (default: 1000)")
-    parser.add_argument("--repeats", type=positive_int, default=5, help="the median is taken of these (default: 5)")
-    parser.add_argument("--workers", type=positive_int, default=cores, help=f"processes (default: {cores}, the cores)")
+    parser.add_argument(
+        "--repeats", type=positive_int, default=5, help="runs of each figure; the median counts (default: 5)"
+    )
+    parser.add_argument(
+        "--workers", type=positive_int, default=cores, help=f"worker processes (default: {cores}, the number of cores)"
+    )
     parser.add_argument(
         "--hang-limit", type=positive_int, default=2, metavar="S", help="seconds for one answer (default: 2)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the answers (default: 0)")
-    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the answers (default: 0)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     return parser.parse_args(argv)
 
 

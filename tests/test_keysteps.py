@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from r1vl_jax.errors import RowError
 from r1vl_jax.keysteps.augment import augmented
 from r1vl_jax.keysteps.convert import convert_row
 from r1vl_jax.keysteps.formulas import equations
@@ -17,7 +18,6 @@ from r1vl_jax.keysteps.lint import lint_rows
 from r1vl_jax.keysteps.phrases import phrases
 from r1vl_jax.keysteps.refine import cleaned, refined
 from r1vl_jax.keysteps.reply import read_groups
-from r1vl_jax.keysteps.rows import RowFault
 from r1vl_jax.keysteps.rules import rule_groups, rules_row
 from r1vl_jax.rewards import PRESETS
 from r1vl_jax.rewards.key_steps import key_step_hits
@@ -102,7 +102,7 @@ def test_latex_whose_backslashes_were_not_doubled():
 )
 def test_replies_without_key_steps_fail_and_show_their_head(reply):
     start = time.monotonic()
-    with pytest.raises(RowFault) as caught:
+    with pytest.raises(RowError) as caught:
         read_groups(reply)
     assert " ".join(reply.split())[:20] in str(caught.value).replace('\\"', '"')
     assert len(str(caught.value)) < 250
@@ -183,11 +183,11 @@ def test_rules_take_each_steps_first_in_order():
 
 
 def test_rules_refuse_what_they_cannot_use():
-    with pytest.raises(RowFault, match="no section '### Step 1:'"):
+    with pytest.raises(RowError, match="no section '### Step 1:'"):
         rules_row({"problem": "Find x.", "solution": "x = 3"}, per_step=3)
-    with pytest.raises(RowFault, match="no equation"):
+    with pytest.raises(RowError, match="no equation"):
         rules_row(row(None, "Look at it."), per_step=3)
-    with pytest.raises(RowFault, match="field 'solution': missing"):
+    with pytest.raises(RowError, match="field 'solution': missing"):
         rules_row({"problem": "Find x."}, per_step=3)
 
 
@@ -412,7 +412,7 @@ def test_convert_reads_the_field_that_it_is_told():
     raw = {"images": ["a", "b"], "problem": "Q", "solution": "S", "key_steps": ["old one"], "gpt": "1. new one"}
     out = convert_row(raw, ["gpt"])
     assert out["key_steps"] == {"Steps": [["new one"]]} and out["image_path"] == ["a", "b"]
-    with pytest.raises(RowFault, match="no field 'other'"):
+    with pytest.raises(RowError, match="no field 'other'"):
         convert_row(raw, ["other"])
 
 
@@ -420,9 +420,9 @@ def test_convert_reads_the_field_that_it_is_told():
 def test_convert_names_what_is_missing(field):
     raw = {"problem": "Q", "solution": "S", "key_steps": ["a b"]}
     del raw[field]
-    with pytest.raises(RowFault, match=f"field '{field}': missing"):
+    with pytest.raises(RowError, match=f"field '{field}': missing"):
         convert_row(raw)
-    with pytest.raises(RowFault, match="key_steps"):
+    with pytest.raises(RowError, match="key_steps"):
         convert_row({"problem": "Q", "solution": "S", "key_steps": {"Steps": []}})
 
 

@@ -7,9 +7,11 @@ import unicodedata
 import pytest
 
 from r1vl_jax import score
-from r1vl_jax.reward_lab import attacks
-from r1vl_jax.reward_lab import rescoring as lab
-from r1vl_jax.reward_lab import tables as lab_tables
+from r1vl_jax.reward_lab.attacks import attack_answers, honest_answers
+from r1vl_jax.reward_lab.probe import probe_report
+from r1vl_jax.reward_lab.problems import BUILT_IN, make_problem
+from r1vl_jax.reward_lab.rescoring import Group, groups_of, rescore
+from r1vl_jax.reward_lab.tables import WIDTH, probe_table, rescore_table
 from r1vl_jax.rewards import PRESETS, Score, ScorerPool
 from r1vl_jax.rewards.key_steps import key_step_groups
 
@@ -48,10 +50,10 @@ def scored(correct, k, validity, alpha=0.1, **fields):
 
 
 def test_a_group_under_two_rules_by_hand():
-    group = lab.Group({"step": 4}, "q", "s", None, ("a", "b", "c", "d"))
+    group = Group({"step": 4}, "q", "s", None, ("a", "b", "c", "d"))
     first = [scored(1, 0, 1), scored(0, 1, 1), scored(0, 0, 1), scored(0, 0, 0)]  # 2, 1.1, 1, 0
     second = [scored(0, 0, 0), scored(0, 1, 1), scored(0, 0, 1), scored(0, 0, 1)]  # 0, 1.1, 1, 1
-    report = lab.rescore([group], {"x": first, "y": second})
+    report = rescore([group], {"x": first, "y": second})
     (row,) = report["groups"]
     x, y = row["rules"]["x"], row["rules"]["y"]
     assert (row["step"], row["question"], row["texts"]) == (4, "q", ["a", "b", "c", "d"])
@@ -78,8 +80,8 @@ def test_a_group_under_two_rules_by_hand():
 def test_the_parts_of_a_reward_are_what_pays_and_not_what_is_right():
     """A right answer out of its place earns nothing under rules that require one."""
     unpaid = Score(correct=True, k=1.0)
-    group = lab.Group({}, "q", "s", None, ("a", "b"))
-    answers = lab.rescore([group], {"x": [unpaid, scored(1, 1, 1)]})["groups"][0]["rules"]["x"]["answers"]
+    group = Group({}, "q", "s", None, ("a", "b"))
+    answers = rescore([group], {"x": [unpaid, scored(1, 1, 1)]})["groups"][0]["rules"]["x"]["answers"]
     assert [(a["outcome"], a["key_steps"], a["validity"]) for a in answers] == [
         (0, 0, 0),
         (1, pytest.approx(0.1), 1),
@@ -89,8 +91,8 @@ def test_the_parts_of_a_reward_are_what_pays_and_not_what_is_right():
 def test_equal_rewards_have_no_advantage_and_no_sign():
     """0.1 + 0.2 and 0.3 differ by rounding: neither a variance nor a flip may come of it."""
     same = [Score(accuracy=0.1 + 0.2, reward=0.1 + 0.2), Score(accuracy=0.3, reward=0.3)]
-    group = lab.Group({}, "q", "s", None, ("a", "b"))
-    report = lab.rescore([group], {"x": [scored(1, 0, 1), scored(0, 0, 1)], "y": same})
+    group = Group({}, "q", "s", None, ("a", "b"))
+    report = rescore([group], {"x": [scored(1, 0, 1), scored(0, 0, 1)], "y": same})
     y = report["groups"][0]["rules"]["y"]
     assert y["zero_variance"] and not y["shaping_only"] and y["variance_share"] is None and y["sign_flips"] == 0
     assert [answer["advantage"] for answer in y["answers"]] == [0, 0]
@@ -101,34 +103,34 @@ def test_an_answer_at_the_mean_has_no_sign():
     """0.2 lies below the mean of 0.1, 0.2 and 0.3 by rounding alone."""
     middle = [Score(accuracy=reward, reward=reward) for reward in (0.1, 0.2, 0.3)]
     assert sum(score.reward for score in middle) / 3 > 0.2
-    group = lab.Group({}, "q", "s", None, ("a", "b", "c"))
-    report = lab.rescore([group], {"x": [scored(0, 0, 0), scored(1, 0, 1), scored(0, 0, 0)], "y": middle})
+    group = Group({}, "q", "s", None, ("a", "b", "c"))
+    report = rescore([group], {"x": [scored(0, 0, 0), scored(1, 0, 1), scored(0, 0, 0)], "y": middle})
     answers = report["groups"][0]["rules"]["y"]["answers"]
     assert answers[1]["advantage"] == 0 and [answer["flip"] for answer in answers] == [False, False, True]
 
 
 def test_totals_leave_lone_answers_out_of_what_groups_have():
-    groups = [lab.Group({}, "q", "s", None, ("t",) * size) for size in (2, 1, 2)]
+    groups = [Group({}, "q", "s", None, ("t",) * size) for size in (2, 1, 2)]
     lost = Score(status="timeout", note="took longer")
     x = [scored(1, 0, 1), scored(0, 0, 1, answer="4"), scored(0, 1, 1, note="key steps empty"), scored(0, 0, 1), lost]
     y = [scored(0, 0, 1), scored(1, 0, 1), *x[2:]]
-    totals = lab.rescore(groups, {"x": x, "y": y})["totals"]
+    totals = rescore(groups, {"x": x, "y": y})["totals"]
     got = totals["x"]
     assert (got["groups"], got["groups_of_one"], got["answers"]) == (3, 1, 5)
     assert got["reward"] == pytest.approx((2 + 1 + 1.1 + 1) / 5) and got["correct"] == 0.2 and got["key_steps"] == 0.2
     assert got["no_answer"] == 0.6  # the answer that was not scored may well have one
     assert got["shaping_only"] == 0.5 and (got["failures"], got["key_step_faults"]) == (1, 1)
     assert (totals["x"]["sign_flips"], totals["y"]["sign_flips"]) == (0, 0.5)
-    alone = lab.rescore(groups[1:2], {"x": x[:1]})
+    alone = rescore(groups[1:2], {"x": x[:1]})
     assert alone["totals"]["x"]["zero_variance"] is None and alone["groups"][0]["rules"]["x"]["std"] is None
 
 
 def test_the_largest_disagreement_comes_first_and_else_the_largest_spread():
-    groups = [lab.Group({"row": row}, "q", "s", None, ("a", "b")) for row in range(3)]
+    groups = [Group({"row": row}, "q", "s", None, ("a", "b")) for row in range(3)]
     even, one, two = [scored(0, 0, 1)] * 2, [scored(1, 0, 1), scored(0, 0, 1)], [scored(0, 0, 1), scored(1, 0, 1)]
-    rows = lab.rescore(groups, {"x": [*one, *one, *one], "y": [*one, *even, *two]})["groups"]
+    rows = rescore(groups, {"x": [*one, *one, *one], "y": [*one, *even, *two]})["groups"]
     assert [row["row"] for row in rows] == [2, 1, 0]
-    rows = lab.rescore(groups, {"x": [*even, scored(0, 1, 1), scored(0, 0, 1), *one]})["groups"]
+    rows = rescore(groups, {"x": [*even, scored(0, 1, 1), scored(0, 0, 1), *one]})["groups"]
     assert [row["row"] for row in rows] == [2, 1, 0]
 
 
@@ -145,9 +147,9 @@ def test_rows_become_groups():
         run_row(),
         run_row(texts=("g",)),
     ]
-    texts = [group.texts for group in lab.groups_of(rows)]
+    texts = [group.texts for group in groups_of(rows)]
     assert texts == [(TRUE, FALSE), ("a", "b"), ("c",), ("d",), ("e",), ("f",), (TRUE, FALSE), ("g",)]
-    group = lab.groups_of(rows)[0]
+    group = groups_of(rows)[0]
     assert group.place == {"stage": "step_grpo", "step": 1, "source": "rl.json", "row": 7}
     assert (group.question, group.key_steps) == ("How many?", {"Steps": [["one thing"], ["two things"]]})
 
@@ -161,29 +163,29 @@ def width(line):
 
 def test_the_table_fits_the_terminal_whatever_the_texts_and_rules():
     hostile = "\x1b[2J\n\x00\ud800" + "三角形" * 500
-    group = lab.Group({"source": hostile, "row": 3}, hostile, hostile, None, ("a",) * 12)
+    group = Group({"source": hostile, "row": 3}, hostile, hostile, None, ("a",) * 12)
     names = ["paper", *(f"paper,require_answer=false,option_{i}=true" for i in range(8))]
     column = [scored(index % 2, 0.5, 1, answer=hostile) for index in range(12)]
-    text = lab_tables.rescore_table(lab.rescore([group], dict.fromkeys(names, column)), 5)
-    assert max(map(width, text.splitlines())) <= lab_tables.WIDTH
+    text = rescore_table(rescore([group], dict.fromkeys(names, column)), 5)
+    assert max(map(width, text.splitlines())) <= WIDTH
     assert "\x1b" not in text and "\x00" not in text and "\ud800" not in text
     assert all(name in text for name in names) and "三角形" in text
     assert text.count("+0.957 r") == 9 * 6  # 0.5 / (0.5 * sqrt(12 / 11)): every right answer under all rules
 
 
 def test_the_table_says_what_happened():
-    groups = [lab.Group({"step": 3, "row": row}, f"question {row}", "s", None, ("a", "b", "c")) for row in range(2)]
+    groups = [Group({"step": 3, "row": row}, f"question {row}", "s", None, ("a", "b", "c")) for row in range(2)]
     x = [scored(1, 0, 1, answer="3"), scored(0, 0, 1), Score(status="crash")]
     y = [scored(0, 0, 0, answer="3"), scored(0, 0, 1, answer="4"), Score(status="crash")]
-    report = lab.rescore(groups, {"x": x + x, "y": y + x})
-    text = lab_tables.rescore_table(report, 1)
+    report = rescore(groups, {"x": x + x, "y": y + x})
+    text = rescore_table(report, 1)
     assert "question 0" in text and "question 1" not in text and "The 1 of 2 groups" in text
     assert re.search(r"1 +2\.000 \+1\.000 r +0\.000 -0\.577 w\* +3", text)
     assert re.search(r"2 +1\.000 \+0\.000 - +1\.000 \+1\.155 w", text)
     assert re.search(r"3 +0\.000 -1\.000 ! +0\.000 -0\.577 !\n", text)
     assert re.search(r"y +0\.333 +0\.577 .* 1  shaping alone", text)
     assert re.search(r"answers not scored +2 +2\n", text) and re.search(r"mean reward +1\.000 +0\.667\n", text)
-    assert lab_tables.rescore_table(report, 0).count("question") == 0
+    assert rescore_table(report, 0).count("question") == 0
 
 
 # --- the probe --------------------------------------------------------------------------------------------------------
@@ -193,25 +195,25 @@ def probed(problems):
     """The probe's report of all presets, through real worker processes."""
     cases, texts, owners = [], [], []
     for index, problem in enumerate(problems):
-        for name, text in (attacks.honest(problem) | attacks.attacks(problem)).items():
+        for name, text in (honest_answers(problem) | attack_answers(problem)).items():
             cases, texts, owners = [*cases, (index, name)], [*texts, text], [*owners, problem]
     columns = texts, [owner.solution for owner in owners], [owner.key_steps for owner in owners]
     with ScorerPool(2) as pool:
         scores = {rules: pool.score(*columns, rules=rules) for rules in PRESETS}
-    return lab.probe(cases, scores, list(attacks.honest(problems[0]))), cases, scores
+    return probe_report(cases, scores, list(honest_answers(problems[0]))), cases, scores
 
 
 @pytest.fixture(scope="module")
 def built_in():
-    return probed(attacks.BUILT_IN)
+    return probed(BUILT_IN)
 
 
 @pytest.mark.parametrize("rules", PRESETS)
 def test_honest_answers_earn_what_they_should(rules, built_in):
     _, cases, scores = built_in
     by_case = dict(zip(cases, scores[rules], strict=True))
-    for index in range(len(attacks.BUILT_IN)):
-        right, half, wrong = (by_case[index, name] for name in attacks.honest(attacks.BUILT_IN[0]))
+    for index in range(len(BUILT_IN)):
+        right, half, wrong = (by_case[index, name] for name in honest_answers(BUILT_IN[0]))
         assert (right.correct, right.k, right.validity) == (True, 1, 1)
         assert not half.correct and half.validity == 1 and 1 / 3 <= half.k <= 1 / 2
         assert (wrong.correct, wrong.k, wrong.validity, wrong.answer is None) == (False, 0, 1, False)
@@ -245,10 +247,10 @@ def test_the_attacks_have_teeth(built_in):
 
 
 def test_every_kind_of_attack_is_there_and_attacks_no_right_answer(built_in):
-    names = [list(attacks.attacks(problem)) for problem in attacks.BUILT_IN]
-    assert len(attacks.BUILT_IN) == 5 and all(other == names[0] for other in names) and len(names[0]) > 60
-    for problem in attacks.BUILT_IN:
-        texts = attacks.attacks(problem)
+    names = [list(attack_answers(problem)) for problem in BUILT_IN]
+    assert len(BUILT_IN) == 5 and all(other == names[0] for other in names) and len(names[0]) > 60
+    for problem in BUILT_IN:
+        texts = attack_answers(problem)
         firsts = [group[0] for group in key_step_groups(problem.key_steps)[0]]
         assert all(text in texts["key steps in one step, commas"] for text in firsts)
         assert texts["10,000 empty steps"].count("### Step ") == 10_000
@@ -263,8 +265,8 @@ def test_every_kind_of_attack_is_there_and_attacks_no_right_answer(built_in):
 
 
 def test_wrong_numbers_hold_the_text_of_key_steps_inside_longer_ones():
-    texts = attacks.attacks(
-        attacks.problem("q", "s ### The final answer is: 3", [["12/2 = 6", "a"], ["no digit"], ["6 cups"]])
+    texts = attack_answers(
+        make_problem("q", "s ### The final answer is: 3", [["12/2 = 6", "a"], ["no digit"], ["6 cups"]])
     )
     assert "112/2 = 61 " in texts["key steps in longer numbers (6: 61)"]
     assert "16 cups" in texts["key steps in longer numbers (6: 61)"]
@@ -284,14 +286,14 @@ def test_wrong_numbers_hold_the_text_of_key_steps_inside_longer_ones():
     ],
 )
 def test_the_wrong_answer_to_a_problem_of_the_user_is_not_its_solution(solution, wrong):
-    assert attacks.problem("q", solution, None).wrong == wrong
+    assert make_problem("q", solution, None).wrong == wrong
 
 
 @pytest.mark.parametrize("key_steps", [None, [], {"Steps": None}, [[], [""], 3, [None, "a"]], ["{0}{x}%s", "\ud800"]])
 def test_faulty_key_steps_are_attacked_all_the_same(key_steps):
-    problem = attacks.problem("", "", key_steps)
-    assert list(attacks.attacks(problem)) == list(attacks.attacks(attacks.BUILT_IN[0]))
-    texts = attacks.attacks(problem) | attacks.honest(problem)
+    problem = make_problem("", "", key_steps)
+    assert list(attack_answers(problem)) == list(attack_answers(BUILT_IN[0]))
+    texts = attack_answers(problem) | honest_answers(problem)
     assert all(isinstance(text, str) for text in texts.values())
     stepless = texts["key steps, all alternatives, a step each"]
     assert "### Step 1:\n\n" not in stepless  # an empty alternative is no step
@@ -301,7 +303,7 @@ def test_excess_is_counted_from_validity_and_from_the_same_problem():
     cases = [(0, "honest"), (0, "hack"), (1, "honest"), (1, "hack")]
     # the honest answer to problem 1 met a key step by chance: that is not what an attack is measured against
     column = [scored(0, 0, 1), scored(0, 0, 1), scored(0, 1, 1), scored(0, 0.5, 1)]
-    report = lab.probe(cases, {"x": column, "y": [*column[:3], Score(status="timeout")]}, ["honest"])
+    report = probe_report(cases, {"x": column, "y": [*column[:3], Score(status="timeout")]}, ["honest"])
     honest, hack = report["completions"]
     assert (report["problems"], honest["attack"], hack["attack"]) == (2, False, True)
     assert honest["rules"]["x"]["exceeds"] is False and honest["rules"]["x"]["excess"] == pytest.approx(0.1)
@@ -309,7 +311,7 @@ def test_excess_is_counted_from_validity_and_from_the_same_problem():
     assert (got["mean"], got["max"], got["excess"]) == pytest.approx((1.025, 1.05, 0.05))
     assert (got["problem"], got["exceeds"]) == (1, True)
     assert (hack["rules"]["y"]["exceeds"], hack["rules"]["y"]["failures"]) == (False, 1)
-    text = lab_tables.probe_table(report)
+    text = probe_table(report)
     assert re.search(r"hack +1\.025 1\.050 \+0\.050 ! +0\.500 1\.000 \+0\.000", text)
     assert "x: 1 of 1 attacks earn more" in text and "1 completions could not be scored" in text
 
@@ -410,7 +412,7 @@ def test_the_probe_of_a_file_of_problems(tmp_path, capsys):
 def test_the_probe_of_the_built_in_problems_is_a_table(capsys):
     assert command("--probe", "--rules", "paper", "robust", "released") == 0
     text = capsys.readouterr().out
-    assert "Rewards over 5 problems" in text and max(map(width, text.splitlines())) <= lab_tables.WIDTH
+    assert "Rewards over 5 problems" in text and max(map(width, text.splitlines())) <= WIDTH
     assert re.search(r"\nhonest wrong +1\.000 1\.000 \+0\.000 ", text)
     assert re.search(r"\npaper: [1-9]\d* of \d+ attacks earn more than an honest wrong answer\n", text)
 
@@ -470,8 +472,8 @@ def test_help_names_every_field_of_the_reports(capsys, built_in):
     with pytest.raises(SystemExit, match="0"):
         score.main(["--help"])
     said = capsys.readouterr().out
-    group = lab.Group({"step": 1}, "q", "s", None, ("a", "b"))
-    rescored = lab.rescore([group], {"x": [scored(1, 0, 1), scored(0, 0, 1)]})
+    group = Group({"step": 1}, "q", "s", None, ("a", "b"))
+    rescored = rescore([group], {"x": [scored(1, 0, 1), scored(0, 0, 1)]})
 
     def fields(value):
         if isinstance(value, dict):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r1vl_jax.rewards import PRESETS, ScorerPool
-from r1vl_jax.rewards.answer import choice_letter, expected_answer, found_answer
+from r1vl_jax.rewards.answer import choice_letter, expected_answer, final_answer
 from r1vl_jax.rewards.key_steps import key_step_groups, key_step_hits
 from r1vl_jax.rewards.steps import section_faults, step_starts
 
@@ -195,7 +195,7 @@ def test_string_rules_take_linear_time(rules, kind, size):
         section_faults(completion, rules)
         step_starts(completion)
         expected_answer(completion, rules)
-        choice_letter(found_answer(completion, rules) or "")
+        choice_letter(final_answer(completion, rules) or "")
         assert time.process_time() - start < 0.05 + 8e-6 * len(completion)
         assert all(0 <= hit.start <= hit.end <= len(completion) for hit in hits)
 

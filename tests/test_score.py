@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from r1vl_jax import score
+from r1vl_jax.reward_lab import scoring
 
 GOLDEN = Path(__file__).parents[1].parent / "shared" / "golden" / "released_rewards.jsonl"
 GOOD = {
@@ -135,7 +136,7 @@ def test_wrong_options_end_with_usage(option, capsys):
 def test_an_old_output_survives_a_failure(tmp_path, monkeypatch):
     old = tmp_path / "out.jsonl"
     old.write_text("old")
-    monkeypatch.setattr(score, "score_fields", lambda _: {"set": {1}})  # cannot be written as JSON
+    monkeypatch.setattr(scoring, "score_fields", lambda _: {"set": {1}})  # cannot be written as JSON
     with pytest.raises(TypeError):
         command(tmp_path, [GOOD])
     assert old.read_text() == "old" and sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]

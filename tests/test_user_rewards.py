@@ -42,7 +42,7 @@ def error_of(result):
     with pytest.raises(RewardError) as caught:
         run(lambda completions, examples: result)
     message = str(caught.value)
-    assert message.startswith("reward 'm:f' gave ")
+    assert message.startswith("reward 'm:f' returned ")
     assert message.endswith("; expected 3 finite numbers, one for each completion")
     return message
 
@@ -213,7 +213,7 @@ def test_the_result_is_a_copy():
     ids=repr,
 )
 def test_a_result_of_the_wrong_form_is_named(result, what):
-    assert f"gave {what}; expected" in error_of(result)
+    assert f"returned {what}; expected" in error_of(result)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_rows_without_a_name_are_named_by_number():
 def test_an_array_that_refuses_to_be_read_is_named():
     deleted = jnp.zeros(3)
     deleted.delete()
-    assert "gave an array that cannot be read (RuntimeError: Array has been deleted" in error_of(deleted)
+    assert "returned an array that cannot be read (RuntimeError: Array has been deleted" in error_of(deleted)
 
 
 # --- exceptions -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Types of command-line arguments, for `argparse`: what they refuse, they explain."""
+"""Types of command-line arguments for `argparse`. Each explains what it expects when it refuses a value."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ def non_negative_int(text: str, least: int = 0) -> int:
 
 
 def positive_int(text: str) -> int:
+    """A whole number of at least 1."""
     return non_negative_int(text, 1)
 
 
 def finite_float(text: str) -> float:
-    """A number, neither infinite nor NaN."""
+    """A number that is neither infinite nor NaN."""
     try:
         value = float(text)
     except ValueError:

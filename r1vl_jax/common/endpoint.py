@@ -1,11 +1,12 @@
-"""A model behind an OpenAI-compatible URL: one text for one conversation, many at a time.
+"""A model at an OpenAI-compatible URL: one reply for each conversation, many conversations at a time.
 
     endpoint = Endpoint("http://localhost:8000/v1", "my-model")
     for job, text in in_parallel(lambda job: endpoint.complete(job.messages), jobs, threads=8): ...
 
-The openai client does the retries: connections lost, time-outs, 408, 409, 429 and 5xx, with exponential back-off, or
-after the seconds that the server's Retry-After names. What is left after them is an `EndpointError` and costs one job;
-what no other job can survive either (wrong key, wrong address or model, a server that has gone) is an `EndpointStop`.
+The openai client retries after lost connections, time-outs, and status 408, 409, 429 and 5xx. It waits for as long as
+the server's Retry-After says, or with exponential back-off. If a request still fails, `EndpointError` is raised and one
+job is lost. If no other job can succeed either (wrong key, wrong address or model, a server that has gone),
+`EndpointStop` is raised.
 """
 
 from __future__ import annotations
@@ -13,47 +14,53 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Generator, Iterable
+from typing import Any, TypeVar
 
-# So many failures of the server in a row, no answer between them, and it is taken for gone.
+from r1vl_jax.common.text import one_line
+
+JobT = TypeVar("JobT")
+ResultT = TypeVar("ResultT")
+
+# After this many failures of the server in a row, it is considered gone.
 MAX_FAILURES_IN_A_ROW = 8
-MAX_FAILURES_AT_FIRST = 3  # before any answer
+MAX_FAILURES_AT_FIRST = 3  # the same, as long as it has not answered at all
 _NO_MORE = object()
 _STOPPING = {
     401: "the key is wrong or missing; it is read from OPENAI_API_KEY",
     403: "the key in OPENAI_API_KEY may not use this",
-    404: "no such address or model; a base URL mostly ends in /v1",
+    404: "no such address or model; a base URL usually ends in /v1",
 }
 
 
 class EndpointError(Exception):
-    """One request failed, retries included.
+    """One request failed, and so did its retries.
 
     Attributes:
-      server: the server could not be reached, or said that it cannot answer now; nothing was wrong with the request.
+      server: the server could not be reached, or said that it cannot answer now. The request itself was not at fault.
     """
 
-    def __init__(self, message: str, *, server: bool = False):
+    def __init__(self, message: str, *, server: bool = False) -> None:
         super().__init__(message)
         self.server = server
 
 
 class EndpointStop(Exception):
-    """The endpoint cannot be used at all: no request can succeed."""
+    """The endpoint cannot be used: no request can succeed."""
 
 
 class Endpoint:
     """One model of one server. Threads may share it.
 
     Args:
-      url: base URL, up to the part before /chat/completions.
-      model: the model's name there.
+      url: base URL: the part before /chat/completions.
+      model: the model's name on that server.
       timeout: seconds for one try.
-      retries: tries after the first.
-      temperature, max_tokens: as sent; None leaves them to the server.
+      retries: number of tries after the first.
+      temperature, max_tokens: sent with each request; None leaves the choice to the server.
+
     Raises:
-      ValueError: an argument is unusable.
+      ValueError: the URL or the model's name cannot be used.
     """
 
     def __init__(
@@ -65,67 +72,71 @@ class Endpoint:
         retries: int = 4,
         temperature: float | None = 0.0,
         max_tokens: int | None = 2048,
-    ):
+    ) -> None:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"url: {url!r}; expected http://... or https://...")
         if not model:
             raise ValueError("model: expected a name")
-        import openai  # here: it takes a while to load, and most commands need no endpoint
+        import openai  # imported here because it loads slowly and most commands need no endpoint
 
         self.url, self.model = url, model
         options = {"temperature": temperature, "max_tokens": max_tokens}
         self._options = {name: value for name, value in options.items() if value is not None}
-        # Servers of one's own want no key, but the client does. Without one a paid server answers 401.
+        # A user's own server needs no key, but the client insists on one. A paid server will answer 401.
         key = os.environ.get("OPENAI_API_KEY") or "none"
         self._client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries)
 
     def complete(self, messages: list[dict[str, Any]]) -> str:
-        """The model's text for a conversation ({role, content} messages).
+        """The model's reply to a conversation, a list of {role, content} messages.
 
         Raises:
-          EndpointError: this request failed, or its reply has no text or was cut off by max_tokens.
+          EndpointError: this request failed, or the reply has no text or was cut off by max_tokens.
           EndpointStop: the key, the address or the model is wrong.
         """
         import openai
 
         try:
-            reply = self._client.chat.completions.create(model=self.model, messages=messages, **self._options)
+            create: Callable[..., Any] = self._client.chat.completions.create  # its stubs want a class for each role
+            reply = create(model=self.model, messages=messages, **self._options)
         except openai.APIStatusError as error:
-            code, message = error.status_code, _short(error.message)
+            code, message = error.status_code, one_line(error.message)
             if code in _STOPPING:
                 raise EndpointStop(f"{self.url}, model {self.model!r}: {_STOPPING[code]} ({message})") from error
             raise EndpointError(message, server=code in (408, 409, 429) or code >= 500) from error
         except openai.APITimeoutError as error:
             raise EndpointError("no reply within the time limit", server=True) from error
         except openai.APIConnectionError as error:
-            raise EndpointError(f"no connection: {_short(error.__cause__ or error)}", server=True) from error
-        except (openai.OpenAIError, ValueError, RecursionError) as error:  # no JSON; text that UTF-8 cannot carry
-            raise EndpointError(f"unusable request or reply: {_short(error)}") from error
+            raise EndpointError(f"no connection: {one_line(error.__cause__ or error)}", server=True) from error
+        except (openai.OpenAIError, ValueError, RecursionError) as error:  # not JSON; text that UTF-8 cannot encode
+            raise EndpointError(f"unusable request or reply: {one_line(error)}") from error
         try:
             choice = reply.choices[0]
             text, finish = choice.message.content, choice.finish_reason
         except (AttributeError, IndexError, TypeError) as error:  # the client does not check what a server sends
-            raise EndpointError(f"a reply without choices: {_short(reply)}") from error
+            raise EndpointError(f"a reply without choices: {one_line(reply)}") from error
         if finish == "length":
-            raise EndpointError(f"the reply was cut off by max_tokens; it starts {_short(text)!r}")
+            raise EndpointError(f"the reply was cut off by max_tokens; it starts {one_line(text)!r}")
         if not isinstance(text, str) or not text.strip():
             raise EndpointError(f"a reply without text (finish_reason {finish!r})")
         return text
 
 
-def in_parallel(work: Callable[[Any], Any], jobs: Iterable, threads: int) -> Iterator[tuple[Any, Any]]:
-    """(job, work(job)) of all jobs, in the order in which they finish; for a job that failed, its EndpointError.
+def in_parallel(
+    work: Callable[[JobT], ResultT], jobs: Iterable[JobT], threads: int
+) -> Generator[tuple[JobT, ResultT | EndpointError], None, None]:
+    """Yields (job, work(job)) of all jobs, in the order in which they finish; (job, its EndpointError) if it failed.
 
-    Jobs are taken one by one, when a thread is free. Ending the iteration takes no further ones.
+    A thread takes the next job when it is free. After the iteration is closed, no thread takes another.
 
     Raises:
-      EndpointStop: from a job, or after MAX_FAILURES_IN_A_ROW failures of the server. Whatever else a job raises.
+      EndpointStop: a job raised it, or the server failed MAX_FAILURES_IN_A_ROW times (see there).
+      Any other error that a job raised.
     """
     rest, lock, stopped = iter(jobs), threading.Lock(), threading.Event()
-    finished: queue.SimpleQueue = queue.SimpleQueue()
-    failures, answered = 0, False  # of the server, in a row
+    finished: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    failures, answered = 0, False  # failures of the server in a row; whether it has answered
 
-    def attempt(job: Any) -> Any:
+    def attempt(job: JobT) -> ResultT | EndpointError:
         nonlocal failures, answered
         try:
             result = work(job)
@@ -142,17 +153,17 @@ def in_parallel(work: Callable[[Any], Any], jobs: Iterable, threads: int) -> Ite
         try:
             while not stopped.is_set():
                 with lock:
-                    job = next(rest, _NO_MORE)
+                    job: Any = next(rest, _NO_MORE)
                 if job is _NO_MORE:
                     break
                 finished.put((job, attempt(job)))
             finished.put(_NO_MORE)
-        except BaseException as error:  # for the thread that iterates
+        except BaseException as error:  # the iterating thread raises it
             stopped.set()
             finished.put(error)
 
     for _ in range(threads):
-        # Daemons: Ctrl-C must not wait for requests under way.
+        # Daemon threads, so that Ctrl-C does not wait for open requests.
         threading.Thread(target=worker, daemon=True).start()
     running = threads
     try:
@@ -166,8 +177,3 @@ def in_parallel(work: Callable[[Any], Any], jobs: Iterable, threads: int) -> Ite
                 yield item
     finally:
         stopped.set()
-
-
-def _short(value: object) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 200 else text[:197] + "..."

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 
 def read_text(path: Path) -> str:
@@ -75,3 +76,50 @@ def atomic_write(path: Path | str, *, replace: bool = True) -> Iterator[TextIO]:
             os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class ParsedRow(NamedTuple):
+    """One entry of a row file.
+
+    Attributes:
+      index: counts the entries, from 0; blank lines do not count.
+      line: the number of its line, from 1; None in a JSON array.
+      value: what the entry holds; None if it cannot be parsed.
+      error: why it cannot be parsed; None if it can.
+    """
+
+    index: int
+    line: int | None
+    value: Any
+    error: Exception | None
+
+
+def parse_rows(data: bytes) -> tuple[list[ParsedRow], Exception | None]:
+    """The entries of a row file: one JSON array, or one JSON value a line.
+
+    Blank lines are skipped; a byte-order mark before the array or a line is ignored. A line that is not UTF-8 or not
+    JSON does not stop the others: its entry has the error.
+
+    Returns:
+      rows: all entries, in order.
+      array_error: None, or why a file that begins with "[" is not one JSON array. Then the entries are its lines.
+    """
+    array_error: Exception | None = None
+    if data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        try:
+            values = json.loads(data.decode("utf-8-sig"))
+            return [ParsedRow(index, None, value, None) for index, value in enumerate(values)], None
+        except (ValueError, RecursionError) as error:
+            array_error = error
+    rows: list[ParsedRow] = []
+    for number, line in enumerate(data.split(b"\n"), 1):
+        value, line_error = None, None
+        try:
+            text = line.decode("utf-8-sig")
+            if not text.strip():
+                continue
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON; nested too deep
+            line_error = error
+        rows.append(ParsedRow(len(rows), number, value, line_error))
+    return rows, array_error

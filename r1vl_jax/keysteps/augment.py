@@ -1,7 +1,7 @@
-"""More ways to say a key step: LaTeX as plain text, equations turned round, words for symbols and symbols for words.
+"""Adds alternatives to key steps: LaTeX as plain text, equations with sides exchanged, words for symbols and back.
 
-Under the rules `released` and `paper` a key step is found letter by letter, so every spelling counts; `robust` folds
-most of these itself.
+The rules `released` and `paper` search key steps as substrings, so every spelling counts. `robust` itself treats most
+of these spellings as equal.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from r1vl_jax.keysteps.formulas import equations, split_relation, top_level
 from r1vl_jax.keysteps.rows import Groups, groups_of, normal_key, with_groups
 from r1vl_jax.rewards.normal import normal_text
 
-# One relation in each row: its words, its sign, its LaTeX command.
+# Each relation: its words, its sign, its LaTeX command.
 _RELATIONS = (
     ("is perpendicular to", "⊥", "\\perp"),
     ("is parallel to", "∥", "\\parallel"),
@@ -24,8 +24,8 @@ _RELATIONS = (
 )
 _SHAPES = (("angle", "∠", "\\angle"), ("triangle", "△", "\\triangle"))
 _EQUALS_WORDS = re.compile(r" (?:is equal to|are equal to|equals) ")
-# A relation with its sides exchanged. What is not here is not turned round.
-_TURNED = {
+# Relation -> the relation after its sides are exchanged. Others are not exchanged.
+_EXCHANGED = {
     **{sign: sign for sign in ("=", "≠", "≅", "∼", "⊥", "∥", "≈", "\\neq", "\\cong", "\\sim", "\\perp", "\\parallel")},
     **{"<": ">", ">": "<", "≤": "≥", "≥": "≤", "<=": ">=", ">=": "<=", "\\leq": "\\geq", "\\geq": "\\leq"},
     **{"\\le": "\\ge", "\\ge": "\\le", "\\approx": "\\approx"},
@@ -36,7 +36,7 @@ _REST = re.compile(r"\s*(?:degrees?|°|%|[a-z]{1,2})?")
 _QUOTIENT = re.compile(r"[/÷^]|\\div(?![A-Za-z])")
 
 _DELIMITER = re.compile(r"\$+|\\[()\[\]]")
-_GROUP = r"\{((?:[^{}]|\{[^{}]*\})*)\}"  # braces, with braces one deep inside
+_GROUP = r"\{((?:[^{}]|\{[^{}]*\})*)\}"  # braces, which may contain one level of braces
 _PLAIN_WORDS = {
     **dict(times="*", cdot="*", div="/", leq="<=", le="<=", geq=">=", ge=">=", neq="!=", ne="!=", approx="≈"),
     **dict(pi="pi", theta="theta", alpha="alpha", beta="beta", angle="angle ", triangle="triangle "),
@@ -46,20 +46,21 @@ _PLAIN_WORDS = {
 
 
 def augment_row(row: dict[str, Any], most: int) -> dict[str, Any]:
-    """The row with more alternatives for its key steps. Raises RowFault where it has none."""
+    """The row with more alternatives for its key steps. Raises RowError if it has none."""
     return with_groups(row, augmented(groups_of(row), str(row.get("problem", "")), most))
 
 
 def augmented(groups: Groups, problem: str, most: int = 8, wordings: Groups | None = None) -> Groups:
-    """Every group with more alternatives, the given ones first.
+    """The groups with more alternatives, after the given ones.
 
     Args:
-      problem: the question; what a copy of it would contain is not added.
-      most: alternatives of a group at most; given ones are never dropped for it.
-      wordings: for each group, what to add before the alternatives by rule, and to make those from too.
+      groups: the key steps.
+      problem: the question; no alternative that occurs in it is added.
+      most: the largest number of alternatives in a group; given ones are never dropped.
+      wordings: for each group, texts to add before the alternatives made by rule, which are then also made from these.
     """
     question = normal_text(problem)
-    owner: dict[tuple[str, ...], int] = {}  # of each statement, its group: one text must not pay twice
+    owner: dict[tuple[str, ...], int] = {}  # statement -> its group, so that no text pays for two groups
     for index, group in enumerate(groups):
         for text in group:
             owner.setdefault(normal_key(text), index)
@@ -80,8 +81,8 @@ def augmented(groups: Groups, problem: str, most: int = 8, wordings: Groups | No
         for new in wordings:
             add(new)
         said = list(texts)
-        for variants in (_bare, plain, _in_signs, turned, _in_words, _spaced, _equals):
-            # "6 equals 12/2" is what nobody writes: only what people said is put into words
+        for variants in (_bare, plain, _in_signs, exchanged, _in_words, _spaced, _equals):
+            # _equals takes only texts that people wrote: nobody writes "6 equals 12/2".
             for text in said if variants is _equals else list(texts):
                 for new in variants(text):
                     add(new)
@@ -91,18 +92,20 @@ def augmented(groups: Groups, problem: str, most: int = 8, wordings: Groups | No
 
 
 def _spelling(text: str) -> str:
+    """What the rules `released` and `paper` see of a text."""
     return " ".join(text.lower().split())
 
 
 def _bare(text: str) -> Iterator[str]:
+    """The text without the delimiters of mathematics."""
     if _DELIMITER.search(text):
         yield _DELIMITER.sub(" ", text)
 
 
 def plain(text: str) -> Iterator[str]:
-    """LaTeX as plain text: "\\\\frac{12}{2} \\\\times 3" as "12/2 * 3"."""
+    """LaTeX as plain text: "\\\\frac{12}{2} \\\\times 3" becomes "12/2 * 3"."""
     out = re.sub(r"\\[,;!: ]", " ", _DELIMITER.sub(" ", text))
-    for _ in range(8):  # from the inside to the outside
+    for _ in range(8):  # from the innermost braces outwards
         before = out
         out = re.sub(rf"\\[dtc]?frac\s*{_GROUP}\s*{_GROUP}", _fraction, out)
         out = re.sub(rf"\\sqrt\s*{_GROUP}", r"sqrt(\1)", out)
@@ -112,12 +115,13 @@ def plain(text: str) -> Iterator[str]:
     out = re.sub(r"\s*\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})", " degrees", out)
     out = re.sub(r"([\^_])\{(\w+)\}", r"\1\2", out).replace("\\%", "%")
     out = re.sub(r"\\([A-Za-z]+)", lambda match: _PLAIN_WORDS.get(match[1], match[0]), out)
-    # A command that is not known here stays LaTeX: half of one helps nobody.
+    # A text with an unknown command is not used: half LaTeX, half plain text helps nobody.
     if out != text and "\\" not in out and "{" not in out:
         yield out
 
 
-def _fraction(match: re.Match) -> str:
+def _fraction(match: re.Match[str]) -> str:
+    """A LaTeX fraction as a/b, with brackets where they are needed."""
     top, bottom = (
         part.strip() if re.fullmatch(r"\d+(?:\.\d+)?|[^\W\d]+|sqrt\([^()]*\)", part.strip()) else f"({part.strip()})"
         for part in match.groups()
@@ -126,27 +130,28 @@ def _fraction(match: re.Match) -> str:
     return f"({top}/{bottom})" if after.isalnum() or after == "(" else f"{top}/{bottom}"
 
 
-def turned(text: str) -> Iterator[str]:
-    """An equation with its sides exchanged; then with the two terms or factors of a side exchanged."""
+def exchanged(text: str) -> Iterator[str]:
+    """An equation with its sides exchanged; then with the two terms or factors of one side exchanged."""
     parts = _equation(text)
-    if parts is None or parts[1] not in _TURNED:
+    if parts is None or parts[1] not in _EXCHANGED:
         return
     left, sign, right = parts
-    yield f"{right} {_TURNED[sign]} {left}"
-    for swapped in _swapped(left):
-        yield f"{swapped} {sign} {right}"
-    for swapped in _swapped(right):
-        yield f"{left} {sign} {swapped}"
+    yield f"{right} {_EXCHANGED[sign]} {left}"
+    for other in _with_terms_exchanged(left):
+        yield f"{other} {sign} {right}"
+    for other in _with_terms_exchanged(right):
+        yield f"{left} {sign} {other}"
 
 
 def _equation(text: str) -> tuple[str, str, str] | None:
-    """The sides and the sign of a text that is one equation or inequality, but for a unit at its end; else None."""
+    """Left side, sign and right side of a text that is one equation or inequality (a unit may follow); else None."""
     spans = equations(text, 0, len(text))
     whole = len(spans) == 1 and spans[0][0] == 0 and _REST.fullmatch(text, spans[0][1])
     return split_relation(text) if whole else None
 
 
-def _swapped(side: str) -> Iterator[str]:
+def _with_terms_exchanged(side: str) -> Iterator[str]:
+    """A side of two terms, or of two factors, in the other order; nothing for any other side."""
     sums, products = top_level(side, _SUM), top_level(side, _PRODUCT)
     places = sums if sums else [] if top_level(side, _QUOTIENT) else products
     if len(places) == 1:
@@ -157,6 +162,7 @@ def _swapped(side: str) -> Iterator[str]:
 
 
 def _in_signs(text: str) -> Iterator[str]:
+    """The text with signs, then with LaTeX commands, for words: "is parallel to", "angle A", "60 degrees"."""
     for words, sign, command in _RELATIONS:
         if f" {words} " in text:
             yield text.replace(words, sign)
@@ -174,6 +180,7 @@ def _in_signs(text: str) -> Iterator[str]:
 
 
 def _in_words(text: str) -> Iterator[str]:
+    """The text with words for signs and LaTeX commands."""
     for words, *signs in _RELATIONS:
         for sign in signs:
             if sign in text and _equation(text) is not None:
@@ -187,6 +194,7 @@ def _in_words(text: str) -> Iterator[str]:
 
 
 def _equals(text: str) -> Iterator[str]:
+    """An equation with words for "="."""
     parts = _equation(text)
     if parts is not None and parts[1] == "=" and "\\" not in text:
         yield f"{parts[0]} equals {parts[2]}"
@@ -194,7 +202,7 @@ def _equals(text: str) -> Iterator[str]:
 
 
 def _spaced(text: str) -> Iterator[str]:
-    """The other way to space an equation: none around its signs, or one."""
+    """An equation without spaces around its signs, then with one space around each."""
     if _equation(text) is None or "\\" in text or re.search("[a-z]{4}", text):
         return
     yield re.sub(r"\s*([-+*/=<>×·÷])\s*", r"\1", text)

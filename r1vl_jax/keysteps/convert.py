@@ -1,9 +1,9 @@
-"""Raw model output to R1-VL-10K rows: other field names, and key steps that are still a text.
+"""Converts raw model output to R1-VL-10K rows: it renames fields, and reads key steps from a text.
 
     {"image": "a.png", "question": "...", "solution": "...", "response": "```json {\\"Steps\\": [...]} ```"}
  -> {"image_path": "a.png", "problem": "...", "solution": "...", "response": ..., "key_steps": {"Steps": [[...]]}}
 
-All other fields stay.
+All other fields are kept.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from r1vl_jax.common.text import shown
+from r1vl_jax.errors import RowError
 from r1vl_jax.keysteps.reply import groups_in, read_groups
-from r1vl_jax.keysteps.rows import RowFault, shown, text_field, with_groups
+from r1vl_jax.keysteps.rows import text_field, with_groups
 
 FIELDS = ("key_steps", "response", "output")
-_NAMES = {"image_path": ("image", "images"), "problem": ("question",)}
+_OTHER_NAMES = {"image_path": ("image", "images"), "problem": ("question",)}
 
 
 def convert_row(row: dict[str, Any], fields: Sequence[str] = FIELDS) -> dict[str, Any]:
@@ -23,14 +25,14 @@ def convert_row(row: dict[str, Any], fields: Sequence[str] = FIELDS) -> dict[str
 
     Args:
       row: image_path, image or images; problem or question; solution; and key steps.
-      fields: where key steps are looked for; the first that the row has counts.
+      fields: fields that may have the key steps; the first one that the row has is used.
 
     Raises:
-      RowFault: a field is missing, or no key steps can be read.
+      RowError: a field is missing, or no key steps can be read.
     """
     out = {}
     for name, value in row.items():
-        ours = next((ours for ours, others in _NAMES.items() if name in others and ours not in row), name)
+        ours = next((ours for ours, others in _OTHER_NAMES.items() if name in others and ours not in row), name)
         if ours == "image_path" and isinstance(value, list) and len(value) == 1:
             value = value[0]
         out[ours] = value
@@ -38,9 +40,9 @@ def convert_row(row: dict[str, Any], fields: Sequence[str] = FIELDS) -> dict[str
         text_field(out, field)
     field = next((name for name in fields if row.get(name) is not None), None)
     if field is None:
-        raise RowFault(f"no field {' or '.join(map(repr, fields))}; expected key steps")
+        raise RowError(f"no field {' or '.join(map(repr, fields))}; expected key steps")
     value = row[field]
     groups = read_groups(value) if isinstance(value, str) else groups_in(value)
     if not groups:
-        raise RowFault(f"field {field!r}: {shown(value)}; expected key steps")
+        raise RowError(f"field {field!r}: {shown(value)}; expected key steps")
     return with_groups(out, groups)

@@ -1,13 +1,14 @@
-"""Equations and inequalities in running text: where they stand, as ranges of characters.
+"""Finds equations and inequalities in running text, as ranges of characters.
 
-    "ED = AD - AE = 27 - 12 = 15."  gives  "ED = AD - AE" and "27 - 12 = 15"
+    "ED = AD - AE = 27 - 12 = 15."  contains  "ED = AD - AE" and "27 - 12 = 15"
 
-A formula ends where a word stands that is no variable, function, unit or name of a quantity. Of a chain of relations
-its first and its last are taken: the setting up and the result.
+A formula ends before a word that is not a variable, function, unit or name of a quantity. Of a chain of relations, the
+first and the last are taken: how the value is set up, and the result.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ _TOKEN = re.compile(
 _FUNCTION = re.compile("sin|cos|tan|cot|sec|csc|log|ln|sqrt|arc(?:sin|cos|tan)|frac|pi|theta|alpha|beta")
 _NOUN = re.compile("angles?|arc|triangle|segment|side|chord|line|area|perimeter|radius|diameter")
 _UNIT = re.compile("[ckm]?m|k?g|ft|in|degrees?|units?|meters?|inch(?:es)?|feet|square|sq|dollars|percent")
-# Two letters that are English and no product of two variables; single letters that may be articles.
+# English words of two letters, which are not products of two variables; single letters that may be articles.
 _SHORT_WORD = re.compile("is|of|to|so|in|we|by|at|an|as|or|on|if|be|it|no|do|he|me|us|up|my|go|am")
 _ARTICLES = frozenset("aAI")
 
@@ -47,22 +48,24 @@ class _Token(NamedTuple):
 
 
 def equations(text: str, start: int, end: int) -> list[tuple[int, int]]:
-    """Where equations and inequalities stand in text[start:end], from left to right."""
+    """Where equations and inequalities are in text[start:end], from left to right."""
     tokens = [
-        _Token(match.lastgroup, *match.span(), match[0])
+        _Token(match.lastgroup or "other", *match.span(), match[0])
         for match in _TOKEN.finditer(text, start, end)
         if match.lastgroup != "space"
     ]
     partner = _partners(tokens)
-    found, run, braces = [], [], 0
+    places: list[tuple[int, int]] = []
+    run: list[_Token] = []  # the tokens of the current formula
+    braces = 0  # how many are open in it
     for i, token in enumerate(tokens):
         if _breaks(tokens, i, partner, in_braces=braces > 0):
-            found += _pairs(text, run, partner)
+            places += _pairs(text, run, partner)
             run, braces = [], 0
         else:
             run.append(token)
             braces += (token.text == "{") - (token.text == "}")
-    return found + _pairs(text, run, partner)
+    return places + _pairs(text, run, partner)
 
 
 def split_relation(text: str) -> tuple[str, str, str] | None:
@@ -74,8 +77,8 @@ def split_relation(text: str) -> tuple[str, str, str] | None:
     return (left, text[slice(*places[0])], right) if left and right else None
 
 
-def top_level(text: str, pattern: re.Pattern) -> list[tuple[int, int]]:
-    """Where `pattern` stands outside all brackets."""
+def top_level(text: str, pattern: re.Pattern[str]) -> list[tuple[int, int]]:
+    """Where `pattern` occurs outside all brackets."""
     depths, depth = [], 0
     for char in text:
         depth += char in "([{"
@@ -85,7 +88,7 @@ def top_level(text: str, pattern: re.Pattern) -> list[tuple[int, int]]:
 
 
 def _partners(tokens: list[_Token]) -> dict[int, int]:
-    """The start of each bracket's partner, by its own start; brackets without one are left out."""
+    """Start of a bracket -> start of its partner; brackets without one are left out."""
     partner, opened = {}, []
     for token in tokens:
         if token.kind == "stop":
@@ -109,13 +112,14 @@ def _breaks(tokens: list[_Token], i: int, partner: dict[int, int], in_braces: bo
 
 
 def _is_operand_word(tokens: list[_Token], i: int) -> bool:
+    """Whether the word token i belongs to a formula: a variable, function, unit or name of a quantity."""
     token = tokens[i]
     word, lower = token.text, token.text.lower()
     before = tokens[i - 1] if i else None
     after = tokens[i + 1] if i + 1 < len(tokens) else None
-    joined = before is not None and before.kind in ("number", "close", "post")
-    if _UNIT.fullmatch(lower) and joined and (before.end < token.start or len(word) > 1):
-        return after is not None and after.kind in ("operator", "relation")  # 5 cm + 3 cm = 8 cm, the last cut off
+    after_number = before is not None and before.kind in ("number", "close", "post")
+    if before is not None and after_number and _UNIT.fullmatch(lower) and (before.end < token.start or len(word) > 1):
+        return after is not None and after.kind in ("operator", "relation")  # in 5 cm + 3 cm = 8 cm, not the last cm
     if token.kind == "word" and _reads_as_operand(word, lower, after):
         return True
     if after is not None and after.kind == "relation" and len(word) > 2:
@@ -124,6 +128,7 @@ def _is_operand_word(tokens: list[_Token], i: int) -> bool:
 
 
 def _reads_as_operand(word: str, lower: str, after: _Token | None) -> bool:
+    """Whether a word is a variable, a function, a product such as xy, or a noun before a name ("angle A")."""
     if len(word) == 1 or _FUNCTION.fullmatch(lower) or (word.isupper() and len(word) <= 4):
         return True
     if len(word) == 2 and word.isascii() and not (_SHORT_WORD.fullmatch(lower) or _UNIT.fullmatch(lower)):
@@ -137,14 +142,14 @@ def _is_name(token: _Token) -> bool:
 
 
 def _spaced_operator(left: _Token | None, right: _Token | None) -> bool:
-    """Whether one of two neighbours is an operator with a blank between them: "base * height", not "right-angled"."""
+    """Whether one of two neighbours is an operator and a space separates them: "base * height", not "right-angled"."""
     if left is None or right is None or left.end == right.start:
         return False
     return any(token.kind == "operator" and token.text in "+*/×·÷−" for token in (left, right))
 
 
 def _pairs(text: str, run: list[_Token], partner: dict[int, int]) -> list[tuple[int, int]]:
-    """The relations of a formula, cut at brackets whose partner is not in it."""
+    """The relations of a formula, after it is cut at brackets whose partner is not in it."""
     pieces: list[list[_Token]] = [[]]
     for token in run:
         if token.start in partner and not run[0].start <= partner[token.start] <= run[-1].start:
@@ -155,7 +160,7 @@ def _pairs(text: str, run: list[_Token], partner: dict[int, int]) -> list[tuple[
 
 
 def _ends_of_chain(text: str, run: list[_Token], partner: dict[int, int]) -> list[tuple[int, int]]:
-    """The first and the last relation of a chain with both of their sides."""
+    """The first and the last relation of a chain, each with both sides."""
     while run and run[0].kind == "open" and partner[run[0].start] == run[-1].start:
         run = run[1:-1]
     sides: list[list[_Token]] = [[]]
@@ -169,22 +174,23 @@ def _ends_of_chain(text: str, run: list[_Token], partner: dict[int, int]) -> lis
     trimmed = [_trimmed(side, first=i == 0) for i, side in enumerate(sides)]
     pairs = [
         (left[0].start, right[-1].end)
-        for left, right in zip(trimmed, trimmed[1:], strict=False)
+        for left, right in itertools.pairwise(trimmed)
         if left and right and text[left[0].start : left[-1].end] != text[right[0].start : right[-1].end]
     ]
     return pairs if len(pairs) < 3 else [pairs[0], pairs[-1]]
 
 
 def _trimmed(side: list[_Token], first: bool) -> list[_Token]:
-    """A side of a relation without operators and articles that hang over; empty where nothing is left."""
-    while side and _hangs(side[0], side[1:2], first):
+    """A side of a relation without stray operators and articles at its ends; empty if nothing is left."""
+    while side and _is_stray(side[0], side[1:2], first):
         side = side[1:]
     while side and (side[-1].kind == "operator" or (side[-1].text in _ARTICLES and _apart(side[-2:]))):
         side = side[:-1]
     return side if any(token.kind in ("number", "word", "named", "command") for token in side) else []
 
 
-def _hangs(token: _Token, following: list[_Token], first: bool) -> bool:
+def _is_stray(token: _Token, following: list[_Token], first: bool) -> bool:
+    """Whether the first token of a side does not belong to it: an operator that is no sign, a unit, an article."""
     if token.kind == "operator":
         sign = token.text in "-−+±" and bool(following) and token.end == following[0].start
         return not sign
@@ -194,4 +200,5 @@ def _hangs(token: _Token, following: list[_Token], first: bool) -> bool:
 
 
 def _apart(two: list[_Token]) -> bool:
+    """Whether these are two tokens, the second a word, number or command after a space."""
     return len(two) == 2 and two[1].kind in ("word", "number", "command") and two[0].end < two[1].start

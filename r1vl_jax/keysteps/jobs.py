@@ -1,8 +1,8 @@
-"""Runs one piece of work on every row of a file, and loses no finished row.
+"""Runs one command's work on every row of a file. No finished row is lost.
 
-Finished rows go at once into OUT.partial: a first line that says what they were made from and how, then one line a
-row. OUT is written from it at the end and takes its name when complete. OUT.partial stays as long as rows are missing
-(interrupted, left to --limit, or failed), and the same command then goes on with those.
+Each finished row is written at once to OUT.partial. The first line of that file says what the rows were made from and
+how; each further line is a row. OUT is written from it at the end, and appears when it is complete. OUT.partial stays
+while rows are missing (after an interruption, --limit, or failed rows), and the same command then goes on with those.
 """
 
 from __future__ import annotations
@@ -13,27 +13,29 @@ import json
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from r1vl_jax.common.endpoint import EndpointStop, in_parallel
+from r1vl_jax.common.endpoint import EndpointError, EndpointStop, in_parallel
 from r1vl_jax.common.files import atomic_write
-from r1vl_jax.keysteps.rows import InputError, Row, RowFault, read_rows
+from r1vl_jax.errors import RowError
+from r1vl_jax.keysteps.rows import InputError, Row, read_rows
 from r1vl_jax.rewards.key_steps import key_step_groups
 
-MAX_REPORTED = 20
+MAX_REPORTED = 20  # failed rows named on standard error
 
 
 class Made(NamedTuple):
-    """What became of one row: the new row, and phrases that the summary counts."""
+    """The result of one row: the new row, and phrases that the summary counts."""
 
     row: dict[str, Any]
     notes: tuple[str, ...] = ()
 
     def groups(self) -> tuple[tuple[str, ...], ...]:
+        """The groups of the new row's key steps."""
         return key_step_groups(self.row.get("key_steps"))[0]
 
 
@@ -41,10 +43,10 @@ class Job(NamedTuple):
     """One command's work.
 
     Attributes:
-      name: the command's.
-      settings: what its result depends on; rows made with other settings are not mixed.
-      work: makes a new row out of one, or a Made; RowFault and EndpointError fail it.
-      threads: rows at a time, for work that waits for an endpoint; 0 where there is none.
+      name: the command's name.
+      settings: what the result depends on; rows made with different settings are not mixed.
+      work: makes a new row, or a Made, from a row. RowError and EndpointError mean that the row failed.
+      threads: rows at a time, for work that waits for an endpoint; 0 if it uses none.
     """
 
     name: str
@@ -54,17 +56,19 @@ class Job(NamedTuple):
 
 
 def run(job: Job, source: str, out: str, *, limit: int | None = None, overwrite: bool = False) -> int:
-    """Works through the rows of `source` into `out`. Returns 0, 1 if rows failed, 2 if it stopped, 130 on Ctrl-C.
+    """Works on the rows of `source` and writes `out`. Returns the exit code.
+
+    The exit code is 0; 1 if rows failed; 2 if the endpoint cannot be used; 130 after Ctrl-C.
 
     Raises:
-      InputError: `source` or `out` cannot be used, or the rows in OUT.partial are of another file or other settings.
+      InputError: `source` or `out` cannot be used, or the rows in OUT.partial come from another file or other settings.
     """
     rows, digest = read_rows(source)
     target = Path(out)
     _check_target(target, Path(source), overwrite)
     chosen = rows[:limit]
-    good = [row for row in chosen if row.value is not None]
-    failed = {row.number: row.fault for row in chosen if row.value is None}
+    good = [row for row in chosen if not row.fault]
+    failed = {row.number: row.fault for row in chosen if row.fault}
     with _Partial(target, {"command": job.name, "input": digest, "settings": job.settings}, overwrite) as partial:
         todo = [row for row in good if row.number not in partial.made]
         try:
@@ -91,19 +95,21 @@ def run(job: Job, source: str, out: str, *, limit: int | None = None, overwrite:
 
 
 def _work_through(job: Job, todo: list[Row], partial: _Partial) -> dict[int, str]:
-    """Makes rows, each kept as soon as it is there. Returns the reasons of those that failed, by row number."""
+    """Makes rows and keeps each as soon as it is made. Returns why rows failed, by row number."""
 
-    def work(row: Row) -> RowFault | None:
+    def work(row: Row) -> RowError | None:
         try:
             made = job.work(row.value)
-        except RowFault as fault:
-            return fault
-        # Here, in the thread that made it, Ctrl-C cannot come between.
+        except RowError as error:
+            return error
+        # Kept here, in the thread that made it: Ctrl-C interrupts only the main thread, so the row cannot be lost.
         partial.add(row.number, made if isinstance(made, Made) else Made(made))
         return None
 
     failed = {}
-    results = in_parallel(work, todo, min(job.threads, len(todo))) if job.threads else ((r, work(r)) for r in todo)
+    results: Generator[tuple[Row, RowError | EndpointError | None], None, None] = (
+        in_parallel(work, todo, min(job.threads, len(todo))) if job.threads else ((row, work(row)) for row in todo)
+    )
     with contextlib.closing(results), tqdm(total=len(todo), unit="row", desc=job.name, file=sys.stderr) as bar:
         for row, result in results:
             if result is not None:
@@ -113,10 +119,14 @@ def _work_through(job: Job, todo: list[Row], partial: _Partial) -> dict[int, str
     return failed
 
 
-class _Partial(contextlib.AbstractContextManager):
-    """OUT.partial, open for more rows; `made` has those that it holds, by row number."""
+class _Partial(contextlib.AbstractContextManager["_Partial"]):
+    """OUT.partial, open for more rows and locked against other runs.
 
-    def __init__(self, target: Path, header: dict[str, Any], overwrite: bool):
+    Attributes:
+      made: the rows that it holds, by row number.
+    """
+
+    def __init__(self, target: Path, header: dict[str, Any], overwrite: bool) -> None:
         self.made: dict[int, Made] = {}
         self._lock = threading.Lock()
         self._path = target.with_name(target.name + ".partial")
@@ -137,7 +147,7 @@ class _Partial(contextlib.AbstractContextManager):
         data = self._file.read()
         whole = data[: data.rfind(b"\n") + 1]  # a killed run may leave half a line
         self._file.truncate(len(whole))
-        if whole.count(b"\n") < 2:  # nothing is finished: whatever it says binds nobody
+        if whole.count(b"\n") < 2:  # no row is finished, so other settings may follow
             self._file.truncate(0)
             self._append(header)
             return
@@ -146,7 +156,7 @@ class _Partial(contextlib.AbstractContextManager):
             self.made = {record["row"]: Made(record["made"], tuple(record["notes"])) for record in records}
             before = {"command": first["command"], "input": first["input"], **first["settings"]}
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self._path}: not a file of this command ({error}); --overwrite starts anew") from error
+            raise InputError(f"{self._path}: not a file of this command ({error}); --overwrite starts over") from error
         now = {"command": header["command"], "input": header["input"], **header["settings"]}
         for name in now | before:
             if now.get(name) != before.get(name):
@@ -155,19 +165,21 @@ class _Partial(contextlib.AbstractContextManager):
                 )
                 raise InputError(
                     f"{self._path} holds {len(self.made)} finished rows of a run with other settings: {name} {what}; "
-                    "--overwrite starts anew"
+                    "--overwrite starts over"
                 )
 
     def add(self, number: int, made: Made) -> None:
+        """Keeps a finished row, in `made` and in the file."""
         with self._lock:
             self.made[number] = made
             self._append({"row": number, "made": made.row, "notes": made.notes})
 
     def _append(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record).encode() + b"\n")  # ASCII: escapes carry lone surrogates
+        self._file.write(json.dumps(record).encode() + b"\n")  # ASCII: escapes can carry lone surrogates
         self._file.flush()
 
     def remove(self) -> None:
+        """Deletes the file; called when no row is missing."""
         self._path.unlink()
 
     def __exit__(self, *_: object) -> None:
@@ -175,15 +187,17 @@ class _Partial(contextlib.AbstractContextManager):
 
 
 def _check_target(target: Path, source: Path, overwrite: bool) -> None:
+    """Raises InputError if OUT must not or cannot be written."""
     if target.exists() and not target.is_file():
         raise InputError(f"{target}: exists and is not a plain file")
     if target.exists() and target.samefile(source):
         raise InputError(f"{target}: is the input; expected another file to write")
     if target.exists() and not overwrite and not target.with_name(target.name + ".partial").exists():
-        raise InputError(f"{target}: is there already and complete; --overwrite makes it anew")
+        raise InputError(f"{target}: exists and is complete; --overwrite replaces it")
 
 
 def _write_rows(target: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes OUT: a JSON array if its name ends in .json, else JSON lines."""
     array = target.suffix == ".json"
     with atomic_write(target) as file:
         lines = (",\n" if array else "\n").join(map(json.dumps, rows))
@@ -191,6 +205,7 @@ def _write_rows(target: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _write_failed(target: Path, failed: dict[int, str]) -> None:
+    """Writes OUT.failed.jsonl, or removes an old one if no row failed."""
     path = target.with_name(target.name + ".failed.jsonl")
     if not failed:
         path.unlink(missing_ok=True)
@@ -201,7 +216,7 @@ def _write_failed(target: Path, failed: dict[int, str]) -> None:
 
 
 def _report(job: Job, failed: dict[int, str], made: list[Made], counts: Counter[str]) -> None:
-    """The rows that failed, and one line about all, on standard error."""
+    """Prints the rows that failed, and one line about all, on standard error."""
     for number, reason in sorted(failed.items())[:MAX_REPORTED]:
         print(f"row {number}: {reason}", file=sys.stderr)
     if len(failed) > MAX_REPORTED:

@@ -1,6 +1,6 @@
-"""What is wrong with key steps: those that can never pay, that pay for nothing, or that pay twice.
+"""Finds what is wrong with key steps: those that can never pay, pay for nothing, or pay twice.
 
-One pass over the rows; the reference solution of each is scored by the robust rules, as an answer is in training.
+It reads the rows once, and scores the reference solution of each under the robust rules, as training scores an answer.
 """
 
 from __future__ import annotations
@@ -12,41 +12,42 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from r1vl_jax.keysteps.rows import normal_key, shown
+from r1vl_jax.common.text import shown
+from r1vl_jax.keysteps.rows import normal_key
 from r1vl_jax.rewards.key_steps import key_step_groups, key_step_hits
 from r1vl_jax.rewards.normal import normal_text
 from r1vl_jax.rewards.rules import PRESETS
 from r1vl_jax.rewards.steps import step_bodies
 
 KINDS = {
-    "unusable": "problem or solution is missing or no text",
+    "unusable": "problem or solution is missing or not a text",
     "missing": "no key steps",
-    "not_text": "an alternative that is no text",
+    "not_text": "an alternative that is not a text",
     "empty": "a group or an alternative without text",
-    "duplicate": "an alternative that is there twice, in one group or in two",
-    "short": "a single character or a bare small number",
-    "general": "one common word, or found in the solutions of many other rows",
-    "absent": "no alternative is found in the steps of the row's own solution",
-    "question": "found in the question: a copy of it would pay",
+    "duplicate": "an alternative that occurs twice, in one group or in two",
+    "short": "a single character or just a small number",
+    "general": "one common word, or it occurs in the solutions of many other rows",
+    "absent": "no alternative occurs in the steps of the row's own solution",
+    "question": "it occurs in the question: a copy of the question would pay",
     "many": "more groups than --max-groups",
 }
 _COMMON = re.compile(
     "the|an?|is|are|answer|angles?|triangles?|circles?|lines?|sides?|equal|equals|total|number|value|step|so|therefore|image"
     "|first|given|question|solution|figure|calculate|find|yes|no|and|option|correct|sum|length|area"
 )
-_MAX_PHRASE = 8  # longer ones are not counted in other rows
-_MIN_OTHERS = 3  # found in fewer other rows, a text is not general, however few rows there are
+_MAX_PHRASE = 8  # tokens; longer texts are not searched in other rows
+_MIN_OTHERS = 3  # a text is not general if it occurs in fewer other rows, however few rows there are
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing wrong with one row.
+    """One thing that is wrong with one row.
 
     Attributes:
       row: the row's number.
       group: index of the group of key steps; None for the row as a whole.
       kind: one of KINDS.
-      detail: what it is about, in words.
+      detail: which text is wrong, and how.
     """
 
     row: int
@@ -58,15 +59,15 @@ class Finding:
 def lint_rows(
     rows: Iterable[tuple[int, dict[str, Any]]], *, max_groups: int = 15, common_share: float = 0.2
 ) -> list[Finding]:
-    """All findings of all rows, by row and group.
+    """All findings of all rows, in the order of rows and groups.
 
     Args:
       rows: (number, row) pairs, rows as in R1-VL-10K.
-      max_groups: more groups than these in a row are a finding.
-      common_share: a text found in the solutions of more than this share of the other rows is too general.
+      max_groups: a row with more groups is a finding.
+      common_share: a text that occurs in the solutions of more than this share of the other rows is too general.
     """
     findings: list[Finding] = []
-    phrases: dict[tuple[str, ...], list[tuple[int, int, str]]] = {}  # where each text is a key step
+    phrases: dict[tuple[str, ...], list[tuple[int, int, str]]] = {}  # text -> (row, group, text) that have it
     solutions: dict[int, list[str]] = {}
     for number, row in rows:
         findings += (Finding(number, *finding) for finding in _row_findings(row, max_groups))
@@ -79,13 +80,13 @@ def lint_rows(
 
 
 def counts(findings: Iterable[Finding]) -> Counter[str]:
-    """Findings of each kind, in the order of KINDS."""
-    found = Counter(finding.kind for finding in findings)
-    return Counter({kind: found[kind] for kind in KINDS})
+    """The number of findings of each kind, in the order of KINDS."""
+    numbers = Counter(finding.kind for finding in findings)
+    return Counter({kind: numbers[kind] for kind in KINDS})
 
 
 def _row_findings(row: dict[str, Any], max_groups: int) -> Iterator[tuple[int | None, str, str]]:
-    """(group, kind, detail) of what one row alone shows."""
+    """(group, kind, detail) of the findings that need no other row."""
     for field in ("problem", "solution"):
         if not isinstance(row.get(field), str) or not row[field].strip():
             yield None, "unusable", f"field {field!r}: {shown(row.get(field))}; expected a text"
@@ -100,7 +101,7 @@ def _row_findings(row: dict[str, Any], max_groups: int) -> Iterator[tuple[int | 
         others = [text for text in given if not isinstance(text, str)] if isinstance(given, list | tuple) else [given]
         yield from ((index, "not_text", shown(other)) for other in others if not isinstance(other, str))
         if not group or not all(normal_key(text) for text in group):
-            yield index, "empty", "no alternatives" if not group else "an alternative says nothing"
+            yield index, "empty", "no alternatives" if not group else "an alternative without words or symbols"
         for text in filter(_is_short, group):
             yield index, "short", shown(text)
         yield from ((index, "general", f"{shown(text)} is a common word") for text in group if _is_common(text))
@@ -118,11 +119,15 @@ def _is_common(text: str) -> bool:
 
 
 def _duplicates(groups: tuple[tuple[str, ...], ...]) -> Iterator[tuple[int, str, str]]:
-    """In one group spellings count, since `released` and `paper` find letters; across groups, what they mean."""
+    """Alternatives that occur twice.
+
+    In one group, only equal spellings count, because `released` and `paper` search letter by letter. Across groups,
+    different spellings of the same statement count.
+    """
     owner: dict[tuple[str, ...], int] = {}
     for index, group in enumerate(groups):
         spelled = Counter(" ".join(text.lower().split()) for text in group)
-        yield from ((index, "duplicate", f"{shown(text)} is there {n} times") for text, n in spelled.items() if n > 1)
+        yield from ((index, "duplicate", f"{shown(text)} occurs {n} times") for text, n in spelled.items() if n > 1)
         for text in group:
             first = owner.setdefault(normal_key(text), index)
             if first != index and normal_key(text):
@@ -130,6 +135,7 @@ def _duplicates(groups: tuple[tuple[str, ...], ...]) -> Iterator[tuple[int, str,
 
 
 def _out_of_place(row: dict[str, Any], groups: tuple[tuple[str, ...], ...]) -> Iterator[tuple[int, str, str]]:
+    """Groups that do not occur in the row's solution, and texts that occur in its question."""
     problem, solution = row.get("problem"), row.get("solution")
     if isinstance(solution, str):
         robust = PRESETS["robust"]
@@ -137,9 +143,7 @@ def _out_of_place(row: dict[str, Any], groups: tuple[tuple[str, ...], ...]) -> I
         missed = set(range(len(groups))) - {hit.group for hit in key_step_hits(solution, groups, robust)}
         listed = {hit.group for hit in key_step_hits(solution, groups, loose)} if missed else set()
         for index in sorted(missed):
-            where = (
-                "only where the solution's step is a list of key steps" if index in listed else "not in the solution"
-            )
+            where = "only in a step of the solution that lists key steps" if index in listed else "not in the solution"
             yield index, "absent", f"{shown(list(groups[index]))}: {where}"
     if isinstance(problem, str):
         question = normal_text(problem)
@@ -150,9 +154,10 @@ def _out_of_place(row: dict[str, Any], groups: tuple[tuple[str, ...], ...]) -> I
 
 
 def _step_words(solution: Any) -> list[str]:
+    """The tokens of a solution's steps; a line end after each step keeps phrases from spanning two."""
     if not isinstance(solution, str):
         return []
-    # Interned: words come again and again, and all rows' are held at once.
+    # Interned, to save memory: the words of all rows are held at once, and most recur.
     words = (word for start, end in step_bodies(solution) for word in (*normal_text(solution, start, end).words, "\n"))
     return [sys.intern(word) for word in words]
 
@@ -160,7 +165,7 @@ def _step_words(solution: Any) -> list[str]:
 def _general(
     phrases: dict[tuple[str, ...], list[tuple[int, int, str]]], solutions: dict[int, list[str]], share: float
 ) -> Iterator[Finding]:
-    """Key steps that stand in the solutions of many other rows."""
+    """Key steps that occur in the solutions of many other rows."""
     lengths: dict[str, set[int]] = {}
     for phrase in phrases:
         if 0 < len(phrase) <= _MAX_PHRASE:

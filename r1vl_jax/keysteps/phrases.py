@@ -1,9 +1,10 @@
-"""Named relations and quantities in running text: where they stand, as ranges of characters.
+"""Finds named relations and quantities in running text, as ranges of characters.
 
     "AD is a median", "E is the midpoint of AD", "XZ is perpendicular to CD", "triangle ABC is isosceles",
     "radius is 5", "height of the triangle is 4", "3 red circles" (after "there are")
 
-Patterns, no grammar: what they miss costs a key step, what they take must be true by itself.
+These are patterns without a grammar. A phrase that they miss costs one key step; a phrase that they take must be a
+complete statement.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ _SHAPES = (
     "angles?|arcs?|triangles?|segments?|lines?|sides?|chords?|points?|quadrilateral|parallelogram|rectangle|square|"
     "rhombus|trapezoid|circles?|rays?|diagonals?|radius|diameter|planes?|tangents?|secants?|polygon|hexagon|pentagon"
 )
-# What a relation can be about: AD, $AD$, \\(AD\\), triangle ABC, \\angle A, angle 1, line l.
+# The names that a relation can be about: AD, $AD$, \\(AD\\), triangle ABC, \\angle A, angle 1, line l.
 _ONE = (
     rf"(?:(?:(?i:{_SHAPES}) +)?(?:\$[^$\n]{{1,24}}\$|\\\([^\n()]{{1,24}}\\\)"
     r"|(?:\\(?:angle|triangle|overline|widehat|odot)|[∠△⊙]) *\{?[A-Z]{1,4}\}?|[A-Z]{1,4})"
     r"|(?i:lines?) [a-z]|(?:(?i:angles?) |∠)\d{1,2})(?![\w'])"
 )
 _SOME = rf"{_ONE}(?:(?:,|,? and) +{_ONE}){{0,5}}"
-# As the end of a phrase: not "AD and E" of "AE is half of AD and E is the midpoint of AD".
+# The names at the end of a phrase: not "AD and E" of "AE is half of AD and E is the midpoint of AD".
 _ENDS = rf"{_ONE}(?:(?:,|,? and) +{_ONE}(?! +(?:is|are|[a-z]+s)\b)){{0,5}}"
 _STOP = (
     "the|an?|so|and|because|since|which|that|if|when|where|while|but|as|then|therefore|thus|hence|for|is|are|was|were|it|"
@@ -56,7 +57,7 @@ _PATTERNS = tuple(
         rf"(?<=\b[Tt]here are )\d+ {_NOUN}",
     )
 )
-# What comes before a name that is not the subject itself: "the angle at O is right", "the sum of A and B is 90".
+# Text before a name that is not the subject of its clause: "the angle at O is right", "the sum of A and B is 90".
 _INSIDE = re.compile(
     rf"\b(?:of|at|in|on|to|by|from|with|for) (?:the |an? )?(?:(?i:{_SHAPES}) |{_WORD} )?\Z"
     r"|\b(?:(?:sum|difference|product|ratio|total|average|mean|both) of|between) [^.,;]{1,40} and (?:the )?\Z"
@@ -64,8 +65,10 @@ _INSIDE = re.compile(
 
 
 def phrases(text: str, start: int, end: int) -> list[tuple[int, int]]:
-    """Where named relations and quantities stand in text[start:end], from left to right; of two that overlap, the first
-    and then the longer."""
+    """Where named relations and quantities are in text[start:end], from left to right.
+
+    Of two that overlap, the first is taken; of two that begin together, the longer.
+    """
     spans = {match.span() for pattern in _PATTERNS for match in pattern.finditer(text, start, end)}
     spans = {span for span in spans if not _INSIDE.search(text, max(start, span[0] - 80), span[0])}
     chosen: list[tuple[int, int]] = []

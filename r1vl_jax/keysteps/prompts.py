@@ -1,6 +1,6 @@
-"""What a model is asked: to extract key steps, to shorten them, to say them in other words.
+"""Asks a model to extract key steps, to shorten them, or to state them in other words.
 
-Every reply is asked for as the JSON of R1-VL-10K, {"Steps": [["a", "other words for a"], ...]}, and read by reply.py.
+Every prompt asks for the JSON of R1-VL-10K, {"Steps": [["a", "other words for a"], ...]}; reply.py reads the replies.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from r1vl_jax.common.endpoint import Endpoint
+from r1vl_jax.common.text import shown
+from r1vl_jax.errors import RowError
 from r1vl_jax.keysteps.augment import augmented
 from r1vl_jax.keysteps.jobs import Made
 from r1vl_jax.keysteps.refine import refine_row, refined
 from r1vl_jax.keysteps.reply import read_groups
-from r1vl_jax.keysteps.rows import Groups, InputError, RowFault, groups_of, shown, text_field, with_groups
+from r1vl_jax.keysteps.rows import Groups, InputError, groups_of, text_field, with_groups
 
+# OUT.partial stores a hash of the prompt: a change here stops runs that are half done from going on.
 EXTRACT = """\
 Below are a question about an image and a correct solution that goes step by step. List its key steps: the few facts,
 relations and intermediate results that every correct solution has to reach, whatever way it takes there.
@@ -57,7 +60,7 @@ the number of lists and their order. Reply with JSON only, in the same form:
 
 
 def read_prompt(path: str) -> str:
-    """A prompt of the user's. Raises InputError if it cannot be read, or lacks {problem} or {solution}."""
+    """The user's prompt from a file. Raises InputError if it cannot be read, or lacks {problem} or {solution}."""
     try:
         prompt = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -66,7 +69,7 @@ def read_prompt(path: str) -> str:
         raise InputError(f"{path}: not UTF-8 text ({error})") from error
     for name in ("{problem}", "{solution}"):
         if name not in prompt:
-            raise InputError(f"{path}: has no {name}; expected {{problem}} and {{solution}} where those belong")
+            raise InputError(f"{path}: has no {name}; expected {{problem}} and {{solution}} in it")
     return prompt
 
 
@@ -74,46 +77,53 @@ def extract(row: dict[str, Any], endpoint: Endpoint, prompt: str = EXTRACT, imag
     """The row with the key steps that the model finds in its solution.
 
     Args:
-      prompt: with {problem} and {solution}; other braces stand for themselves.
-      images: the folder of the images, to show the model the row's; None shows none.
+      row: with the fields problem and solution.
+      endpoint: the model.
+      prompt: a text with {problem} and {solution}; other braces are kept.
+      images: the folder of the images; the row's images are sent with the prompt. None sends no image.
 
     Raises:
-      RowFault: a field or an image is missing, or the reply has no key steps.
-      EndpointError, EndpointStop: no reply.
+      RowError: a field or an image is missing, or the reply has no key steps.
+      EndpointError, EndpointStop: the model did not reply.
     """
     fields = {name: text_field(row, name) for name in ("problem", "solution")}
     pictures = [] if images is None else [_picture(images, path) for path in _image_paths(row)]
-    # In one pass: a question may hold "{solution}".
+    # Both fields are filled in together: a question may contain "{solution}".
     text = re.sub(r"\{(problem|solution)\}", lambda match: fields[match[1]], prompt)
     content = [*pictures, {"type": "text", "text": text}] if pictures else text
     return Made(with_groups(row, read_groups(endpoint.complete([{"role": "user", "content": content}]))))
 
 
 def refine(row: dict[str, Any], endpoint: Endpoint) -> Made:
-    """The row with key steps shortened by the model; by rule alone, and noted, where its reply does not fit."""
+    """The row with key steps shortened by the model.
+
+    If the reply does not fit, they are shortened by rule alone, and a note says so.
+    """
     by_rule = refine_row(row)
     groups = groups_of(by_rule)
     shorter = _same_groups(endpoint, _REFINE, groups)
     if shorter is None or not refined(shorter):
-        return Made(by_rule, ("refined by rule alone, for the reply did not fit",))
+        return Made(by_rule, ("refined by rule alone because the reply did not fit",))
     return Made(with_groups(row, refined(shorter)))
 
 
 def augment(row: dict[str, Any], endpoint: Endpoint, most: int) -> Made:
-    """The row with alternatives of the model's and then by rule; by rule alone, and noted, where its reply does not
-    fit."""
+    """The row with alternatives from the model, then alternatives made by rule.
+
+    If the reply does not fit, there are only those made by rule, and a note says so.
+    """
     groups = groups_of(row)
     wordings = _same_groups(endpoint, _AUGMENT, groups)
     made = with_groups(row, augmented(groups, str(row.get("problem", "")), most, wordings))
-    return Made(made, () if wordings else ("augmented by rule alone, for the reply did not fit",))
+    return Made(made, () if wordings else ("augmented by rule alone because the reply did not fit",))
 
 
 def _same_groups(endpoint: Endpoint, prompt: str, groups: Groups) -> Groups | None:
-    """The model's version of the groups; None where it is not as many."""
+    """The model's version of the groups; None if the reply has none, or not as many."""
     asked = prompt.replace("{groups}", json.dumps({"Steps": groups}, ensure_ascii=False))
     try:
         replied = read_groups(endpoint.complete([{"role": "user", "content": asked}]))
-    except RowFault:
+    except RowError:
         return None
     return replied if len(replied) == len(groups) else None
 
@@ -122,14 +132,15 @@ def _image_paths(row: dict[str, Any]) -> list[str]:
     paths = row.get("image_path")
     paths = [] if paths is None else paths if isinstance(paths, list) else [paths]
     if not all(isinstance(path, str) and path for path in paths):
-        raise RowFault(f"field 'image_path': {shown(paths)}; expected a path, or a list of them")
+        raise RowError(f"field 'image_path': {shown(paths)}; expected a path, or a list of them")
     return paths
 
 
 def _picture(folder: Path, path: str) -> dict[str, Any]:
+    """An image file as a part of a message."""
     try:
         data = base64.b64encode((folder / path).read_bytes()).decode()
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        raise RowFault(f"field 'image_path': {shown(path)} cannot be read: {error}") from error
+        raise RowError(f"field 'image_path': {shown(path)} cannot be read: {error}") from error
     kind = mimetypes.guess_type(path)[0] or "image/png"
     return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}}

@@ -1,4 +1,4 @@
-"""Shorter key steps by rule: what stands around a statement goes, and so does what is there twice.
+"""Shortens key steps by rule: removes the words and marks around each statement, and repeated alternatives.
 
 "2. So, AD is a median."   ->   "AD is a median"
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from r1vl_jax.keysteps.rows import Groups, RowFault, groups_of, normal_key, with_groups
+from r1vl_jax.errors import RowError
+from r1vl_jax.keysteps.rows import Groups, groups_of, normal_key, with_groups
 
-# A dash before anything but a word may be a sign.
+# A dash is a list mark only before a word; otherwise it may be a minus sign.
 _LABEL = re.compile(r"(?:\(?\d{1,2}[.)]|[*•]|-(?=\s+[^\W\d]{2})|#*\s*(?:key )?step \d{1,2}\s*[:.)]?)\s+", re.I)
 _CONNECTIVE = re.compile(
     r"(?:(?:first|next|now|also|finally|in other words|as a result|consequently)\s*[,:]\s*|"
@@ -31,15 +32,18 @@ def cleaned(text: str) -> str:
         text = text.strip().rstrip(".,;:").strip()
         if len(text) > 1 and text[0] + text[-1] in _QUOTES and text[0] not in text[1:-1]:
             text = text[1:-1]
-        for needless in (_LABEL, _CONNECTIVE):
-            match = needless.match(text)
+        for removable in (_LABEL, _CONNECTIVE):
+            match = removable.match(text)
             text = text[match.end() :] if match else text
     return text
 
 
 def refined(groups: Groups) -> Groups:
-    """The groups with cleaned alternatives. Of two that the robust rules take for the same, in one group or in two, the
-    first stays; groups that are left with nothing go."""
+    """The groups with cleaned alternatives.
+
+    Of alternatives that are the same under the robust rules, in one group or in several, only the first is kept. Groups
+    that become empty are removed.
+    """
     seen: set[tuple[str, ...]] = set()
     out = []
     for group in groups:
@@ -55,8 +59,8 @@ def refined(groups: Groups) -> Groups:
 
 
 def refine_row(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with refined key steps. Raises RowFault where it has none, or none is left."""
+    """The row with refined key steps. Raises RowError if it has none, or none is left."""
     groups = refined(groups_of(row))
     if not groups:
-        raise RowFault("field 'key_steps': nothing is left of any group; expected texts that say something")
+        raise RowError("field 'key_steps': nothing is left of any group; expected texts that state something")
     return with_groups(row, groups)

@@ -1,9 +1,9 @@
-"""Key steps out of what a model wrote: JSON, nearly JSON, a Python literal, or a numbered list, with talk around it.
+"""Reads key steps from a model's reply: JSON, nearly JSON, a Python literal or a numbered list, with text around it.
 
     Sure! ```json {"Steps": [["AD is a median", "median is AD"], "equal area",]} ```
     Steps: 1. AD is a median 2. equal area
 
-Tolerant about form, never inventive: a reply without any such thing is an error that shows its head.
+The form may be faulty, but nothing is invented: a reply without key steps is an error that shows how it starts.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from r1vl_jax.keysteps.rows import Groups, RowFault
+from r1vl_jax.common.text import one_line
+from r1vl_jax.errors import RowError
+from r1vl_jax.keysteps.rows import Groups
 
-MAX_CHARS = 100_000  # a reply is read in quadratic time at worst
-_MAX_STARTS = 64  # opening brackets that are tried
+MAX_CHARS = 100_000  # of a reply; in the worst case it is read in quadratic time
+_MAX_STARTS = 64  # how many opening brackets are tried
 
 _THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.S)
 _OPEN = re.compile(r"[\[{]")
@@ -31,7 +33,7 @@ _WORDS = re.compile(r"[^\W\d]{2}|[=<>]")
 _NUMBERED = re.compile(r"(?:^|(?<=\s))\**(?:step\s+)?(\d{1,3})\s*[.):]\**\s+", re.I)
 _BULLET = re.compile(r"^\s*[-*•]\s+(.+)$", re.M)
 
-# Models forget to double backslashes, and then "\frac" is a form feed and "rac": back to what was meant.
+# Models forget to double backslashes, so "\frac" is read as a form feed and "rac". These patterns find such remains.
 _CONTROLS = {"\a": "a", "\b": "b", "\f": "f", "\n": "n", "\r": "r", "\t": "t", "\v": "v"}
 _BROKEN = re.compile(
     r"\a(?:ngle|lpha|pprox|rc|st)(?![a-z])"
@@ -48,7 +50,7 @@ def read_groups(text: str) -> Groups:
     """The groups of alternatives in a model's reply.
 
     Raises:
-      RowFault: there are none; the message shows how the reply starts.
+      RowError: there are none; the message shows how the reply starts.
     """
     body = _THOUGHT.sub("", text[:MAX_CHARS])
     values = list(_values(body))
@@ -56,30 +58,29 @@ def read_groups(text: str) -> Groups:
     label = _LABEL.search(body)
     if named:
         best = named[-1]
-    elif label:  # "Steps: [...]" with no braces around; a part of it, where it was cut off, must not pass for the whole
+    elif label:  # "Steps: [...]" without braces; if it was cut off, no part of it may be taken for the whole
         best = groups_in(next(_values(body[label.end() :], starts=1), None))
     else:
         best = next((groups for groups in map(groups_in, values) if _says_something(groups)), None) or _listed(body)
     if not best:
-        head = " ".join(text.split())
-        raise RowFault(f"no key steps in the text that starts {head[:120]!r}")
+        raise RowError(f"no key steps in the text that starts {one_line(text, 120)!r}")
     return best
 
 
 def groups_in(value: Any) -> Groups:
-    """The groups in a parsed value: a list of groups, a group being a text or anything that holds texts."""
+    """The groups in a parsed value: a list of groups, each a text or anything that contains texts."""
     named = _named_steps(value)
     if isinstance(named, str):
         return _listed(named) or groups_in([named])
     if named is not None:
         value = named
     items = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list | tuple) else []
-    groups = [[text for text in map(_mended, _texts(item)) if text] for item in items]
+    groups = [[text for text in map(_restored, _texts(item)) if text] for item in items]
     return [group for group in groups if group]
 
 
 def _named_steps(value: Any) -> Any:
-    """What stands under "Steps", however it is spelled; None where nothing does."""
+    """The value of the key "Steps", in any spelling; None if there is no such key."""
     if isinstance(value, dict):
         for name, inner in value.items():
             if isinstance(name, str) and _STEPS_KEY.fullmatch(name):
@@ -93,11 +94,12 @@ def _has_steps(value: Any) -> bool:
 
 
 def _says_something(groups: Groups) -> bool:
-    """Whether these can be key steps: "[1]" is a footnote."""
+    """Whether these can be key steps; "[1]" is a footnote."""
     return any(_WORDS.search(text) for group in groups for text in group)
 
 
 def _texts(item: Any) -> Iterator[str]:
+    """All texts and numbers inside a value."""
     if isinstance(item, str):
         yield item
     elif isinstance(item, int | float) and not isinstance(item, bool):
@@ -107,12 +109,13 @@ def _texts(item: Any) -> Iterator[str]:
             yield from _texts(inner)
 
 
-def _mended(text: str) -> str:
+def _restored(text: str) -> str:
+    """A text with the backslashes that JSON escapes took from its LaTeX commands."""
     return _BROKEN.sub(lambda match: "\\" + _CONTROLS[match[0][0]] + match[0][1:], text).strip()
 
 
 def _values(text: str, starts: int = _MAX_STARTS) -> Iterator[Any]:
-    """The objects and lists in a text that can be parsed, outermost only; `starts` opening brackets are tried."""
+    """The outermost objects and lists in a text that can be parsed; at most `starts` opening brackets are tried."""
     place = 0
     for _ in range(starts):
         opening = _OPEN.search(text, place)
@@ -120,7 +123,7 @@ def _values(text: str, starts: int = _MAX_STARTS) -> Iterator[Any]:
             return
         end = _closing(text, opening.start())
         value = None if end is None else _parsed(text[opening.start() : end])
-        if value is None:
+        if end is None or value is None:
             place = opening.end()
         else:
             yield value
@@ -128,7 +131,7 @@ def _values(text: str, starts: int = _MAX_STARTS) -> Iterator[Any]:
 
 
 def _closing(text: str, start: int) -> int | None:
-    """Where the bracket at `start` is closed. A quote mark counts only where a text can begin or end."""
+    """The end of the bracket at `start`; None if it is not closed. A quote counts only if a text can begin or end."""
     depth, quote, before = 0, "", ""
     for i in range(start, len(text)):
         char = text[i]
@@ -156,7 +159,7 @@ def _escaped(text: str, place: int) -> bool:
 
 
 def _parsed(text: str) -> Any:
-    """A list or an object that is not empty, from JSON, JSON with small faults, or a Python literal; else None."""
+    """The non-empty list or object in JSON, JSON with small faults, or a Python literal; else None."""
     doubled = _ESCAPE.sub(lambda match: "\\\\" if match[0] == "\\" else match[0], text)
     for parse, variant in (
         (_json, doubled),
@@ -177,12 +180,15 @@ def _json(text: str) -> Any:
 
 def _literal(text: str) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about escapes such as \s
+        warnings.simplefilter("ignore")  # Python warns of escapes such as \s
         return ast.literal_eval(text)
 
 
 def _listed(text: str) -> Groups:
-    """The items of a numbered list, bullets below an item being other words for it; or else of a list of bullets."""
+    """A group for each item of a numbered list, or else of a bullet list.
+
+    Each alternative is one line. Bullets below an item of a numbered list are further alternatives of its group.
+    """
     items, number = [], 0
     for match in _NUMBERED.finditer(text):
         if int(match[1]) == number + 1:

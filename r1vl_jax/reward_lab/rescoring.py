@@ -1,34 +1,41 @@
-"""The reward lab: one set of answers under several reward rules, and what attacks on the rules earn.
+"""Groups of answers scored under several reward rules: one report that compares the rules.
 
-In the flow: score.py reads rows and has them scored; `rescore` and `probe` make reports of the scores (plain data,
-ready for JSON), and lab_tables.py shows them on a terminal. In a group of answers to one question
+The report is plain data, ready for JSON. In a group of answers to one question
 
     reward = outcome + key steps + validity          (R1-VL, arXiv 2503.12937, section 3.3)
 
-a part's share of the reward is mean(part) / mean(reward), its share of the variance, that is, of what the advantage is
-made of, cov(part, reward) / var(reward): a part that is the same in all answers has none.
+A part's share of the reward is mean(part) / mean(reward). Its share of the variance, from which the advantages come, is
+cov(part, reward) / var(reward), which is 0 for a part that is the same in all answers.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 
+from r1vl_jax.reward_lab.rows import is_run_row, question_of
+from r1vl_jax.reward_lab.scoring import Scorer
 from r1vl_jax.rewards import Score
 from r1vl_jax.step_grpo.advantages import EQUAL, group_advantages
 
 PARTS = ("outcome", "key_steps", "validity")
 PLACE = ("stage", "step", "event", "row", "source")  # fields of a run's row that say where it comes from
-_NOISE = 1e-6  # an advantage below this is the rounding of an answer at the group's mean, and has no sign
+_NOISE = 1e-6  # a smaller advantage comes from rounding, of an answer at the group's mean: it has no sign
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """G answers to one question, and where they come from (fields of `PLACE`)."""
+    """G answers to one question.
+
+    Attributes:
+      place: where they come from; the fields of `PLACE` that the row has.
+      question, solution, key_steps: as in the row.
+      texts: the answers.
+    """
 
     place: dict[str, Any]
     question: str
@@ -39,8 +46,14 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """A group under one set of rules: scores, parts of the rewards, advantages, and which of those have another sign
-    than under the first rules."""
+    """A group under one set of rules.
+
+    Attributes:
+      scores: of the G answers.
+      parts_3G: outcome, key steps and validity of each answer.
+      advantages_G: trajectory advantages of the answers.
+      flips_G: whether an advantage has another sign than under the first rules.
+    """
 
     scores: list[Score]
     parts_3G: np.ndarray
@@ -52,33 +65,32 @@ class Judgement:
         return np.array([score.reward for score in self.scores])
 
     @property
-    def alone(self) -> bool:
+    def single(self) -> bool:
+        """Whether the group has one answer only."""
         return len(self.scores) == 1
 
     @property
-    def flat(self) -> bool:
-        """All rewards are equal."""
+    def equal_rewards(self) -> bool:
+        """Whether all rewards are equal."""
         return bool(np.ptp(self.rewards_G) < EQUAL)
 
     @property
     def shaping_only(self) -> bool:
-        """The rewards differ, but no answer is more right than another."""
-        return not self.flat and bool(np.ptp(self.parts_3G[0]) == 0)
+        """Whether the rewards differ although the outcomes are equal."""
+        return not self.equal_rewards and bool(np.ptp(self.parts_3G[0]) == 0)
 
 
-def of_a_run(row: dict) -> bool:
-    """Whether a row is a question of a run's rollouts.jsonl, with all its answers; else it is a single completion."""
-    return "answers" in row and "completion" not in row
+def groups_of(rows: Iterable[dict[str, Any]]) -> list[Group]:
+    """The groups in checked rows.
 
-
-def groups_of(rows: Iterable[dict]) -> list[Group]:
-    """The groups in checked rows: a run's rows as they are; of single completions, consecutive ones that have the same
-    question (or problem), solution and key steps. A completion whose row has no question stands alone."""
+    Each row of a run is a group. Single completions form a group if they are consecutive and have the same question (or
+    problem), solution and key steps; a completion without a question is a group of one.
+    """
     groups = []
     for (question, *_), members in groupby(enumerate(rows), key=lambda item: _question_key(*item)):
         members = [row for _, row in members]
         first = members[0]
-        texts = [answer["text"] for answer in first["answers"]] if of_a_run(first) else None
+        texts = [answer["text"] for answer in first["answers"]] if is_run_row(first) else None
         groups.append(
             Group(
                 {field: first[field] for field in PLACE if field in first},
@@ -91,28 +103,33 @@ def groups_of(rows: Iterable[dict]) -> list[Group]:
     return groups
 
 
-def _question_key(index: int, row: dict) -> tuple:
-    question = row.get("question", row.get("problem"))
-    shown = question if isinstance(question, str) else ""
-    groups = shown and not of_a_run(row)
-    return (shown, row["solution"], repr(row.get("key_steps"))) if groups else (shown, index)
+def score_groups(groups: Sequence[Group], scorer: Scorer) -> dict[str, list[Score]]:
+    """The scores of all answers by the rules' name, in the order of the groups."""
+    owners = [group for group in groups for _ in group.texts]
+    texts = [text for group in groups for text in group.texts]
+    return scorer.score(texts, [owner.solution for owner in owners], [owner.key_steps for owner in owners])
 
 
-# --- reports ----------------------------------------------------------------------------------------------------------
+def _question_key(index: int, row: dict[str, Any]) -> tuple[Any, ...]:
+    """The question, then what else consecutive rows of one group share; the row's own index if it is alone."""
+    question = question_of(row)
+    text = question if isinstance(question, str) else ""
+    shared = text and not is_run_row(row)
+    return (text, row["solution"], repr(row.get("key_steps"))) if shared else (text, index)
 
 
-def rescore(groups: Sequence[Group], scores: dict[str, Sequence[Score]]) -> dict[str, Any]:
+def rescore(groups: Sequence[Group], scores: Mapping[str, Sequence[Score]]) -> dict[str, Any]:
     """The report of all groups.
 
     Args:
-      groups: as scored.
-      scores: by the rules' name, one score for each answer, in the order of the groups. The first rules are what the
-        others are compared with.
+      groups: the groups that were scored.
+      scores: by the rules' name, one score for each answer, in the order of the groups. The first rules are the ones
+        that the others are compared with.
 
     Returns:
-      {"rules": names, "totals": {name: ...}, "groups": [...]}, the groups with the largest disagreement first: the sum
-      of |advantage - advantage under the first rules| over the answers, for the rules where it is largest; the
-      rewards' standard deviation where only one set of rules is given. `--help` of the command has all fields.
+      {"rules": names, "totals": {name: ...}, "groups": [...]}, groups with the largest disagreement first. That is the
+      sum of |advantage - advantage under the first rules| over the answers, for the rules where it is largest; with
+      one set of rules, the standard deviation of the rewards. `python -m r1vl_jax.score --help` lists all fields.
     """
     ends = np.cumsum([len(group.texts) for group in groups])[:-1] if groups else []
     table: dict[str, list[Judgement]] = {}
@@ -132,7 +149,7 @@ def rescore(groups: Sequence[Group], scores: dict[str, Sequence[Score]]) -> dict
 
 
 def _judgement(scores: list[Score], first: Judgement | None) -> Judgement:
-    # Accuracy is 0, and not the outcome, for a right answer that the rules do not find in its place.
+    # A right answer may earn no accuracy, if the rules do not find it in its section. Then its outcome is 0 too.
     outcome = np.array([float(score.correct and score.accuracy != 0) for score in scores])
     accuracy, validity = (np.array([getattr(score, name) for score in scores]) for name in ("accuracy", "validity"))
     parts = np.stack([outcome, accuracy - outcome, validity])
@@ -143,10 +160,10 @@ def _judgement(scores: list[Score], first: Judgement | None) -> Judgement:
 
 
 def _shares(views: Sequence[Judgement]) -> dict[str, dict[str, float] | None]:
-    """Each part's share of the rewards, and of their variance inside the groups; None where those are 0."""
+    """Each part's share of the rewards, and of their variance inside the groups; None if rewards or variance are 0."""
     parts = np.concatenate([view.parts_3G for view in views], axis=1)
     centred = np.concatenate([view.parts_3G - view.parts_3G.mean(axis=1, keepdims=True) for view in views], axis=1)
-    varies = any(not view.flat for view in views)
+    varies = any(not view.equal_rewards for view in views)
     total, spread = parts.sum(), centred.sum(axis=0)
     return {
         "reward_share": _named(parts.sum(axis=1) / total) if total else None,
@@ -159,9 +176,9 @@ def _named(values_3: np.ndarray) -> dict[str, float]:
 
 
 def _totals(views: Sequence[Judgement]) -> dict[str, Any]:
-    """Means over all answers; shares of the groups and answers that are not alone; counts."""
+    """Means over all answers; shares of the groups with several answers, and of their answers; counts."""
     scores = [score for view in views for score in view.scores]
-    groups = [view for view in views if not view.alone]
+    groups = [view for view in views if not view.single]
 
     def mean(values: Iterable[float]) -> float | None:
         values = [float(value) for value in values]
@@ -177,7 +194,7 @@ def _totals(views: Sequence[Judgement]) -> dict[str, Any]:
         "key_steps": mean(score.k for score in scores),
         "no_answer": mean(score.status == "ok" and score.answer is None for score in scores),
         **_shares(views),
-        "zero_variance": mean(view.flat for view in groups),
+        "zero_variance": mean(view.equal_rewards for view in groups),
         "shaping_only": mean(view.shaping_only for view in groups),
         "sign_flips": mean(flip for view in groups for flip in view.flips_G),
         "failures": sum(score.status != "ok" for score in scores),
@@ -202,9 +219,9 @@ def _view_report(view: Judgement) -> dict[str, Any]:
     rewards = view.rewards_G
     return {
         "mean": float(rewards.mean()),
-        "std": None if view.alone else float(rewards.std(ddof=1)),
+        "std": None if view.single else float(rewards.std(ddof=1)),
         **_shares([view]),
-        "zero_variance": view.flat,
+        "zero_variance": view.equal_rewards,
         "shaping_only": view.shaping_only,
         "sign_flips": int(view.flips_G.sum()),
         "answers": [
@@ -224,36 +241,3 @@ def _view_report(view: Judgement) -> dict[str, Any]:
             )
         ],
     }
-
-
-def probe(cases: Sequence[tuple[int, str]], scores: dict[str, Sequence[Score]], honest: Sequence[str]) -> dict:
-    """The report of a probe.
-
-    Args:
-      cases: (problem's index, completion's name) of every scored completion.
-      scores: by the rules' name, one score for each case.
-      honest: names that are no attacks; the last is the honest wrong answer. Its reward without key steps, that is,
-        its validity, is what a completion's excess is counted from.
-
-    Returns:
-      {"rules": names, "problems": count, "completions": [{"name", "attack", "rules": {name: ...}}]}; `--help` of the
-      command has all fields.
-    """
-    places: dict[str, list[int]] = {}
-    for place, (_, name) in enumerate(cases):
-        places.setdefault(name, []).append(place)
-    rows = [{"name": name, "attack": name not in honest, "rules": {}} for name in places]
-    for rules, column in scores.items():
-        base = {cases[place][0]: column[place].validity for place in places[honest[-1]]}
-        for row in rows:
-            own = [(column[place], cases[place][0]) for place in places[row["name"]]]
-            excess, worst = max((score.reward - base[problem], -problem) for score, problem in own)
-            row["rules"][rules] = {
-                "mean": sum(score.reward for score, _ in own) / len(own),
-                "max": max(score.reward for score, _ in own),
-                "excess": excess,
-                "problem": -worst,
-                "exceeds": row["attack"] and excess > EQUAL,
-                "failures": sum(score.status != "ok" for score, _ in own),
-            }
-    return {"rules": list(scores), "problems": len(places[honest[-1]]), "completions": rows}

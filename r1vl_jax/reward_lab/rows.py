@@ -2,50 +2,96 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
+from pathlib import Path
+from typing import Any
 
-from r1vl_jax.reward_lab.rescoring import of_a_run
+from r1vl_jax.common.files import parse_rows
+from r1vl_jax.common.text import shorten
+from r1vl_jax.errors import RowError
+
+MAX_PLACES = 20  # stages and steps listed in an error
 
 
-def read_rows(path: str, problems: bool = False) -> tuple[list[dict], list[str]]:
-    """The usable rows of a JSONL file or a file with one JSON array ("-": standard input), and one line about each
-    other row; with `problems` a row needs no answer.
+def read_rows(path: str, problems: bool = False) -> tuple[list[dict[str, Any]], list[str]]:
+    """Reads a JSONL file or a file with one JSON array; "-" is standard input.
 
-    Blank lines are skipped. Rows count from 0 as everywhere in this project, lines from 1 as in editors.
+    Rows count from 0, lines from 1; blank lines are not rows.
+
+    Args:
+      problems: whether the rows are problems to attack, which need a question but no answer.
+
+    Returns:
+      rows: the usable rows.
+      faults: one line about each other row, naming file, row and field.
+
+    Raises:
+      OSError: the file cannot be read.
     """
-    name = "standard input" if path == "-" else path
-    with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
-        filled = ((number, line) for number, line in enumerate(file, 1) if line.strip())
-        lines = [(f"row {index} (line {number})", line) for index, (number, line) in enumerate(filled)]
+    name, data = ("standard input", sys.stdin.buffer.read()) if path == "-" else (path, Path(path).read_bytes())
     rows, faults = [], []
-    array = _array(lines)
-    for where, value in lines if array is None else ((f"row {index}", row) for index, row in enumerate(array)):
+    for entry in parse_rows(data)[0]:
         try:
-            row = json.loads(value.decode("utf-8-sig")) if array is None else value  # -sig: a byte-order mark first
-            _check_row(row, problems)
-        except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, bad field; nested too deep
+            if entry.error is not None:
+                raise entry.error
+            _check_row(entry.value, problems)
+        except (ValueError, RecursionError) as error:  # a bad field; bad UTF-8, bad JSON; nested too deep
+            where = f"row {entry.index}" if entry.line is None else f"row {entry.index} (line {entry.line})"
             faults.append(f"{name}, {where}: {error}")
         else:
-            rows.append(row)
+            rows.append(entry.value)
     return rows, faults
 
 
-def _array(lines: list[tuple[str, bytes]]) -> list | None:
-    """The rows of a file that is one JSON array; None where it is not, and its lines say what is wrong with it."""
-    if not lines or lines[0][1].removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"[":
-        return None
-    try:
-        return json.loads(b"".join(line for _, line in lines).decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        return None
+def is_run_row(row: dict[str, Any]) -> bool:
+    """Whether a row is a question of a run's rollouts.jsonl with all its answers, not a single completion."""
+    return "answers" in row and "completion" not in row
 
 
-def _check_row(row: object, problem: bool = False) -> None:
+def question_of(row: dict[str, Any]) -> str:
+    """The question's text, from the field `question` or `problem`; empty if the row has neither."""
+    return row.get("question", row.get("problem", ""))
+
+
+def select(
+    rows: list[dict[str, Any]], name: str, stage: str | None, steps: tuple[float, float] | None, limit: int | None
+) -> list[dict[str, Any]]:
+    """The rows of a stage and a range of steps.
+
+    Args:
+      name: the input's name, for errors.
+      stage: a stage of a run, or "heldout". None: all rows but held-out ones, unless there are only those.
+      steps: first and last step; None selects all.
+      limit: the largest number of rows; None for all.
+
+    Raises:
+      RowError: a stage or steps were given, and no row has them.
+    """
+    if stage is None and steps is None:
+        # Held-out answers are greedy, one for each question: mixed with a stage's groups they would distort the means.
+        return ([row for row in rows if "event" not in row] or rows)[:limit]
+    chosen = [row for row in rows if stage in (None, _stage(row)) and _within(row, steps)]
+    if not chosen:
+        places = list(dict.fromkeys(f"{_stage(row)} {row.get('step')}" for row in rows if "step" in row))
+        there = f"{', '.join(places[:MAX_PLACES])}{', ...' * (len(places) > MAX_PLACES)}" if places else "none"
+        raise RowError(f"{name}: no row of the stage and steps asked for; stages and steps there: {there}")
+    return chosen[:limit]
+
+
+def _stage(row: dict[str, Any]) -> Any:
+    return row.get("event", row.get("stage"))
+
+
+def _within(row: dict[str, Any], steps: tuple[float, float] | None) -> bool:
+    return steps is None or (isinstance(row.get("step"), int) and steps[0] <= row["step"] <= steps[1])
+
+
+def _check_row(row: Any, problem: bool) -> None:
+    """Raises ValueError, naming field and expectation, if a row cannot be used."""
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {_shown(row)}")
-    run = of_a_run(row)
+    run = is_run_row(row)
     for field in ("solution",) if problem or run else ("completion", "solution"):
         if field not in row:
             raise ValueError(f"field {field!r} is missing, expected a text")
@@ -64,8 +110,8 @@ def _check_row(row: object, problem: bool = False) -> None:
         raise ValueError(f"field 'key_steps': expected a list under 'Steps', got {_shown(steps['Steps'])}")
 
 
-def _check_run_row(row: dict) -> None:
-    """What a row of rollouts.jsonl has beyond a problem."""
+def _check_run_row(row: dict[str, Any]) -> None:
+    """Checks the fields that a row of rollouts.jsonl has in addition to those of a problem."""
     answers = row["answers"]
     if not isinstance(answers, list) or not answers:
         raise ValueError(f"field 'answers': expected a list of at least one answer, got {_shown(answers)}")
@@ -77,10 +123,5 @@ def _check_run_row(row: dict) -> None:
 
 
 def _shown(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def question_of(row: dict) -> str:
-    """The text of the question, by either name; empty where the row has none."""
-    return row.get("question", row.get("problem", ""))
+    """A value as JSON, shortened."""
+    return shorten(json.dumps(value), 60)

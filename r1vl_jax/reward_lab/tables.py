@@ -1,4 +1,4 @@
-"""The lab's reports as tables of text, for a terminal."""
+"""The lab's reports as text tables for a terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from r1vl_jax.reward_lab.rescoring import PARTS, PLACE
 
-WIDTH = 120
+WIDTH = 120  # columns of the terminal
 _SHARES = {"reward_share": "  from", "variance_share": "  its variance from"}
 _TOTALS = {
     "answers right": "correct",
@@ -24,7 +24,7 @@ _TOTALS = {
 
 
 def rescore_table(report: dict[str, Any], shown: int) -> str:
-    """The totals and the first `shown` groups of a report, as lines that fit WIDTH columns."""
+    """The totals and the first `shown` groups of a report of `rescore`, as lines that fit WIDTH columns."""
     names, columns = report["rules"], _columns(report["rules"])
     lines = _legend(names, columns)
     for part in _slices(names, 6):
@@ -42,7 +42,7 @@ def rescore_table(report: dict[str, Any], shown: int) -> str:
     return _text(lines)
 
 
-def _totals_lines(totals: list[dict], columns: list[str]) -> list[str]:
+def _totals_lines(totals: list[dict[str, Any]], columns: list[str]) -> list[str]:
     first = totals[0]
     alone = f" ({first['groups_of_one']} of one answer)" if first["groups_of_one"] else ""
     rows = [[f"{first['answers']} answers, {first['groups']} groups{alone}", *columns]]
@@ -57,8 +57,8 @@ def _totals_lines(totals: list[dict], columns: list[str]) -> list[str]:
     return _aligned(rows)
 
 
-def _group_lines(number: int, group: dict, columns: list[str]) -> list[str]:
-    place = ", ".join(f"{field} {_shown(group[field])}" for field in PLACE if group.get(field) is not None)
+def _group_lines(number: int, group: dict[str, Any], columns: list[str]) -> list[str]:
+    place = ", ".join(f"{field} {_printable(group[field])}" for field in PLACE if group.get(field) is not None)
     views = list(group["rules"].values())
     rows = [["   rules", "mean", "std", *(f"{_title(part)} / var." for part in PARTS), "flips", ""]]
     for view, column in zip(views, columns, strict=True):
@@ -66,28 +66,29 @@ def _group_lines(number: int, group: dict, columns: list[str]) -> list[str]:
         shares = [" / ".join(_percent((view[key] or {}).get(part)) for key in _SHARES) for part in PARTS]
         note = "shaping alone" if view["shaping_only"] else "equal rewards" if view["zero_variance"] else ""
         rows += [[f"   {column}", f"{view['mean']:.3f}", std, *shares, str(view["sign_flips"]), note]]
-    lines = [f"{number}. {place}", f"   {_shown(group['question'])} (expected: {_shown(group['expected'])})"]
+    lines = [f"{number}. {place}", f"   {_printable(group['question'])} (expected: {_printable(group['expected'])})"]
     lines += _aligned(rows)
     for part in _slices(views, 4):
         lines += _answer_lines([view["answers"] for view in views[part]], columns[part])
     return lines
 
 
-def _answer_lines(answers: list[list[dict]], columns: list[str]) -> list[str]:
+def _answer_lines(answers: list[list[dict[str, Any]]], columns: list[str]) -> list[str]:
     rows = [["   answer", *columns, "final answer"]]
     for number, views in enumerate(zip(*answers, strict=True), 1):
         cells = [f"{view['reward']:.3f} {view['advantage']:+.3f} {_mark(view)}" for view in views]
-        rows += [[f"   {number}", *cells, _shown(views[0]["answer"] or "")]]
+        rows += [[f"   {number}", *cells, _printable(views[0]["answer"] or "")]]
     return _aligned(rows, left=(0, len(columns) + 1))
 
 
-def _mark(view: dict) -> str:
+def _mark(view: dict[str, Any]) -> str:
+    """Whether an answer is right (r), wrong (w), missing (-) or not scored (!); * if its advantage changes sign."""
     verdict = "!" if view["status"] != "ok" else "r" if view["correct"] else "-" if view["answer"] is None else "w"
     return verdict + ("*" if view["flip"] else " ")
 
 
 def probe_table(report: dict[str, Any]) -> str:
-    """A probe's report as lines that fit WIDTH columns."""
+    """A report of `probe` as lines that fit WIDTH columns."""
     names, columns = report["rules"], _columns(report["rules"])
     lines = _legend(names, columns)
     lines += [f"Rewards over {report['problems']} problems: mean, max, and the most that one exceeds an honest wrong"]
@@ -107,21 +108,23 @@ def probe_table(report: dict[str, Any]) -> str:
     return _text(lines)
 
 
-def _probe_cell(cell: dict) -> str:
+def _probe_cell(cell: dict[str, Any]) -> str:
     return f"{cell['mean']:.3f} {cell['max']:.3f} {cell['excess']:+.3f} {'!' if cell['exceeds'] else ' '}"
 
 
 def _columns(names: list[str]) -> list[str]:
-    """Headings of columns: the rules' names, or numbers for long ones."""
+    """Headings of columns: the rules' names, or a number if a name is long."""
     return [name if len(name) <= 14 else f"[{number}]" for number, name in enumerate(names, 1)]
 
 
 def _legend(names: list[str], columns: list[str]) -> list[str]:
+    """Lines that explain the numbers among the headings."""
     lines = [f"{column} {name}" for name, column in zip(names, columns, strict=True) if name != column]
     return [*lines, ""] if lines else []
 
 
-def _slices(items: Sequence, size: int) -> list[slice]:
+def _slices(items: Sequence[Any], size: int) -> list[slice]:
+    """Slices of at most `size` items, for tables that are too wide for one block."""
     return [slice(start, start + size) for start in range(0, len(items), size)]
 
 
@@ -134,6 +137,7 @@ def _percent(share: float | None) -> str:
 
 
 def _aligned(rows: list[list[str]], left: tuple[int, ...] = (0,)) -> list[str]:
+    """Lines with the cells of each column aligned: those in `left` to the left, others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -144,8 +148,8 @@ def _aligned(rows: list[list[str]], left: tuple[int, ...] = (0,)) -> list[str]:
     ]
 
 
-def _shown(value: Any) -> str:
-    """A value on one line of the terminal: no line ends, control characters or lone surrogates."""
+def _printable(value: Any) -> str:
+    """A value's text for one line of the terminal: without line ends, control characters or lone surrogates."""
     text = " ".join(str(value)[: 2 * WIDTH].split())
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
@@ -155,7 +159,7 @@ def _text(lines: Iterable[str]) -> str:
 
 
 def _clipped(line: str) -> str:
-    """The part of a line that fits WIDTH columns; Chinese characters, say, take two."""
+    """The part of a line that fits WIDTH columns. Some characters, such as Chinese ones, take two columns."""
     ends = np.cumsum([1 + (east_asian_width(char) in "WF") for char in line])
     fits = int(np.searchsorted(ends, WIDTH, side="right"))
     return (line if fits == len(line) else line[: fits - 3] + "...").rstrip()

@@ -1,12 +1,12 @@
 """Step-wise rewards of an answer: StepRAR (accuracy and key steps) and StepRVR (validity). No JAX.
 
-    score_answer                   one answer, with the reasons
-    step_accuracy, step_validity   arrays for N answers
-    ScorerPool                     the same in worker processes with limits: for text that a model wrote
-    Rules, PRESETS, get_rules      the options, and their named choices
+    score_answer                   scores one answer and says why
+    step_accuracy, step_validity   return arrays for N answers
+    ScorerPool                     scores in worker processes with limits of time and memory; use it for model output
+    Rules, PRESETS, get_rules      the options of the rules, and their named presets
 
-R1-VL, arXiv 2503.12937, section 3.3. Stages of the flow meet in r1vl_jax/types.py; this one takes texts and gives
-numbers, and needs nothing of theirs.
+R1-VL, arXiv 2503.12937, section 3.3. README.md in this folder describes the rules. The functions take texts and return
+numbers, so this stage needs nothing from r1vl_jax/types.py.
 """
 
 from r1vl_jax.rewards.pool import ScorerPool

@@ -1,9 +1,10 @@
-"""The final answer: taking it from a text, and comparing it with the solution's.
+"""The final answer: how it is read from a text, and how it is compared with the solution's.
 
-Answers are equal if they are equal as text, or for math-verify (`parse`, then `verify`), as in the functions released
-with R1-VL (arXiv 2503.12937). The text is looked at first, since math-verify takes milliseconds. Its own limits are 5 s
-for each `parse` and each comparison, by SIGALRM: only the main thread of a process can use it. math-verify, and SymPy
-with it, is imported when it is first needed.
+Two answers are equal if their texts are equal, or if math-verify says so (`parse`, then `verify`), as in the functions
+released with R1-VL (arXiv 2503.12937). The texts are compared first because math-verify takes milliseconds.
+
+math-verify limits each `parse` and each comparison to 5 s with SIGALRM, which works only in the main thread of a
+process. It loads SymPy, so it is imported only when an answer needs it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from fractions import Fraction
 from r1vl_jax.rewards import steps
 from r1vl_jax.rewards.rules import Rules
 
-# An answer taken from a section is cut here. Nothing that long is right, and comparing it could take very long:
+# Longest answer taken from a section. No correct answer is longer, and comparing a longer one could take very long:
 # Unicode normalisation sorts runs of combining marks in quadratic time.
 MAX_ANSWER_CHARS = 4096
 
@@ -25,17 +26,17 @@ _CHOICE = re.compile(r"(?P<word>option\s+)?(?:\((?P<paren>[a-z])\)|(?P<bare>[a-z
 _OPTION_TEXT = re.compile(r"\s+(?!(?:or|and)\b)[\w$\\]", re.I)
 
 _THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\}|\\,)(?=\d{3}(?!\d))")
-# Brackets, and what stands between the answers of a list: "or" and the like anywhere, a comma outside of brackets, a
-# blank before a number that is not the fraction of a mixed one (3 1/2), and before the next "x =".
-_BETWEEN = re.compile(
+# Brackets, and what separates the answers of a list: "or" and similar words and signs anywhere, a comma outside
+# brackets, a space before a number (unless the number starts the fraction of a mixed one, 3 1/2) or before "x =".
+_SEPARATOR = re.compile(
     r"[()\[\]{}]|,|;|\n|\||±|\\pm\b|\bor\b|\band\b|(?<=\d)\s+to\s+(?=\d)|\$\s+\$"
     r"|(?<=\d)\s+(?=[-+]?\d+(?:\.\d+)?(?!\s*/|[\d.]))|(?<=\d)\s+(?=\\?[A-Za-z]+\s*=)"
 )
 _PLAIN_NUMBER = re.compile(r"[-+]?\d{1,100}(?:\.\d{1,100})?(?:/0*[1-9]\d{0,99})?")
 
 
-def found_answer(completion: str, rules: Rules) -> str | None:
-    """The final answer of a completion; None without a final-answer header, or with nothing after it."""
+def final_answer(completion: str, rules: Rules) -> str | None:
+    """The final answer of a completion; None if it has no final-answer header, or no text after it."""
     if not rules.answer_from_section:
         return steps.answer_line(completion) or None
     section = steps.answer_section(completion)
@@ -43,7 +44,7 @@ def found_answer(completion: str, rules: Rules) -> str | None:
 
 
 def expected_answer(solution: str, rules: Rules) -> str:
-    """The final answer of a solution; the whole solution, stripped, where it has no final-answer header."""
+    """The final answer of a solution; the whole solution, stripped, if it has no final-answer header."""
     if not rules.answer_from_section:
         line = steps.answer_line(solution)
         return solution.strip() if line is None else line
@@ -52,13 +53,13 @@ def expected_answer(solution: str, rules: Rules) -> str:
 
 
 def is_correct(completion: str, solution: str, rules: Rules) -> bool:
-    """Whether the completion's final answer is the solution's.
+    """Whether the final answer of the completion equals that of the solution.
 
     Raises:
-      RuntimeError: math-verify is needed, and this is not the main thread, where alone it can limit its time.
+      RuntimeError: math-verify is needed outside the main thread, where it cannot limit its time.
     """
     if rules.answer_from_section:
-        answer, gold = found_answer(completion, rules), expected_answer(solution, rules)
+        answer, gold = final_answer(completion, rules), expected_answer(solution, rules)
         if answer is None:
             return False
         if _text_equal(answer, gold, rules):
@@ -66,7 +67,7 @@ def is_correct(completion: str, solution: str, rules: Rules) -> bool:
         letters = (choice_letter(answer), choice_letter(gold)) if rules.choice_letters else (None, None)
         if None not in letters:
             return letters[0] == letters[1]
-        if rules.one_answer and _alternatives(answer) > max(1, _alternatives(gold)):
+        if rules.one_answer and _count_answers(answer) > max(1, _count_answers(gold)):
             return False
         return _math_equal(answer, gold, rules)
     line = steps.answer_line(completion)
@@ -75,10 +76,11 @@ def is_correct(completion: str, solution: str, rules: Rules) -> bool:
 
 
 def choice_letter(text: str) -> str | None:
-    """The option that a text names, as an upper-case letter; None where it names none.
+    """The multiple-choice option that a text names, as an upper-case letter; None if it names none.
 
-    Read as options: "B", "B.", "(B)", "B: 12", "B. 12", "B) 12", "(B) 12", "Option B", and each of them in \\boxed{};
-    a lower-case letter only in "(b)" and "option b". Not options: "A triangle", "b", "A:B = 1:2", "A or B", "(x) + 1".
+    Options: "B", "B.", "(B)", "B: 12", "B. 12", "B) 12", "(B) 12", "Option B", and each of them in \\boxed{}. A
+    lower-case letter is an option only in "(b)" and "option b". Not options: "A triangle", "b", "A:B = 1:2", "A or B",
+    "(x) + 1".
     """
     text = unicodedata.normalize("NFKC", text[:MAX_ANSWER_CHARS]).strip()
     boxed = _BOXED.fullmatch(text)
@@ -87,21 +89,21 @@ def choice_letter(text: str) -> str | None:
         return None
     letter, rest = match["paren"] or match["bare"], match["rest"]
     bare_end = rest.strip() in ("", ".", ":", ")")
-    if letter.islower():  # "b" is a variable unless something marks it as an option
+    if letter.islower():  # "b" is a variable unless brackets or the word "option" mark it
         return letter.upper() if bare_end and (match["paren"] or match["word"]) else None
     separated = len(rest) > 1 and rest[0] in ".:)" and rest[1].isspace()
     in_brackets = match["paren"] is not None and _OPTION_TEXT.match(rest) is not None
     return letter if bare_end or separated or in_brackets else None
 
 
-def _alternatives(text: str) -> int:
-    """How many answers with a number a text names: the parts of a list, and different numbers that it calls equal."""
+def _count_answers(text: str) -> int:
+    """How many answers with a number a text names: the parts of a list, and different numbers joined by "="."""
     text = _THOUSANDS.sub("", unicodedata.normalize("NFKC", text[:MAX_ANSWER_CHARS]))
     depth, start, parts = 0, 0, []
-    for match in _BETWEEN.finditer(text):
+    for match in _SEPARATOR.finditer(text):
         depth = max(0, depth + (match[0] in "([{") - (match[0] in ")]}"))
         before, after = text[start : match.end()], text[match.end() : match.end() + 1]
-        if match[0].isspace() and after.isalpha() and "=" not in before:  # "20 m" of "20 m = 2000 cm"
+        if match[0].isspace() and after.isalpha() and "=" not in before:  # the space in "20 m" of "20 m = 2000 cm"
             continue
         if match[0] not in "([{}])" and (depth == 0 or match[0] not in ",;"):
             parts.append(text[start : match.start()])
@@ -116,10 +118,10 @@ def _alternatives(text: str) -> int:
 
 
 def _first_answer(section: str) -> str:
-    """The section's first line, what follows is talk; all of it where that line opens mathematics over several lines.
+    """The first line of an answer section; the whole section if that line opens mathematics over several lines.
 
-    One text serves every comparison: were math-verify to read the section and the text comparison its first line,
-    an answer could make two guesses.
+    Every comparison uses this one text. If math-verify read the section and the text comparison its first line, an
+    answer could make two guesses.
     """
     line = section.partition("\n")[0].strip()
     opened = (
@@ -129,17 +131,17 @@ def _first_answer(section: str) -> str:
 
 
 def _math_equal(answer: str, gold: str, rules: Rules) -> bool:
-    """math-verify's verdict; False where it fails (as in the released code)."""
+    """Whether math-verify takes the two for equal; False if it fails, as in the released code."""
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("answers can only be checked in the main thread (math-verify uses SIGALRM): use ScorerPool")
     from math_verify import parse, verify
     from math_verify.errors import TimeoutException
 
     try:
-        found, wanted = parse(answer), parse(gold)
-        pair = (wanted, found) if rules.verify_gold_first else (found, wanted)
+        parsed, wanted = parse(answer), parse(gold)
+        pair = (wanted, parsed) if rules.verify_gold_first else (parsed, wanted)
         return float(verify(*pair)) > 0
-    except MemoryError:  # of an answer that is to cost its own reward, all of it
+    except MemoryError:  # the pool must see it: such an answer loses its whole reward
         raise
     except (Exception, TimeoutException):  # TimeoutException is not an Exception
         return False

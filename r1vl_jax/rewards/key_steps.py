@@ -1,8 +1,8 @@
 """Key steps: which of a question's expected reasoning steps occur in an answer (the k of StepRAR), and where.
 
-    k = |key steps found in the answer's steps| / |key steps of the question|          (arXiv 2503.12937, eq. 4)
+    k = |key steps that occur in the answer's steps| / |key steps of the question|          (arXiv 2503.12937, eq. 4)
 
-A key step is a group of alternatives ("12/2 = 6", "frac{12}{2} = 6"): one found alternative is enough.
+A key step is a group of alternatives ("12/2 = 6", "frac{12}{2} = 6"). The group counts if one of them occurs.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from r1vl_jax.rewards.rules import Rules
 from r1vl_jax.rewards.steps import step_bodies
 
 Groups = tuple[tuple[str, ...], ...]
-Finder = Callable[[str], Iterable[tuple[int, int]]]  # a text to find -> ranges of characters, from left to right
+Place = tuple[int, int]  # a range of characters: start and end
+Finder = Callable[[str], Iterable[Place]]  # a text to find -> where it occurs, from left to right
 
-# Words that only string key steps together, and words that make one follow from another.
+# Words that only join the items of a list, and words that state a reason.
 _LIST_WORDS = frozenset(["and", "or", "also", "then", "plus", "next", "key", "step", "steps", "frac"])
 _REASONS = frozenset(
     ["so", "since", "because", "therefore", "thus", "hence", "as", "if", "when", "where", "which", "by"]
 )
-_REPEATED_SHARE = 0.5  # a step repeats text if more of it than this are sentences that were said before
-_SENTENCE = 4  # tokens; of fewer, nothing can be said
+_REPEATED_SHARE = 0.5  # a step repeats text if more than this share of it are sentences that were said before
+_MIN_SENTENCE = 4  # tokens; a shorter sentence may recur by chance and does not count as repeated
 
 
 class Hit(NamedTuple):
-    """A key step found: its group, and the characters of the completion that say it."""
+    """One key step that occurs: the index of its group, and the characters of the completion that state it."""
 
     group: int
     start: int
@@ -37,15 +38,16 @@ class Hit(NamedTuple):
 
 
 def key_step_groups(key_steps: Any) -> tuple[Groups, tuple[str, ...]]:
-    """The groups of a question's key steps, and what was wrong with them as short phrases.
+    """The groups of a question's key steps, and what is wrong with them.
 
     Args:
-      key_steps: R1-VL-10K's `{"Steps": [["a", "b"], "c"]}`, or the list of groups itself; None where there are none.
+      key_steps: R1-VL-10K's `{"Steps": [["a", "b"], "c"]}`, or the list of groups itself; None if there are none.
         A group is a text or a list of texts.
 
     Returns:
-      One tuple of alternatives for each group, in order. Whatever is not a text is left out and named, never an error:
-      its group stays, and so still counts in the denominator.
+      groups: one tuple of alternatives for each group, in order. An alternative that is not a text is left out. Its
+        group stays, even if nothing else is in it, so it still counts in the denominator of k.
+      faults: what is wrong, as short phrases. Nothing here raises an error.
     """
     if isinstance(key_steps, dict):
         key_steps = key_steps.get("Steps")
@@ -62,63 +64,63 @@ def key_step_groups(key_steps: Any) -> tuple[Groups, tuple[str, ...]]:
 
 
 def key_step_hits(completion: str, groups: Sequence[Sequence[str]], rules: Rules) -> tuple[Hit, ...]:
-    """The first place of each group that is found in the steps of a completion, in the order of the groups.
+    """Where each group first occurs in the steps of a completion, in the order of the groups; missing ones left out.
 
-    Of a group's alternatives, the one that is said completely first counts.
+    If several alternatives of a group occur, the one that ends first counts.
     """
     if not groups:
         return ()
     bodies = step_bodies(completion)
     tokens = _tokens(completion, bodies) if rules.match_tokens or rules.refuse_stuffing else None
-    find = tokens.find if rules.match_tokens else _substring_finder(completion, bodies)
-    blank = (bodies[0][0],) * 2 if bodies else (0, 0)
+    find: Finder = tokens.find if tokens is not None and rules.match_tokens else _substring_finder(completion, bodies)
+    empty: Place = (bodies[0][0], bodies[0][0]) if bodies else (0, 0)
 
-    def places(alternative: str) -> Iterable[tuple[int, int]]:
+    def occurrences(alternative: str) -> Iterable[Place]:
         if alternative.strip():
             return find(alternative)
-        return (blank,) if rules.empty_alternative_matches else ()
+        return (empty,) if rules.empty_alternative_matches else ()
 
-    if not rules.refuse_stuffing or not bodies:
-        found = [[next(iter(places(text)), None) for text in group] for group in groups]
+    if tokens is None or not rules.refuse_stuffing or not bodies:
+        candidates = [[next(iter(occurrences(text)), None) for text in group] for group in groups]
     else:
-        every = [[list(places(text)) for text in group] for group in groups]
-        stuffed = _stuffed_bodies(tokens, bodies, every)
+        places = [[list(occurrences(text)) for text in group] for group in groups]
+        stuffed = _stuffed_bodies(tokens, bodies, places)
         starts = [start for start, _ in bodies]
 
-        def counts(place: tuple[int, int]) -> bool:
+        def counts(place: Place) -> bool:
             return bisect_right(starts, place[0]) - 1 not in stuffed
 
-        found = [[next(filter(counts, ranges), None) for ranges in group] for group in every]
-    firsts = [min(filter(None, ranges), key=lambda place: place[1], default=None) for ranges in found]
+        candidates = [[next(filter(counts, ranges), None) for ranges in group] for group in places]
+    firsts = [min(filter(None, ranges), key=lambda place: place[1], default=None) for ranges in candidates]
     return tuple(Hit(index, *place) for index, place in enumerate(firsts) if place is not None)
 
 
-def _substring_finder(completion: str, bodies: list[tuple[int, int]]) -> Finder:
-    """Finds texts, lower-cased, in the lower-cased bodies joined by a blank: what the released functions search."""
+def _substring_finder(completion: str, bodies: list[Place]) -> Finder:
+    """Finds lower-cased texts in the lower-cased step bodies joined by spaces, as the released functions do."""
     joined = " ".join(completion[start:end] for start, end in bodies)
     lowered = joined.lower()
-    # Characters of the completion: of each of the joined text, and of each of the lower-cased one ("İ" becomes two).
+    # Two maps back to the completion: where each body begins in `joined`, and, as "İ" becomes two characters in lower
+    # case, which character of `joined` each one of `lowered` comes from.
     offsets = list(itertools.accumulate((end - start + 1 for start, end in bodies), initial=0))
-    same = len(lowered) == len(joined)
-    origin = None if same else [i for i, char in enumerate(joined) for _ in char.lower()]
+    origin = None if len(lowered) == len(joined) else [i for i, char in enumerate(joined) for _ in char.lower()]
 
-    def place(index: int) -> int:
-        index = index if same else origin[index]
+    def in_completion(index: int) -> int:
+        index = index if origin is None else origin[index]
         body = bisect_right(offsets, index) - 1
         return bodies[body][0] + index - offsets[body]
 
-    def find(text: str) -> Iterator[tuple[int, int]]:
+    def find(text: str) -> Iterator[Place]:
         wanted = text.lower()
         index = lowered.find(wanted)
         while index >= 0:
-            yield place(index), place(index + len(wanted) - 1) + 1
+            yield in_completion(index), in_completion(index + len(wanted) - 1) + 1
             index = lowered.find(wanted, index + len(wanted))
 
     return find
 
 
-def _tokens(completion: str, bodies: list[tuple[int, int]]) -> NormalText:
-    """The normal form of all bodies, each ended by a sentence's end: no key step lies in two steps."""
+def _tokens(completion: str, bodies: list[Place]) -> NormalText:
+    """The normal form of all step bodies. A sentence end follows each, so that no key step spans two steps."""
     words, starts, ends = [], [], []
     for start, end in bodies:
         body = normal_text(completion, start, end)
@@ -128,54 +130,63 @@ def _tokens(completion: str, bodies: list[tuple[int, int]]) -> NormalText:
     return NormalText(completion, words, starts, ends)
 
 
-def _stuffed_bodies(
-    tokens: NormalText, bodies: list[tuple[int, int]], every: list[list[list[tuple[int, int]]]]
-) -> set[int]:
-    """The bodies with key steps that repeat text, or that list key steps without other words.
+def _stuffed_bodies(tokens: NormalText, bodies: list[Place], places: list[list[list[Place]]]) -> set[int]:
+    """The step bodies whose key steps earn nothing: they repeat text, or list key steps without other words.
 
-    Every key step that stands apart from the others wants a word of the step's own; a reason ("since") serves two.
+    A step needs one word of its own for each key step that does not overlap another. A word that states a reason
+    ("since") counts twice.
+
+    Args:
+      places: where each alternative of each group occurs.
     """
     starts = [start for start, _ in bodies]
-    depth = [0] * (len(tokens) + 1)  # +1 where a key step begins, -1 behind its end
-    places = [[] for _ in bodies]  # (end, start, group) of each key step, in tokens
-    for group, alternatives in enumerate(every):
+    changes = [0] * (len(tokens) + 1)  # +1 at the first token of a key step, -1 after its last
+    in_body: list[list[tuple[int, int, int]]] = [[] for _ in bodies]  # (end, start, group) of key steps, in tokens
+    for group, alternatives in enumerate(places):
         for start, end in dict.fromkeys(itertools.chain.from_iterable(alternatives)):
             first, last = bisect_right(tokens.ends, start), bisect_left(tokens.starts, end)
-            depth[first] += 1
-            depth[last] -= 1
-            places[max(0, bisect_right(starts, start) - 1)].append((last, first, group))
-    covered = list(itertools.accumulate(depth))
-    stuffed, said = set(), set()
+            changes[first] += 1
+            changes[last] -= 1
+            in_body[max(0, bisect_right(starts, start) - 1)].append((last, first, group))
+    covered = list(itertools.accumulate(changes))  # how many key steps cover each token
+    stuffed: set[int] = set()
+    said: set[tuple[str, ...]] = set()
     for body, (start, end) in enumerate(bodies):
         first, last = bisect_left(tokens.starts, start), bisect_left(tokens.starts, end)
         words = tokens.words[first:last]
-        repeated = _repeated(words, said)
-        if places[body]:
+        repeated = _count_repeated(words, said)
+        if in_body[body]:
             own = {
                 word for word, inside in zip(words, covered[first:last], strict=True) if not inside and _is_word(word)
             }
             own -= _LIST_WORDS
-            if repeated > _REPEATED_SHARE * len(words) or len(own) + len(own & _REASONS) < _apart(places[body]):
+            if repeated > _REPEATED_SHARE * len(words) or len(own) + len(own & _REASONS) < _count_separate(
+                in_body[body]
+            ):
                 stuffed.add(body)
     return stuffed
 
 
-def _apart(places: list[tuple[int, int, int]]) -> int:
-    """How many key steps stand side by side rather than one in another; a group counts once."""
-    count, behind = 0, 0
+def _count_separate(places: list[tuple[int, int, int]]) -> int:
+    """How many key steps of one body do not overlap; at most one for each group.
+
+    Args:
+      places: (end, start, group) of each, in tokens.
+    """
+    count, last_end = 0, 0
     for end, start, _ in sorted(places):
-        if start >= behind:
-            count, behind = count + 1, end
+        if start >= last_end:
+            count, last_end = count + 1, end
     return min(count, len({group for *_, group in places}))
 
 
-def _repeated(words: list[str], said: set[tuple[str, ...]]) -> int:
-    """How many of the words are in sentences that are in `said`, which all of these then join."""
+def _count_repeated(words: list[str], said: set[tuple[str, ...]]) -> int:
+    """How many of the words belong to sentences in `said`. Then adds the sentences of `words` to `said`."""
     count, start = 0, 0
     ends = [i for i, word in enumerate(words) if word == END]
     for end in [*ends, len(words)]:
         sentence = tuple(words[start:end])
-        if len(sentence) >= _SENTENCE:
+        if len(sentence) >= _MIN_SENTENCE:
             count += len(sentence) if sentence in said else 0
             said.add(sentence)
         start = end + 1
@@ -183,4 +194,4 @@ def _repeated(words: list[str], said: set[tuple[str, ...]]) -> int:
 
 
 def _is_word(word: str) -> bool:
-    return word.isalpha() and (len(word) > 1 or word > "\u03ff")  # a letter, Latin or Greek, is a variable
+    return word.isalpha() and (len(word) > 1 or word > "\u03ff")  # one Latin or Greek letter is a variable

@@ -1,11 +1,11 @@
 """Scoring in worker processes, with a hard limit of time and memory for each answer.
 
-A model in training writes text that no one has seen. math-verify hands it to SymPy, which can compute for minutes
-(10^10^10^10), fill the memory, or die; its own time limits do not interrupt arithmetic that runs in C. So answers are
-scored in processes that can be killed: a slow, failing or dying answer costs its own reward, and nothing else.
+A model in training writes text that nobody has checked. math-verify passes it to SymPy, which can compute for minutes
+(10^10^10^10), fill the memory, or crash; its own time limits do not interrupt arithmetic that runs in C. So answers are
+scored in processes that can be killed: an answer that hangs, fails or crashes costs its own reward and nothing else.
 
-The workers import r1vl_jax.rewards only, and are started without fork and without the parent's main module, so the
-pool is safe beside JAX. POSIX only.
+The workers do not load JAX. They start without fork and without the parent's main module, so the pool is safe in a
+process that runs JAX. POSIX only.
 """
 
 from __future__ import annotations
@@ -26,37 +26,38 @@ from r1vl_jax.rewards.rules import Rules, get_rules
 from r1vl_jax.rewards.scoring import Score, check_lengths
 
 START_TIMEOUT_S = 120.0
-AHEAD_BYTES = 16_384  # a message that waits in a worker's pipe must fit it: sending it may not block
-MAX_FAILED_STARTS = 3  # in a row: one may be killed for memory in mid-run, three mean that none will start
+AHEAD_BYTES = 16_384  # largest message sent to a busy worker: it must fit into the pipe, or sending it would block
+MAX_FAILED_STARTS = 3  # in a row; one worker may be killed for lack of memory, after three none is expected to start
 
-Job = tuple[int, tuple]  # an answer's index, and what the worker is sent
+Job = tuple[int, tuple[Any, ...]]  # an answer's index, and the message for the worker
 
 
 @dataclasses.dataclass
 class _Worker:
     process: subprocess.Popen
     conn: connection.Connection
-    deadline: float  # time.monotonic() at which its start, or its answer, has taken too long
+    deadline: float  # time.monotonic() after which its start, or its answer, has taken too long
     ready: bool = False
-    jobs: deque[Job] = dataclasses.field(default_factory=deque)  # the answer that it is scoring, and one that waits
+    jobs: deque[Job] = dataclasses.field(default_factory=deque)  # the answer that it is scoring, then one that waits
 
     def kill(self) -> None:
+        """Ends the process and forgets its jobs."""
         self.process.kill()
-        self.process.wait()  # leaves no zombie
+        self.process.wait()  # without this a zombie process remains
         self.conn.close()
-        self.ready = True  # nothing to wait for; a dead worker is replaced when next needed
+        self.ready = True  # so that nothing waits for its start; a dead worker is replaced when it is next needed
         self.jobs.clear()
 
 
 class ScorerPool:
-    """Worker processes that score answers; use as a context manager.
+    """Worker processes that score answers; use it as a context manager.
 
     Args:
-      workers: number of processes. They start at once and stay, so that the first call, not each, pays for imports.
-      timeout_s: wall-clock seconds for one answer. The default leaves math-verify's own limits (5 s each for parsing
-        the answer, parsing the solution and comparing them) the chance to end it with the key steps' reward kept.
-      memory_gib: address space of a worker.
-      function: "module:name" of the scorer; called as `score_answer` is.
+      workers: number of processes. They start at once and stay, so imports cost time only before the first answer.
+      timeout_s: wall-clock seconds for one answer. With the default, math-verify's own limits (5 s each for parsing the
+        answer, parsing the solution and comparing them) usually end first, and the key steps still pay.
+      memory_gib: address space of a worker, in GiB.
+      function: "module:name" of the scorer; it is called like `score_answer`.
 
     Raises:
       ValueError: an argument is out of range.
@@ -69,7 +70,7 @@ class ScorerPool:
         *,
         memory_gib: float = 4.0,
         function: str = "r1vl_jax.rewards.scoring:score_answer",
-    ):
+    ) -> None:
         if workers < 1:
             raise ValueError(f"workers: expected at least 1, got {workers}")
         if not timeout_s > 0:
@@ -92,11 +93,11 @@ class ScorerPool:
     def __enter__(self) -> ScorerPool:
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Ends all workers, at once; the pool cannot be used again."""
+        """Kills all workers. The pool cannot be used again."""
         self._closed = True
         while self._workers:
             self._workers.pop().kill()
@@ -112,8 +113,8 @@ class ScorerPool:
     ) -> list[Score]:
         """The scores of N answers, in their order; see `score_answer` for the arguments.
 
-        An answer that takes longer than the limit, raises, or ends its worker has 0 rewards and the status "timeout",
-        "error" or "crash". `on_result` is called with each score as it arrives, in any order.
+        If an answer takes longer than the limit, raises an error or ends its worker, its rewards are 0 and its status
+        is "timeout", "error" or "crash". `on_result` is called with each score when it arrives, in any order.
 
         Raises:
           ValueError: different lengths, or no preset has this name.
@@ -123,36 +124,35 @@ class ScorerPool:
         options = {"rules": get_rules(rules), "alpha": alpha}
         rows = zip(completions, solutions, key_steps, strict=True)
         jobs = deque((index, (row, options)) for index, row in enumerate(rows))
-        with self._scoring:  # one call at a time: a second one would take the first one's replies
+        with self._scoring:  # one call at a time: a second call would receive the replies of the first
             return self._score(jobs, on_result)
 
     def _score(self, jobs: deque[Job], on_result: Callable[[Score], None] | None) -> list[Score]:
-        scores: list[Score | None] = [None] * len(jobs)
-        missing = len(jobs)
+        scores: dict[int, Score] = {}
+        count = len(jobs)
         try:
-            while missing:
+            while len(scores) < count:
                 if self._closed:
                     raise RuntimeError("the scorer pool is closed")
                 for index, score in [*self._hand_out(jobs), *self._collect(jobs)]:
                     scores[index] = score
-                    missing -= 1
                     if on_result is not None:
                         on_result(score)
         except BaseException as error:
-            if self._closed and isinstance(error, OSError | ValueError):  # of a pipe that `close` took away
+            if self._closed and isinstance(error, OSError | ValueError):  # `close` closed the pipe
                 raise RuntimeError("the scorer pool was closed while it scored") from error
-            # The next call would take the replies that are still to come for its own.
+            # The next call would read the replies that are still to come as its own.
             for worker in self._workers:
                 if worker.jobs:
                     worker.kill()
             raise
-        return scores
+        return [scores[index] for index in range(count)]
 
     def _start(self) -> _Worker:
         ours, theirs = Pipe()
-        # As multiprocessing does: what the parent can import, its workers can.
+        # As in multiprocessing: the workers can import whatever the parent can.
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        # Threads of numerical libraries reserve address space by the number of cores, and nothing here uses them.
+        # Numerical libraries reserve address space for a thread on each core, and nothing here needs those threads.
         environment = os.environ | {"PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "r1vl_jax.rewards.worker", str(theirs.fileno()), *self._arguments]
         with theirs:
@@ -163,17 +163,22 @@ class ScorerPool:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
             )
-        return _Worker(process, ours, time.monotonic() + START_TIMEOUT_S)
+        deadline = time.monotonic() + START_TIMEOUT_S
+        # typeshed gives Pipe() the class of Windows if the checker is not told the platform.
+        return _Worker(process, ours, deadline)  # pyright: ignore[reportArgumentType]
 
     def _hand_out(self, jobs: deque[Job]) -> Iterator[tuple[int, Score]]:
-        """Gives each idle worker an answer, and each busy one the next; yields the scores of those not to be sent."""
+        """Sends an answer to each idle worker, then one ahead to each busy one.
+
+        Yields (index, score) of answers that cannot be sent.
+        """
         for slot, worker in enumerate(self._workers):
             if jobs and worker.ready and not worker.jobs and worker.process.poll() is not None:
                 worker.conn.close()
                 self._workers[slot] = self._start()
         for waiting in (0, 1):
             for worker in self._workers:
-                # The last answers are left to whoever is idle first.
+                # No answer is sent ahead when few are left: whichever worker is idle first takes them.
                 if worker.ready and len(worker.jobs) == waiting and len(jobs) > waiting * len(self._workers):
                     yield from self._send(worker, jobs)
 
@@ -189,7 +194,7 @@ class ScorerPool:
             yield from self._lose(
                 worker, jobs, Score(status="crash", note=f"the worker died: {error}"), (index, message)
             )
-        except Exception as error:  # whatever pickle says of the row: it belongs to this row alone
+        except Exception as error:  # pickle may raise anything; only this row is at fault
             yield index, Score(status="error", note=f"cannot be sent to a worker: {type(error).__name__}: {error}")
         else:
             worker.jobs.append((index, message))
@@ -197,14 +202,14 @@ class ScorerPool:
                 worker.deadline = time.monotonic() + self._timeout_s
 
     def _lose(self, worker: _Worker, jobs: deque[Job], score: Score, *unsent: Job) -> Iterator[tuple[int, Score]]:
-        """Kills a worker: the answer that it was scoring gets this score, and what waited behind it another worker."""
+        """Kills a worker. The answer that it was scoring gets this score; answers that waited go back to the queue."""
         (index, _), *rest = [*worker.jobs, *unsent]
         worker.kill()
         jobs.extendleft(reversed(rest))
         yield index, score
 
     def _collect(self, jobs: deque[Job]) -> Iterator[tuple[int, Score]]:
-        """Waits for the next message or the next deadline; yields the scores that are then known."""
+        """Waits for the next message or the next deadline. Yields (index, score) of the answers that it decides."""
         watched = [worker for worker in self._workers if worker.jobs or not worker.ready]
         if not watched:
             return
@@ -227,7 +232,7 @@ class ScorerPool:
         except (EOFError, OSError):
             try:
                 code = worker.process.wait(timeout=1)
-            except subprocess.TimeoutExpired:  # it closed its pipe and lives
+            except subprocess.TimeoutExpired:  # it closed its pipe but still runs
                 worker.process.kill()
                 code = worker.process.wait()
             if worker.ready:

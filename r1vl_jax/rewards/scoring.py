@@ -1,12 +1,12 @@
 """StepRAR + StepRVR of one answer (R1-VL, arXiv 2503.12937, section 3.3).
 
-    accuracy = [the final answer is right] + alpha * k      (preset paper: 0 where no final answer is given)
+    accuracy = [the final answer is right] + alpha * k      (preset paper: 0 if there is no final answer)
     validity = 1 if the answer is complete and in order, else 0
     reward   = accuracy + validity
 
-In the flow: rollout gives completions, these functions give rewards, step_grpo normalises them in the group. Text that
-a model wrote belongs into `ScorerPool`: here, in the caller's process, only math-verify's own time limits (5 s for each
-parse and comparison) stand between a hostile answer such as 10^10^10^10 and a hang, and some arithmetic escapes them.
+In the flow: rollout samples completions, these functions score them, step_grpo turns the rewards of a group into
+advantages. Score model output in `ScorerPool`. Here, in the caller's process, only math-verify's own time limits (5 s
+for each parse and comparison) stop a hostile answer such as 10^10^10^10, and they do not stop all arithmetic.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from r1vl_jax.rewards.answer import expected_answer, found_answer, is_correct
+from r1vl_jax.rewards.answer import expected_answer, final_answer, is_correct
 from r1vl_jax.rewards.key_steps import Hit, key_step_groups, key_step_hits
 from r1vl_jax.rewards.rules import Rules, get_rules
 from r1vl_jax.rewards.steps import section_faults, step_starts
@@ -26,24 +26,24 @@ from r1vl_jax.rewards.steps import section_faults, step_starts
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """The rewards of one answer, and why.
+    """The rewards of one answer, and the reasons.
 
     Attributes:
       accuracy, validity, reward: StepRAR, StepRVR and their sum.
       correct: the final answer is right.
-      answer: the final answer found; None where there is none.
+      answer: the final answer of the completion; None if there is none.
       expected: the solution's final answer.
-      matched: indices of the key-step groups found, ascending.
+      matched: indices of the key-step groups that occur, ascending.
       total: number of key-step groups of the question.
-      k: len(matched) / total, 0 where there are no groups.
-      hits: where each matched group is found first: (group, start, end) in characters of the completion.
+      k: len(matched) / total; 0 if there are no groups.
+      hits: where each matched group first occurs: (group, start, end) in characters of the completion.
       step_starts: the character at which each step's header begins.
-      step_rewards: the key steps' part of the accuracy, alpha / total for each hit, by the step that it stands in; one
-        entry for each step, one for an answer without steps.
-      faults: what keeps the answer from being valid, as short phrases.
-      status: "ok"; "timeout", "error" or "crash" where the pool could not score the answer. Then all rewards are 0,
-        and the other fields are empty.
-      note: what was wrong with the key steps, or with the scoring.
+      step_rewards: the key steps' part of the accuracy by step: alpha / total for each hit in it. One entry for each
+        step; one entry for an answer without steps.
+      faults: why the answer is not valid, as short phrases.
+      status: "ok"; "timeout", "error" or "crash" if the pool could not score the answer. Then all rewards are 0, and
+        the other fields are empty.
+      note: what is wrong with the key steps, or why the answer could not be scored.
     """
 
     accuracy: float = 0.0
@@ -66,24 +66,25 @@ class Score:
 def score_answer(
     completion: str, solution: str, key_steps: Any, *, rules: str | Rules = "paper", alpha: float = 0.1
 ) -> Score:
-    """The score of one completion, in this process and thread (the main one: see answer.is_correct).
+    """The score of one completion, computed in this process and thread.
 
     Args:
       completion: the answer to score.
-      solution: the reference; its final-answer section, or all of it.
-      key_steps: `{"Steps": groups}`, or the groups; missing, empty and null ones give k = 0 and a note.
-      rules: a preset's name, or options.
+      solution: the reference; its final-answer section is compared, or all of it if it has none.
+      key_steps: `{"Steps": groups}`, or the groups; if missing, empty or null, k is 0 and the score has a note.
+      rules: a preset's name, or a `Rules`.
       alpha: weight of the key steps.
 
     Raises:
       TypeError: completion or solution is not a text.
       ValueError: no preset has this name.
+      RuntimeError: math-verify is needed, and this is not the main thread (see answer.is_correct).
     """
     rules = get_rules(rules)
     for name, value in (("completion", completion), ("solution", solution)):
         if not isinstance(value, str):
             raise TypeError(f"{name}: expected a text, got {type(value).__name__}")
-    answer = found_answer(completion, rules)
+    answer = final_answer(completion, rules)
     groups, notes = key_step_groups(key_steps)
     hits = key_step_hits(completion, groups, rules)
     k = len(hits) / len(groups) if groups else 0.0
@@ -112,7 +113,7 @@ def score_answer(
 
 
 def _step_rewards(hits: Sequence[Hit], starts: Sequence[int], each: float) -> tuple[float, ...]:
-    """The rewards of hits by the step that each is complete in; what stands before the first step counts to it."""
+    """The rewards of hits by the step in which each hit ends. A hit before the first step counts for the first."""
     rewards = [0.0] * max(1, len(starts))
     for hit in hits:
         rewards[max(0, bisect_right(starts, max(hit.start, hit.end - 1)) - 1)] += each
@@ -140,7 +141,7 @@ def step_accuracy(
 
 
 def step_validity(completions: Sequence[str], *, rules: str | Rules = "paper") -> np.ndarray:
-    """StepRVR of N answers, float64 of shape (N,): 1 where an answer is complete and in order, else 0.
+    """StepRVR of N answers, float64 of shape (N,): 1 if an answer is complete and in order, else 0.
 
     Raises:
       ValueError: no preset has this name.
@@ -149,8 +150,12 @@ def step_validity(completions: Sequence[str], *, rules: str | Rules = "paper") -
     return np.array([0.0 if section_faults(text, rules) else 1.0 for text in completions], np.float64)
 
 
-def check_lengths(completions: Sequence, solutions: Sequence, key_steps: Sequence) -> None:
-    """Raises ValueError unless the three have one entry for each answer (a lone text is not a sequence of answers)."""
+def check_lengths(completions: Sequence[str], solutions: Sequence[str], key_steps: Sequence[Any]) -> None:
+    """Checks that the three have one entry for each answer.
+
+    Raises:
+      ValueError: the lengths differ, or one is a single text or object rather than a sequence.
+    """
     columns = {"completions": completions, "solutions": solutions, "key_steps": key_steps}
     for name, column in columns.items():
         if isinstance(column, str | dict):

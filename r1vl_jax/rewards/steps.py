@@ -11,7 +11,7 @@ The format (R1-VL, arXiv 2503.12937, the prompt of the released data):
 StepRVR pays 1 for an answer that is complete (description, rationale, at least one step, final answer) and in order
 (description and rationale before the steps, the steps before the final answer, steps numbered 1..n).
 
-Every function is one pass over the text, so that answers of megabytes and of ten thousand steps stay cheap.
+Every function passes over the text once, so answers of megabytes or of ten thousand steps stay cheap.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _SUBSTRINGS = {
 }
 
 _STEP_HEADER = re.compile(r"### Step (\d+):")
-# As released: a step's text ends at the next line that starts with ###, whatever follows there; white space after
-# the header is skipped first, so an empty step swallows the step below it.
+# As released: a step's text ends before the next line that starts with ###, whatever that line is. White space after
+# the header is skipped first, so the text of an empty step is the whole step after it.
 _STEP_BODY = re.compile(r"### Step \d+:\s*(.*?)(?=\n###|\Z)", re.DOTALL)
 _STEP_LINE = re.compile(r"^### Step \d+:", re.MULTILINE)
 _ANSWER_LINE = re.compile(r"### The final answer is:\s*\n?(.*)")
 
 _NAMES = ("image description", "rationale", 'line "Let\'s think step by step."', "step", "final answer")
-_OPTIONAL = 2  # the "Let's think" line introduces the steps and is not a section: only its place is checked
+_OPTIONAL = 2  # the "Let's think" line is not a section and may be missing: only its place is checked
 _STEP = 3
 # One group for each name above, in the order of the format.
 _HEADER = re.compile(
@@ -49,26 +49,26 @@ _SAYS_SOMETHING = re.compile(r"[^\s.,:;!?*_#~`'\"|\\/()\[\]{}<>$&\x00-\x1f-]")
 
 
 def step_bodies(text: str) -> list[tuple[int, int]]:
-    """Where the bodies of the steps stand in a text, as ranges of characters: what key steps are searched in."""
+    """Where the bodies of the steps are in a text, as ranges of characters. Key steps are searched in these."""
     return [match.span(1) for match in _STEP_BODY.finditer(text)]
 
 
 def step_starts(text: str) -> tuple[int, ...]:
-    """Where the lines "### Step k:" begin, in characters: the spans of per-step credit, each up to the next."""
+    """Where the lines "### Step k:" begin, in characters. For per-step credit, a step lasts until the next one."""
     return tuple(match.start() for match in _STEP_LINE.finditer(text))
 
 
 def answer_line(text: str) -> str | None:
-    """The first line with text from the first final-answer header on, stripped; None without a header."""
+    """The first line with text after the first final-answer header, stripped; None if there is no header."""
     match = _ANSWER_LINE.search(text)
     return None if match is None else match[1].strip()
 
 
 def answer_section(text: str) -> str | None:
-    """The text below the first final-answer header that starts a line, stripped; None without such a header.
+    """The text after the first final-answer header that starts a line, stripped; None if there is no such header.
 
-    The first, not the last: the steps must all come before it, and a second one would be a second guess. The section
-    ends at the next line that starts with ###.
+    The first header counts, not the last: all steps must come before it, and a second one would be a second guess. The
+    section ends before the next line that starts with ###.
     """
     start = 0 if text.startswith(ANSWER_HEADER) else text.find("\n" + ANSWER_HEADER) + 1
     if not text.startswith(ANSWER_HEADER, start):
@@ -81,10 +81,10 @@ def answer_section(text: str) -> str | None:
 def section_faults(text: str, rules: Rules) -> tuple[str, ...]:
     """What keeps an answer from being complete and in order, as short phrases; empty for a valid answer."""
     headers = list(_HEADER.finditer(text))
-    kinds = [header.lastindex - 1 for header in headers]
+    kinds = [_kind(header) for header in headers]
     if rules.sections_by_header:
         missing = [f"no {name}" for kind, name in enumerate(_NAMES) if kind not in kinds and kind != _OPTIONAL]
-        numbers = [header[header.lastindex] for header in headers if header.lastindex - 1 == _STEP]
+        numbers = [header[_STEP + 1] for header in headers if _kind(header) == _STEP]
     else:
         missing = [f"no {name}" for header, name in _SUBSTRINGS.items() if header not in text]
         numbers = _STEP_HEADER.findall(text)
@@ -93,11 +93,16 @@ def section_faults(text: str, rules: Rules) -> tuple[str, ...]:
     return (*missing, *empty, *order, *_number_faults(numbers))
 
 
-def _empty_sections(text: str, headers: list[re.Match]) -> list[str]:
-    """The kinds of section of which one has no word, number or symbol before the next header."""
+def _kind(header: re.Match[str]) -> int:
+    """Which section a match of _HEADER begins, as an index of _NAMES."""
+    return (header.lastindex or 0) - 1
+
+
+def _empty_sections(text: str, headers: list[re.Match[str]]) -> list[str]:
+    """Names the kinds of section of which one has no word, number or symbol before the next header."""
     ends = [header.start() for header in headers[1:]] + [len(text)]
     kinds = {
-        header.lastindex - 1
+        _kind(header)
         for header, end in zip(headers, ends, strict=False)  # no header has one end, the text's
         if not _SAYS_SOMETHING.search(text, header.end(), end)
     }
@@ -105,7 +110,7 @@ def _empty_sections(text: str, headers: list[re.Match]) -> list[str]:
 
 
 def _order_faults(kinds: list[int]) -> list[str]:
-    """Every header that stands below one that the format puts after it."""
+    """Names each kind of header that comes after one that should follow it."""
     latest, late = 0, set()
     for kind in kinds:
         if kind < latest:
@@ -115,7 +120,7 @@ def _order_faults(kinds: list[int]) -> list[str]:
 
 
 def _answer_place_faults(text: str) -> list[str]:
-    """The released order rule: the first final-answer header stands after the last step's header."""
+    """The released order rule: the first final-answer header comes after the last step's header."""
     if text.strip().endswith(ANSWER_HEADER):
         return []
     last_step = max((header.end() for header in _STEP_HEADER.finditer(text)), default=0)
@@ -125,5 +130,5 @@ def _answer_place_faults(text: str) -> list[str]:
 
 def _number_faults(numbers: list[str]) -> list[str]:
     # Python refuses to convert thousands of digits, and no answer has that many steps.
-    found = [int(digits) if len(digits) <= 1000 else -1 for digits in numbers]
-    return [] if found == list(range(1, len(found) + 1)) else ["steps not numbered 1..n"]
+    values = [int(digits) if len(digits) <= 1000 else -1 for digits in numbers]
+    return [] if values == list(range(1, len(values) + 1)) else ["steps not numbered 1..n"]

@@ -1,18 +1,17 @@
-"""Reward functions that users write: found by "module:name", called once a batch, their results checked.
+"""Reward functions that users write: loaded by "module:name", called once for each batch, with checked results.
 
-A reward is a function of the completions and of the examples that they answer, and gives one number for each:
+A reward function takes the completions and the examples that they answer, and returns one number for each:
 
     def short(completions, examples):
         return [float(len(text) < 1000) for text in completions]
 
-In the flow: beside StepRAR and StepRVR, in the training process, on text that a model wrote. Whatever a function gets
-wrong is an error that names the function and the row; nothing is repaired, and nothing counts as 0.
+In the flow: it runs next to StepRAR and StepRVR, in the training process, on text that a model wrote. If it fails, an
+error names the function and the row. No result is repaired or replaced by 0.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import sys
 import traceback
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from r1vl_jax.common.text import did_you_mean, shorten
 from r1vl_jax.errors import RewardError
 
 MAX_MESSAGE_CHARS = 500
@@ -28,17 +28,17 @@ MAX_MESSAGE_CHARS = 500
 
 @dataclasses.dataclass(frozen=True)
 class UserReward:
-    """A user's reward function, and the "module:name" that it was found by."""
+    """A user's reward function, and the "module:name" that it was loaded by."""
 
     name: str
     function: Callable[[list[str], list[Any]], Any]
 
 
 def load_reward(text: str) -> UserReward:
-    """The function that "module:name" names; the module is imported, from wherever Python finds modules.
+    """Imports the module of "module:name", from Python's usual search path, and returns its function.
 
     Raises:
-      RewardError: the text is no "module:name", the module cannot be imported, or has no such function.
+      RewardError: the text is not "module:name", the module cannot be imported, or it has no such function.
     """
     module_name, _, name = text.partition(":")
     if not name.isidentifier() or not all(part.isidentifier() for part in module_name.split(".")):
@@ -46,10 +46,9 @@ def load_reward(text: str) -> UserReward:
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # a script without a main guard may exit when it is imported
-        raise RewardError(f"reward {text!r}: module {module_name!r} cannot be imported: {_shown(error)}") from error
+        raise RewardError(f"reward {text!r}: module {module_name!r} cannot be imported: {_describe(error)}") from error
     if not hasattr(module, name):
-        near = difflib.get_close_matches(name, vars(module), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, vars(module))
         raise RewardError(f"reward {text!r}: module {module_name!r} has no {name!r}{hint}")
     function = getattr(module, name)
     if not callable(function):
@@ -61,14 +60,14 @@ def user_reward(reward: UserReward, completions: Sequence[str], examples: Sequen
     """The rewards of N completions, float64 of shape (N,), from one call of the user's function.
 
     Args:
-      reward: what `load_reward` gave.
+      reward: from `load_reward`.
       completions: N answers.
-      examples: the N examples that they answer, one for each answer; an error quotes their `name`, where they have one.
+      examples: the N examples that they answer. If an example has a `name`, error messages include it.
 
     Raises:
-      RewardError: the function raised (its exception is the cause; then it is called again row by row, to name the
-        first that fails alone), or gave anything but N finite numbers.
-      ValueError: different lengths.
+      RewardError: the function raised an exception, or did not return N finite numbers. After an exception, which
+        becomes the cause of the error, the function is called again for each row to name the first that fails alone.
+      ValueError: the lengths differ.
     """
     if len(completions) != len(examples):
         raise ValueError(f"expected one example for each completion, got {len(completions)} and {len(examples)}")
@@ -79,35 +78,37 @@ def user_reward(reward: UserReward, completions: Sequence[str], examples: Sequen
     except (Exception, SystemExit) as error:
         row = _first_failing_row(reward, completions, examples)
         where = "on the batch but on no row alone" if row is None else f"on {_row(row, examples)}"
-        raise RewardError(f"reward {reward.name!r} raised {where}: {_shown(error)}{_place(reward, error)}") from error
+        raise RewardError(
+            f"reward {reward.name!r} raised {where}: {_describe(error)}{_place(reward, error)}"
+        ) from error
     return _checked(reward, result, examples)
 
 
 def _checked(reward: UserReward, result: Any, examples: Sequence[Any]) -> np.ndarray:
-    """The result of a function as float64 of shape (N,), a copy."""
+    """The result of a user's function, checked and copied to float64 of shape (N,)."""
 
     def refused(what: str) -> RewardError:
         expected = f"expected {len(examples)} finite numbers, one for each completion"
-        return RewardError(f"reward {reward.name!r} gave {what}; {expected}")
+        return RewardError(f"reward {reward.name!r} returned {what}; {expected}")
 
     if isinstance(result, list | tuple):
         values = result
         if len(values) != len(examples):
             raise refused(f"{len(values)} entries")
-    elif hasattr(result, "__array__"):  # NumPy's, and JAX's without importing it
+    elif hasattr(result, "__array__"):  # arrays of NumPy, and of JAX without importing it
         try:
             values = np.asarray(result)
-        except Exception as error:  # its library refuses, as for an array that was donated
-            raise refused(f"an array that cannot be read ({_shown(error)})") from error
+        except Exception as error:  # its library refuses, for example because the array was donated
+            raise refused(f"an array that cannot be read ({_describe(error)})") from error
         if isinstance(result, np.ma.MaskedArray) and np.ma.is_masked(result):
             raise refused("an array with masked entries")
         if values.shape != (len(examples),):
             raise refused(f"an array of shape {values.shape}")
     else:
         raise refused(_kind(result))
-    odd = next((row for row, value in enumerate(values) if not _is_finite_number(value)), None)
-    if odd is not None:
-        raise refused(f"{_kind(values[odd])} for {_row(odd, examples)}")
+    bad = next((row for row, value in enumerate(values) if not _is_finite_number(value)), None)
+    if bad is not None:
+        raise refused(f"{_kind(values[bad])} for {_row(bad, examples)}")
     if isinstance(values, np.ndarray) and not _is_real(values.dtype):
         raise refused(f"an array of {values.dtype}")
     return np.array(values, np.float64)
@@ -116,21 +117,22 @@ def _checked(reward: UserReward, result: Any, examples: Sequence[Any]) -> np.nda
 def _is_finite_number(value: Any) -> bool:
     try:
         number = np.asarray(value)
-    except Exception:  # NumPy, or the library that it belongs to, refuses it: it is no number
+    except Exception:  # NumPy, or the library that the value belongs to, refuses it: it is not a number
         return False
     return number.shape == () and _is_real(number.dtype) and bool(np.isfinite(number.astype(np.float64)))
 
 
 def _is_real(dtype: np.dtype) -> bool:
-    return np.can_cast(dtype, np.float64, "same_kind")  # not by dtype.kind: JAX's bfloat16 has none of NumPy's
+    return np.can_cast(dtype, np.float64, "same_kind")  # not by dtype.kind: JAX's bfloat16 has none of NumPy's kinds
 
 
 def _kind(value: Any) -> str:
+    """A value, shortened, and its type."""
     try:
         text = repr(value)
-    except Exception:  # an integer of thousands of digits, or an object's own fault
+    except Exception:  # an integer of thousands of digits, or a class whose __repr__ fails
         text = "a value"
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+    return f"{shorten(text, 60)} ({type(value).__name__})"
 
 
 def _row(row: int, examples: Sequence[Any]) -> str:
@@ -138,12 +140,13 @@ def _row(row: int, examples: Sequence[Any]) -> str:
     return f"row {row} of the batch" + ("" if name is None else f" ({name})")
 
 
-def _shown(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
+    """The type and message of an error, shortened."""
     try:
         text = str(error)
-    except Exception:  # its own fault, which must not hide it
+    except Exception:  # a class whose __str__ fails must not hide the error
         text = "(no message)"
-    return f"{type(error).__name__}: {text}"[:MAX_MESSAGE_CHARS]
+    return shorten(f"{type(error).__name__}: {text}", MAX_MESSAGE_CHARS)
 
 
 def _first_failing_row(reward: UserReward, completions: Sequence[str], examples: Sequence[Any]) -> int | None:
@@ -156,8 +159,11 @@ def _first_failing_row(reward: UserReward, completions: Sequence[str], examples:
 
 
 def _place(reward: UserReward, error: BaseException) -> str:
-    """Where in the user's own module an exception came through; in whatever it called, where the module has no part."""
-    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is this module's call
+    """The last line of the user's module in an exception's traceback, as " (file:line)".
+
+    If the traceback has no line of that module, the last line of any other; empty if there is none.
+    """
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is the call in this module
     file = getattr(sys.modules.get(reward.function.__module__), "__file__", None)
     own = [frame for frame in frames if frame.filename == file] or frames
     return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""

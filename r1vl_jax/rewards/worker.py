@@ -1,8 +1,8 @@
-"""The process behind `ScorerPool`: receives one answer at a time over a pipe, and sends back its score.
+"""The worker process of `ScorerPool`: it receives one answer at a time over a pipe, and sends back its score.
 
-Started as `python -m r1vl_jax.rewards.worker FD FUNCTION TIMEOUT_S MEMORY_BYTES`, never imported by the package. A
-plain command rather than multiprocessing's spawn, because spawn imports the parent's main module again, which in
-training is all of JAX.
+The pool starts it as `python -m r1vl_jax.rewards.worker FD FUNCTION TIMEOUT_S MEMORY_BYTES`; nothing imports it. It is
+a command, and not a process that multiprocessing spawns, because spawn imports the parent's main module again, which in
+training loads JAX.
 """
 
 from __future__ import annotations
@@ -22,11 +22,19 @@ READY = "ready"
 
 
 def main(fd: int, function: str, timeout_s: float, memory_bytes: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends us
+    """Scores answers until the pipe closes.
+
+    Args:
+      fd: file descriptor of the pipe to the parent.
+      function: "module:name" of the scorer.
+      timeout_s: seconds for one answer; its processor time is limited to a little more.
+      memory_bytes: limit of the address space.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends this process
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it logs the whole text at every timeout
     module, _, name = function.partition(":")
     score = getattr(importlib.import_module(module), name)
-    parse("$1$")  # compiles math-verify's expressions now, not on the first answer's time
+    parse("$1$")  # math-verify compiles its expressions on first use; do it before an answer's time runs
     _limit(resource.RLIMIT_AS, memory_bytes)
     _limit(resource.RLIMIT_CORE, 0)
     conn = Connection(fd)
@@ -34,9 +42,9 @@ def main(fd: int, function: str, timeout_s: float, memory_bytes: int) -> None:
     while True:
         try:
             args, options = conn.recv()
-        except EOFError:  # the parent closed the pool, or is gone
+        except EOFError:  # the parent closed the pool, or has ended
             return
-        # The parent kills a slow worker. Should the parent be gone, the kernel does, a little later.
+        # The parent kills a slow worker. If the parent has ended, the kernel does so a little later.
         used = resource.getrusage(resource.RUSAGE_SELF)
         _limit(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime + timeout_s) + 5)
         try:
@@ -50,11 +58,11 @@ def main(fd: int, function: str, timeout_s: float, memory_bytes: int) -> None:
 
 
 def _limit(kind: int, value: int) -> None:
-    """Lowers a soft limit where the system has it; the hard one stays, so that the soft one can move again."""
+    """Sets a soft limit, if the system has it. The hard limit stays, so that the soft one can be raised again."""
     _, hard = resource.getrlimit(kind)
     try:
         resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
-    except (ValueError, OSError) as error:  # macOS has no limit of the address space
+    except (ValueError, OSError) as error:  # macOS cannot limit the address space
         logging.getLogger(__name__).warning("no resource limit %s: %s", kind, error)
 
 

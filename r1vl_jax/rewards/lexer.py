@@ -1,0 +1,215 @@
+"""Lexing for the normal form (normal.py): a text becomes tokens, with LaTeX, spacing, units and numbers folded.
+
+A regular expression cuts the text into lexemes. A table turns each lexeme into its tokens, whatever text is around it.
+One pass over the lexemes then handles what depends on that text: braces, fractions, powers of units, brackets.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import NamedTuple
+
+END = "."  # the token that ends a sentence; key_steps.py also puts one after each step
+
+_IDEOGRAPHS = r"\u0370-\u03ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
+_OPTION = r"(?:[Oo]ption|OPTION|[Cc]hoice)\s+(?:\([A-Ja-j]\)|[A-J]\b)"
+_FRACTION = r"[dtc]?frac\s*+\{"
+# The kinds of lexemes. Together they cover a text: every character belongs to one. The most frequent come first.
+_KINDS = {
+    "blank": r"\s*\n[ \t]*[-*+•](?=\s)|\s+",  # white space, with the bullets of lists
+    "word": rf"(?!{_FRACTION}|{_OPTION})[^\W\d_º²³¹½¼¾⅓⅔⁰⁴-⁹₀-₉{_IDEOGRAPHS}]+",
+    "number": r"(?:\d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\w)\.\d+",
+    "ideograph": f"[{_IDEOGRAPHS}]",
+    "option": rf"{_OPTION}|(?<![\w)\]])\([A-J]\)",
+    "fraction": rf"\\?(?={_FRACTION})[dtc]?frac\s*\{{",
+    "digits": r"\\[dtc]?frac\s*\d\s*\d",
+    "degrees": r"\^\s*\\circ\b|\^\{\s*(?:\\circ\b|°)\s*\}|\^?[°º˚]|\\degree\b",
+    "command": r"\\[A-Za-z\u0370-\u04ff]+",
+    "percent": r"\\%",
+    "nothing": r"\\.?|\*\*+|\#+|(?<![^\n])[-*+•]\s",  # escapes, emphasis, headers, bullets: no tokens
+    "open": r"\{",
+    "close": r"\}",
+    "relation": r"<=|>=|!=|==|=>|->|\|\|",
+    "symbol": r"\S",
+}
+_LEXEMES = re.compile("|".join(_KINDS.values()), re.DOTALL)
+
+_SYMBOL_TOKENS = {
+    **dict.fromkeys("×·⋅∗•∙", "*"),
+    **dict.fromkeys("÷⁄∕", "/"),
+    **dict.fromkeys("−–‐‑", "-"),
+    **dict.fromkeys(".;!?—。！？；\u2026", END),
+    **dict.fromkeys(",:$\"'`“”‘’，：、\u200b\u200c\u200d\u2060\ufeff\\&", ""),
+    **{"<=": "≤", ">=": "≥", "!=": "≠", "==": "=", "=>": "→", "->": "→", "⇒": "→", "||": "∥", "⟂": "⊥"},
+    **{"∠": "angle", "△": "triangle", "▵": "triangle", "√": "sqrt", "~": "", "％": "%"},
+    **{"½": "1 / 2", "¼": "1 / 4", "¾": "3 / 4", "⅓": "1 / 3", "⅔": "2 / 3"},
+    **{raised: f"^ {digit}" for digit, raised in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
+    **{lowered: f"_ {digit}" for digit, lowered in enumerate("₀₁₂₃₄₅₆₇₈₉")},
+}
+_FULL_WIDTH = {code + 0xFEE0: code for code in range(0x21, 0x7F)} | {0x3000: " "}
+# "mеdian" with a Cyrillic "е" becomes "median". Otherwise copied words in look-alike letters would count as new words.
+_CYRILLIC_LOOKALIKES = str.maketrans("авекмнорстухіјѕһԁ", "abekmhopctyxijshd")
+_GREEK_NAMES = "alpha beta gamma delta epsilon theta lambda mu pi rho sigma tau phi omega"
+_GREEK = dict(zip(_GREEK_NAMES.split(), "αβγδεθλμπρστφω", strict=True))
+# Commands that only change how their argument looks, or that are white space.
+_APPEARANCE = (
+    "left right big Big bigg Bigg quad qquad text textbf textit textrm mathrm mathbf mathit mathsf operatorname boxed "
+    "mbox overline underline widehat hat bar vec overrightarrow overleftrightarrow displaystyle limits"
+)
+_COMMAND_TOKENS = {
+    **dict.fromkeys(["times", "cdot", "ast"], "*"),
+    **dict.fromkeys(["div"], "/"),
+    **dict.fromkeys(["le", "leq", "leqslant"], "≤"),
+    **dict.fromkeys(["ge", "geq", "geqslant"], "≥"),
+    **dict.fromkeys(["ne", "neq"], "≠"),
+    **dict.fromkeys(["to", "rightarrow", "Rightarrow", "implies", "Longrightarrow"], "→"),
+    **dict(lt="<", gt=">", pm="±", approx="≈", cong="≅", sim="∼", perp="⊥", parallel="∥", infty="∞", percent="%"),
+    **dict.fromkeys(_APPEARANCE.split(), ""),
+}
+_UNITS = {
+    **{f"{prefix}{unit}": sign + "m" for prefix, sign in (("", ""), ("centi", "c"), ("milli", "m"), ("kilo", "k"))
+       for unit in ("meter", "meters", "metre", "metres")},
+    **{f"{prefix}{unit}": sign + "g" for prefix, sign in (("", ""), ("milli", "m"), ("kilo", "k"))
+       for unit in ("gram", "grams")},
+    **dict(inch="in", inches="in", foot="ft", feet="ft", yard="yd", yards="yd", mile="mi", miles="mi", liter="l"),
+    **dict(liters="l", litre="l", litres="l", second="s", seconds="s", sec="s", secs="s", minute="min", minutes="min"),
+    **dict(hour="h", hours="h", hr="h", hrs="h", pound="lb", pounds="lb", lbs="lb", ounce="oz", ounces="oz"),
+    **dict(degree="°", degrees="°", deg="°", percent="%"),
+}  # fmt: skip
+_WORD_TOKENS = _GREEK | _UNITS
+UNIT_SIGNS = frozenset(_UNITS.values())
+_POWER_WORDS = {"square": "2", "sq": "2", "cubic": "3"}  # "square metres" becomes m ^ 2
+_TAKES_GROUP = frozenset(("^", "_", "sqrt"))
+# What the next "{" opens, and the tokens that its "}" becomes.
+_BRACE, _GROUP, _NUMERATOR = range(3)
+_CLOSING: tuple[tuple[str, ...], ...] = ((), (")",), (")", "/"))
+_LOOKS_BACK = UNIT_SIGNS | {")"}  # tokens that can change the tokens before them
+
+
+class Tokens(NamedTuple):
+    """The tokens of a text: `words[i]` is from characters `starts[i]` to `ends[i]` of `text`."""
+
+    text: str  # as given, but full-width characters are replaced by plain ones, each by one
+    words: list[str]
+    starts: list[int]
+    ends: list[int]
+
+
+def tokenize(text: str, start: int, end: int) -> Tokens:
+    """The tokens of text[start:end], with their places in `text`."""
+    words, starts, ends = [], [], []
+    opened = []  # for each open brace: _NUMERATOR of a fraction, _GROUP of an operator, or plain _BRACE
+    coming = _BRACE  # what the next brace is
+    if not text.isascii():
+        text = text.translate(_FULL_WIDTH)  # one character for one character: places stay the same
+    last = start
+    for lexeme in _LEXEMES.findall(text, start, end):
+        first, last = last, last + len(lexeme)
+        tokens = _FOLDED[lexeme]
+        if tokens is _BLANK:
+            continue
+        if tokens is _OPEN:
+            opened.append(coming)
+            tokens, coming = () if coming is _BRACE else ("(",), _BRACE
+        elif tokens is _FRACTION_OPEN:
+            opened.append(_NUMERATOR)
+            tokens, coming, first = ("(",), _BRACE, last - 1
+        elif tokens is _CLOSE:
+            closed = opened.pop() if opened else _BRACE
+            tokens, coming = _CLOSING[closed], _GROUP if closed is _NUMERATOR else _BRACE
+        else:
+            coming = _GROUP if tokens and tokens[-1] in _TAKES_GROUP else _BRACE
+        for word in tokens:
+            if word in _LOOKS_BACK:
+                if word == ")" and words[-2:-1] == ["("] and not _is_call(words, starts, ends):
+                    del words[-2], starts[-2], ends[-2]  # brackets around one token change nothing
+                    continue
+                if word != ")" and _is_counted_power(words):
+                    words[-1:] = [word, "^", _POWER_WORDS[words[-1]]]
+                    starts += [first, first]
+                    ends[-1:] = [last, last, last]
+                    continue
+            words.append(word)
+            starts.append(first)
+            ends.append(last)
+    return Tokens(text, words, starts, ends)
+
+
+def _is_call(words: list[str], starts: list[int], ends: list[int]) -> bool:
+    """Whether the bracket before the last token is that of f(x)."""
+    return len(words) > 2 and ends[-3] == starts[-2] and words[-3][0].isalpha() and words[-3] != "sqrt"
+
+
+def _is_counted_power(words: list[str]) -> bool:
+    """Whether the tokens end with a number and "square", "sq" or "cubic": "5 square" of "5 square metres"."""
+    return len(words) > 1 and words[-1] in _POWER_WORDS and words[-2][0].isdecimal()
+
+
+def _number(text: str) -> str:
+    """One spelling for one value: 1,000 and 1000, 0.50 and .5, 6.0 and 6."""
+    if "," in text:
+        text = text.replace("{,}", "").replace("\\,", "").replace(",", "")
+    whole, _, part = text.partition(".")
+    if not whole.isascii() or not part.isascii():
+        whole, part = (unicodedata.normalize("NFKC", digits) for digits in (whole, part))
+    whole, part = whole.lstrip("0") or "0", part.rstrip("0")
+    return f"{whole}.{part}" if part else whole
+
+
+def _word(lexeme: str) -> str:
+    word = lexeme.lower()
+    if not word.isascii():
+        word = unicodedata.normalize("NFKC", word)
+        latin = word.translate(_CYRILLIC_LOOKALIKES)
+        word = latin if latin.isascii() else word
+    return _WORD_TOKENS.get(word, word)
+
+
+def _command(lexeme: str) -> str:
+    name = lexeme[1:]
+    token = _COMMAND_TOKENS.get(name)
+    return _word(name) if token is None else token
+
+
+# What a lexeme of each kind becomes: tokens separated by spaces.
+_FOLD = {
+    "word": _word,
+    "number": _number,
+    "symbol": lambda lexeme: _SYMBOL_TOKENS.get(lexeme, lexeme),
+    "relation": lambda lexeme: _SYMBOL_TOKENS[lexeme],
+    "command": _command,
+    "option": lambda lexeme: "option:" + lexeme.rstrip(")")[-1].lower(),
+    "digits": lambda lexeme: " / ".join(filter(str.isdecimal, lexeme)),  # \\frac12
+    "degrees": lambda lexeme: "°",
+    "percent": lambda lexeme: "%",
+    "ideograph": str.lower,
+    "nothing": lambda lexeme: "",
+}
+# Marks for the kinds whose tokens depend on the text around them. They are compared by identity.
+_BLANK, _OPEN, _CLOSE, _FRACTION_OPEN = ("blank",), ("open",), ("close",), ("fraction",)
+_MARKS = {"blank": _BLANK, "open": _OPEN, "close": _CLOSE, "fraction": _FRACTION_OPEN}
+
+
+class _Folded(dict[str, tuple[str, ...]]):
+    """Lexeme -> its tokens, computed when first asked for."""
+
+    _KIND = re.compile("|".join(f"(?P<{name}>{pattern})" for name, pattern in _KINDS.items()), re.DOTALL)
+
+    def __missing__(self, lexeme: str) -> tuple[str, ...]:
+        kind = self._kind(lexeme)
+        tokens = _MARKS.get(kind) or tuple(_FOLD[kind](lexeme).split())
+        if len(self) > 50_000:  # a model that writes nonsense must not fill the memory
+            self.clear()
+        if len(lexeme) < 50:
+            self[lexeme] = tokens
+        return tokens
+
+    def _kind(self, lexeme: str) -> str:
+        # A lexeme shows its kind without the text around it: a fraction's lexeme includes its brace.
+        match = self._KIND.match(lexeme)
+        assert match is not None and match.lastgroup is not None  # _KINDS cover every character
+        return match.lastgroup
+
+
+_FOLDED = _Folded()

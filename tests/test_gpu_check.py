@@ -201,7 +201,7 @@ def test_what_right_judges():
 
 
 def test_what_step_judges():
-    from gpu_check_step import METRICS, WAYS, compare_with_cpu, compare_runs
+    from gpu_check_step import METRICS, WAYS, compare_runs, compare_with_cpu
 
     limits = WAYS["bfloat16"][1]
     names = ("tokens", "rollout_logprobs", "recomputed", "reference", "change")

@@ -70,7 +70,7 @@ def relative(result: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(result - expected) / max(np.linalg.norm(expected), 1e-30))
 
 
-def with_itself(first: Arrays, second: Arrays, limits: Limits) -> dict[str, Any]:
+def compare_runs(first: Arrays, second: Arrays, limits: Limits) -> dict[str, Any]:
     """What the decode program and the training program say of the same tokens; what a second run repeats exactly."""
     difference = largest_difference(first["rollout_logprobs"], first["recomputed"])
     repeats = {name: bool(np.array_equal(first[name], second[name])) for name in first}
@@ -78,7 +78,7 @@ def with_itself(first: Arrays, second: Arrays, limits: Limits) -> dict[str, Any]
     return {"rollout_against_recomputed": difference, "repeats": repeats, "ok": right}
 
 
-def with_expected(result: Arrays, expected: Arrays, limits: Limits) -> dict[str, Any]:
+def compare_with_cpu(result: Arrays, expected: Arrays, limits: Limits) -> dict[str, Any]:
     """One way's arrays against the CPU's. Sampled tokens part after the first that differs: they are not judged."""
     logprob = largest_difference(result["reference"], expected["reference"])
     metric = {name: relative(result[name], expected[name]) for name in METRICS}
@@ -110,11 +110,11 @@ def check_way(args: argparse.Namespace, name: str, way: Way, limits: Limits) -> 
 
     def check() -> dict[str, Any]:
         runs.extend(step(args.size, way) for _ in range(2))
-        return with_itself(*runs, limits)
+        return compare_runs(*runs, limits)
 
     run_check(f"step: {name}", check)
     if args.cpu and len(runs) == 2:
-        run_check(f"step, second run: {name}", partial(with_expected, runs[1], runs[0], limits))
+        run_check(f"step, second run: {name}", partial(compare_with_cpu, runs[1], runs[0], limits))
     return runs[0] if runs else None
 
 
@@ -135,7 +135,7 @@ def step_on_gpu(args: argparse.Namespace) -> None:
 
 
 def against_file(result: Arrays, path: Path, limits: Limits) -> dict[str, Any]:
-    return with_expected(result, dict(np.load(path)), limits)
+    return compare_with_cpu(result, dict(np.load(path)), limits)
 
 
 def train_stage(args: argparse.Namespace) -> None:

@@ -201,18 +201,18 @@ def test_what_right_judges():
 
 
 def test_what_step_judges():
-    from gpu_check_step import METRICS, WAYS, with_expected, with_itself
+    from gpu_check_step import METRICS, WAYS, compare_runs, compare_with_cpu
 
     limits = WAYS["bfloat16"][1]
     names = ("tokens", "rollout_logprobs", "recomputed", "reference", "change")
     expected = {name: np.arange(1.0, 5.0) for name in names} | {name: np.float64(2) for name in METRICS}
-    assert with_itself(expected, expected, limits)["ok"] and with_expected(expected, expected, limits)["ok"]
+    assert compare_runs(expected, expected, limits)["ok"] and compare_with_cpu(expected, expected, limits)["ok"]
     for name, value in (("loss0", np.float64(math.nan)), ("kl1", np.float64(2.1)), ("reference", np.ones(4)),
                         ("change", -expected["change"])):  # fmt: skip
-        assert not with_expected(expected | {name: value}, expected, limits)["ok"], name
-    assert not with_itself(expected | {"recomputed": np.zeros(4)}, expected, limits)["ok"]
-    assert not with_itself(expected, expected | {"tokens": np.zeros(4)}, limits)["ok"]
-    assert with_itself(expected, expected | {"change": np.zeros(4)}, limits)["ok"]
+        assert not compare_with_cpu(expected | {name: value}, expected, limits)["ok"], name
+    assert not compare_runs(expected | {"recomputed": np.zeros(4)}, expected, limits)["ok"]
+    assert not compare_runs(expected, expected | {"tokens": np.zeros(4)}, limits)["ok"]
+    assert compare_runs(expected, expected | {"change": np.zeros(4)}, limits)["ok"]
 
 
 @pytest.mark.slow

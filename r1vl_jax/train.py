@@ -30,8 +30,9 @@ from r1vl_jax.data.loader import Loader
 from r1vl_jax.data.sources import Source, check_source
 from r1vl_jax.errors import CheckpointError, ConfigError, RewardError, RowError
 from r1vl_jax.model import backend
+from r1vl_jax.model.answers import answer_logprobs
 from r1vl_jax.model.config import load_config
-from r1vl_jax.model.qwen2_vl import answer_logprobs, cast
+from r1vl_jax.model.qwen2_vl import cast
 from r1vl_jax.model.spec import param_spec
 from r1vl_jax.parallel.sharding import batch_shards, make_mesh, param_shardings, per_shard
 from r1vl_jax.processing.processor import Processor

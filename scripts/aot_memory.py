@@ -27,8 +27,9 @@ from workloads import OBJECTIVE, OPTIMIZER, SIZES, TEMPERATURE, random_questions
 from r1vl_jax.config import REMAT
 from r1vl_jax.data.batching import collate_prompts
 from r1vl_jax.data.buckets import Buckets
+from r1vl_jax.model.answers import answer_logprobs
 from r1vl_jax.model.fused import fuse, fused_shardings
-from r1vl_jax.model.qwen2_vl import answer_logprobs, cast
+from r1vl_jax.model.qwen2_vl import cast
 from r1vl_jax.model.spec import abstract_params, param_spec
 from r1vl_jax.parallel.sharding import ROLLOUT_RULES, RULES, batch_shards, make_mesh, param_shardings, partition_spec
 from r1vl_jax.rollout import generate

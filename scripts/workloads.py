@@ -21,12 +21,13 @@ from r1vl_kernels.prefix_decode_attention import prefix_decode_attention
 from r1vl_jax.config import OptimizerSection
 from r1vl_jax.data.batching import collate_prompts
 from r1vl_jax.data.buckets import Buckets
+from r1vl_jax.model.answers import answer_logprobs
 from r1vl_jax.model.backend import choose
 from r1vl_jax.model.config import ModelConfig, parse_config
 from r1vl_jax.model.fused import fuse
 from r1vl_jax.model.head import head_loss
-from r1vl_jax.model.qwen2_vl import answer_logprobs, cast
-from r1vl_jax.model.spec import ParamSpec, is_spec, param_spec
+from r1vl_jax.model.qwen2_vl import cast
+from r1vl_jax.model.spec import param_spec
 from r1vl_jax.parallel.sharding import make_mesh, param_shardings, put_batch
 from r1vl_jax.processing.positions import mrope_positions
 from r1vl_jax.rollout.generate import rollout
@@ -39,7 +40,7 @@ from r1vl_jax.training.optimizer import (
     make_update,
     trained_parts,
 )
-from r1vl_jax.types import EncodedPrompt, Prompts, Rollout, Sampling, TrainBatch
+from r1vl_jax.types import EncodedPrompt, ParamSpec, Prompts, Rollout, Sampling, TrainBatch, is_spec
 
 TEMPERATURE, BETA = 1.2, 0.04
 OBJECTIVE = Objective(temperature=TEMPERATURE, beta=BETA)

@@ -24,7 +24,8 @@ from r1vl_jax.checkpoint.hf import save_hf, tensor_names
 from r1vl_jax.checkpoint.store import find_model, load_model, save_params
 from r1vl_jax.errors import CheckpointError
 from r1vl_jax.model.config import ModelConfig, load_config
-from r1vl_jax.model.spec import is_spec, num_params, param_spec
+from r1vl_jax.model.spec import num_params, param_spec
+from r1vl_jax.types import is_spec
 
 DTYPES = {name: np.dtype(getattr(jnp, name)) for name in ("float32", "bfloat16", "float16")}
 

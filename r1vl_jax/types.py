@@ -1,22 +1,27 @@
-"""The values that stages hand to each other, and the letters that name their axes.
+"""The values that stages pass to each other, and the letters that name the axes of arrays.
 
-Dimension key (the suffix of an array's name lists its axes):
+Dimension key. The suffix of an array's name lists its axes (`logits_BTV`); a digit is an axis of that size. Einsum
+labels and sizes in a function (`B, T, D = x.shape`) use the same letters; so do the kernels.
 
-    B  rows: questions in a batch          G  answers per question (the group)
-    T  query tokens                        S  key or cache positions
+    B  questions of a batch                G  answers to a question (the group)
+    T  query tokens                        S  keys: the positions that queries attend to
     L  layers                              D  model width
-    N  query heads    K  key/value heads   H  head width
+    N  query heads (K*E)                   K  key/value heads
+    E  query heads of a key/value head     H  head width
     F  MLP width                           V  vocabulary
-    R  packed vision rows                  P  patches in a vision row
-    C  values in a patch (3*2*14*14)       M  merged image tokens (P / 4)
+    R  answers as rows (B*G)               J  steps of an answer
+    W  packed vision rows                  P  patches of a vision row
+    C  values of a patch (3*2*14*14)       M  merged image tokens of a vision row (P/4)
+    Q  query rows that read the same keys, several axes merged into one: E and T, or G, E and T
 
 Stages (data, processing, rollout, rewards, step_grpo, sft, checkpoint) never import each other: they meet here, and
-train.py passes values between them.
+training/ passes values between them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import flax.struct
 import jax
@@ -25,21 +30,21 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One question as read from a file, nothing decoded yet.
+    """One question as read from a file; nothing is decoded yet.
 
-    A conversation of several turns is several of these: each answer once, with all that came before it.
+    A conversation of several turns becomes several examples, one for each answer, with all earlier turns as history.
 
     Attributes:
       source: the file, or the TFDS folder, that the row came from.
       row: the row's number in it, from 0.
       images: absolute paths of its images, in the order of their placeholders.
-      question: the user's text with one "<image>" or "<video>" where each image and video stands.
+      question: the user's text, with "<image>" or "<video>" at the place of each image and video.
       answer: SFT: the assistant's text. RL: the reference solution.
-      key_steps: RL: groups of alternatives; None where the row has none.
+      key_steps: RL: groups of alternatives; None if the row has none.
       videos: absolute paths of video files, or of the frames of a video, in the order of their placeholders.
-      system: the system turn; None: the default one.
+      system: the text of the system turn; None: the default text.
       history: earlier turns (question, answer); their images and videos come first.
-      image_bytes: the image files themselves, where the source holds them (TFDS); `images` then only names them.
+      image_bytes: the contents of the image files, if the source holds them (TFDS); `images` then only names them.
     """
 
     source: str
@@ -55,18 +60,19 @@ class Example:
 
     @property
     def name(self) -> str:
+        """How messages name this question."""
         turn = f", turn {len(self.history)}" if self.history else ""
         return f"{self.source}, row {self.row}{turn}"
 
 
-@flax.struct.dataclass  # a tree of arrays: grain then hands them from worker processes in shared memory
+@flax.struct.dataclass  # a tree of arrays, which grain's worker processes return through shared memory
 class EncodedPrompt:
-    """One question in the model's terms (NumPy, no padding).
+    """One question as the model reads it (NumPy, no padding).
 
     Attributes:
       tokens_T: int32 ids, image placeholders expanded.
       positions_3T: int32 M-RoPE positions (t, h, w).
-      image_slot_T: int32, the row of this question's merged image features that stands here; -1 where text stands.
+      image_slot_T: int32, which of this question's merged image features is the input at this place; -1 for text.
       patches_PC: uint8 patches (R, G, B values) of all its images and videos in order, P = sum t*h*w.
       grids: (t, h, w) of each image in patches.
       next_position: the position of the first token after the prompt.
@@ -86,21 +92,23 @@ class EncodedPrompt:
 
 @flax.struct.dataclass
 class Prompts:
-    """A padded batch of questions. Padding may stand on either side; masks say where, token ids never do.
+    """A padded batch of questions. Padding may be on either side; the mask says where, never a token id.
+
+    A field whose batch axis is not 0 declares it in its metadata, where parallel.sharding.put_batch reads it.
 
     Attributes:
       tokens_BT, mask_BT: ids, and True where they are real.
       positions_3BT: M-RoPE positions (t, h, w).
-      image_slot_BT: index into the flattened (R*M) image features, -1 for text.
+      image_slot_BT: index into the image features, flattened to (W*M); -1 for text.
       next_position_B: position of the first token after the prompt.
-      patches_WPC: image patches as pixel values, packed; R = 0 where no row has an image.
+      patches_WPC: image patches as pixel values, packed; W = 0 if no question has an image.
       patch_hw_WP2: (h, w) of each patch in its frame.
       segment_WP: the frame of each patch, -1 for padding.
     """
 
     tokens_BT: jax.Array
     mask_BT: jax.Array
-    positions_3BT: jax.Array
+    positions_3BT: jax.Array = flax.struct.field(metadata={"batch_axis": 1})
     image_slot_BT: jax.Array
     next_position_B: jax.Array
     patches_WPC: jax.Array
@@ -110,12 +118,15 @@ class Prompts:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn; the temperature is also that of the trained log-probability. Never inherited.
+    """How answers are drawn. The temperature is also that of the trained log-probability.
+
+    A checkpoint's generation_config.json is never read.
 
     Attributes:
       temperature: 0 is greedy.
-      top_p: 1 keeps everything; top_k: 0 keeps everything.
-      max_new_tokens: the stop token counts.
+      top_p: 1 keeps all tokens.
+      top_k: 0 keeps all tokens.
+      max_new_tokens: the most tokens of an answer, the stop token included.
     """
 
     temperature: float = 1.2
@@ -126,7 +137,7 @@ class Sampling:
 
 @flax.struct.dataclass
 class Rollout:
-    """Sampled answers: ids, their log-probabilities, True up to and including the first stop token."""
+    """Sampled answers: ids, their log-probabilities, and a mask: True up to and including the first stop token."""
 
     tokens_BGT: jax.Array
     logprobs_BGT: jax.Array
@@ -135,16 +146,16 @@ class Rollout:
 
 @flax.struct.dataclass
 class TrainBatch:
-    """What one gradient computation sees.
+    """The input of one gradient computation.
 
     Attributes:
-      prompts: B questions; SFT: with the answer behind each, in the same row.
+      prompts: B questions; SFT: each with its answer after it, in the same row.
       tokens_BGT: G answers each (SFT: one).
-      weight_BGT: the weight of each token in the loss, 0 outside the answer; over all micro-batches of an update it
-        carries the whole normalisation, so that losses and gradients of micro-batches simply add up.
+      weight_BGT: the weight of each token in the loss, 0 outside the answer. Weights contain the whole normalisation
+        of an update, so losses and gradients of its micro-batches are simply added.
       advantage_BGT, ref_logprobs_BGT: RL only.
-      old_logprobs_BGT: RL only, under the policy that sampled; None where that is the one being trained.
-      start_B: SFT only: where the answer begins in its row.
+      old_logprobs_BGT: RL only, under the policy that sampled; None if that is the policy being trained.
+      start_B: SFT only: the number of tokens before the answer in its row.
     """
 
     prompts: Prompts
@@ -163,3 +174,33 @@ class TrainState:
     step: jax.Array
     params: dict
     opt_state: tuple
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """One parameter of the model; model.spec builds the tree of them.
+
+    Attributes:
+      shape: its shape; the first axis of a stacked parameter is the layer.
+      axes: the logical name of each axis, or None; parallel.sharding maps names to mesh axes.
+      init: "normal", "ones" or "zeros"; see model.spec.init_params.
+      hf_name: the tensor's name in a Hugging Face checkpoint; "{}" is the layer number of a stacked parameter.
+      hf_shape: its shape in that checkpoint (of one layer).
+      transpose: the checkpoint stores (out, in...) and we store (in..., out).
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: str
+    hf_name: str
+    hf_shape: tuple[int, ...]
+    transpose: bool = False
+
+    @property
+    def stacked(self) -> bool:
+        return self.axes[0] == "layers"
+
+
+def is_spec(node: Any) -> bool:
+    """True for a ParamSpec: the leaves of a spec tree."""
+    return isinstance(node, ParamSpec)

@@ -1,15 +1,16 @@
-"""How fast the Pallas kernels are beside XLA: `python scripts/bench_kernels.py` (a minute or two on a GPU; --help).
+"""Speed of the Pallas kernels next to XLA: `python scripts/bench_kernels.py` (a minute or two on a GPU; --help).
 
-    attention   decode attention of one token, prompt 768, room for 1,024 new tokens, full or half full; also TB/s of
-                the bytes that must be moved: queries, keys and values that are seen, result
-    advantage   the step-wise advantage of each token, 4 answers a question, 8 steps
-    loss        the policy loss of answers of 1,024 tokens: forward; forward and gradient, clipped too
+    attention   decode attention of one token: prompts of 768, room for 1,024 new tokens, full or half full; also TB/s
+                of the bytes that must be moved: queries, unmasked keys and values, result
+    advantage   the advantage of each token by step, 4 answers a question, 8 steps
+    loss        the policy loss of answers of 1,024 tokens: forward; forward and gradient, also with clipping
 
-"pallas" is the kernel, "reference" the same equation compiled by XLA. A program runs --inner calls, each on what the
-last one gave, so that starting the program does not count; the link is an elementwise operation in either. Attention
-goes through the caches of four layers in turn, more than a GPU's L2 holds. Figures are microseconds a call: medians of
---repeats, the two in turn, with least and most, compilation apart, and by how much the results differ. On a CPU there
-is no kernel to run: the reference alone, on small shapes.
+"pallas" is the kernel, "reference" the same equation compiled by XLA. A program makes --inner calls, each on the result
+of the call before, so the start of the program hardly counts; an elementwise operation links the calls, for both alike.
+Attention reads the caches of four layers in turn, which are larger than a GPU's L2 cache. Times are microseconds a
+call: the median of --repeats, the two backends in turn, with least and most; compilation is separate. The last column
+is the largest difference between the two results. On a CPU the kernels do not run: only the reference is timed, on
+small shapes.
 """
 
 from __future__ import annotations
@@ -26,89 +27,121 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from bench_common import Timing, interleaved, table
-from r1vl_kernels.kl_policy_loss import kl_policy_loss
+from r1vl_kernels.kl_policy_loss import PolicyLoss, kl_policy_loss
 from r1vl_kernels.prefix_decode_attention import prefix_decode_attention
 from r1vl_kernels.step_group_advantage import step_group_advantage
 
 from r1vl_jax.common.arguments import positive_int
 
 LAYERS, GROUP, STEPS, BETA = 4, 4, 8, 0.04
-LINK = 1e-6  # how much of a result goes into the next call's input
+LINK = 1e-6  # the share of a result that is added to the next call's input
 
 
 class Workload(NamedTuple):
-    """`run(backend, state, *arrays)` gives a result and the next state.
+    """A kernel and its inputs.
 
-    calls: of the kernel in one run; moved: bytes that one must move, 0 where they are not what bounds it.
+    Attributes:
+      run: run(backend, state, *arrays) returns a result and the next state.
+      calls: how often one run calls the kernel.
+      moved: the bytes that one call must move; 0 if they do not bound its time.
     """
 
-    run: Callable
+    run: Callable[..., Any]
     state: jax.Array
     arrays: tuple[Any, ...]
     calls: int = 1
     moved: int = 0
 
 
-def attention(B: int, K: int, R: int, filled: float, H=128, prefix=768, own=1024, dtype="bfloat16") -> Workload:
-    """`filled`: the share of the answers' room in use, on average; below 1 each answer has a length of its own."""
+def attention(
+    B: int,
+    K: int,
+    E: int,
+    filled: float,
+    H: int = 128,
+    prefix: int = 768,
+    own: int = 1024,
+    dtype: str = "bfloat16",
+) -> Workload:
+    """Decode attention with K kv heads of E query heads each.
+
+    Args:
+      filled: the mean share of the answers' caches in use; below 1 each answer has a length of its own.
+      prefix, own: the lengths of the prompts' and of the answers' caches.
+    """
     rng = np.random.default_rng(0)
     keys = iter(jax.random.split(jax.random.key(0), 4 * LAYERS + 1))
 
-    def draw(*shape):
+    def draw(*shape: int) -> jax.Array:
         return jax.jit(partial(jax.random.normal, shape=shape, dtype=dtype))(next(keys))
 
-    def pair(*shape):
+    def pair(*shape: int) -> tuple[jax.Array, jax.Array]:
         return draw(*shape), draw(*shape)
 
     caches = [(pair(B, K, prefix, H), pair(B, K, GROUP, own, H)) for _ in range(LAYERS)]
-    lengths = (own * rng.uniform(2 * filled - 1, 1, (B, GROUP))).astype(np.int32)
+    lengths_BG = (own * rng.uniform(2 * filled - 1, 1, (B, GROUP))).astype(np.int32)
 
-    def run(backend, q, caches, prefix_length, own_length):
-        for prefix, own in caches:
-            out = prefix_decode_attention(q, *prefix, prefix_length, *own, own_length, backend=backend)
+    def run(
+        backend: str, q: jax.Array, caches: Any, prefix_length_B: jax.Array, own_length_BG: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        out = q
+        for (prefix_k, prefix_v), (own_k, own_v) in caches:
+            out = prefix_decode_attention(
+                q, prefix_k, prefix_v, prefix_length_B, own_k, own_v, own_length_BG, backend=backend
+            )
             q = q + (LINK * out).astype(q.dtype)
         return out, q
 
-    moved = jnp.dtype(dtype).itemsize * K * H * 2 * (B * prefix + int(lengths.sum()) + B * GROUP * R)
-    arrays = caches, jnp.full(B, prefix, jnp.int32), jnp.asarray(lengths)
-    return Workload(run, draw(B, K, GROUP, R, H), arrays, LAYERS, moved)
+    moved = jnp.dtype(dtype).itemsize * K * H * 2 * (B * prefix + int(lengths_BG.sum()) + B * GROUP * E)
+    arrays = caches, jnp.full(B, prefix, jnp.int32), jnp.asarray(lengths_BG)
+    return Workload(run, draw(B, K, GROUP, E, H), arrays, LAYERS, moved)
 
 
 def advantage(B: int, T: int = 1024) -> Workload:
     rng = np.random.default_rng(0)
-    mask = np.arange(STEPS) < rng.integers(1, STEPS + 1, (B, GROUP))[..., None]
-    step = np.sort(rng.integers(0, STEPS, (B, GROUP, T)), axis=2)
+    mask_BGJ = np.arange(STEPS) < rng.integers(1, STEPS + 1, (B, GROUP))[..., None]
+    step_BGT = np.sort(rng.integers(0, STEPS, (B, GROUP, T)), axis=2)
 
-    def run(backend, rewards, mask, step):
-        out = step_group_advantage(rewards, mask, step, backend=backend)
-        return out, rewards + LINK * out[:, :, :STEPS]
+    def run(
+        backend: str, rewards_BGJ: jax.Array, mask_BGJ: jax.Array, step_BGT: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        out_BGT = step_group_advantage(rewards_BGJ, mask_BGJ, step_BGT, backend=backend)
+        return out_BGT, rewards_BGJ + LINK * out_BGT[:, :, :STEPS]
 
-    rewards = jnp.asarray(rng.integers(0, 4, mask.shape) * 0.1, jnp.float32)
-    return Workload(run, rewards, (jnp.asarray(mask), jnp.asarray(step, jnp.int32)))
+    rewards_BGJ = jnp.asarray(rng.integers(0, 4, mask_BGJ.shape) * 0.1, jnp.float32)
+    return Workload(run, rewards_BGJ, (jnp.asarray(mask_BGJ), jnp.asarray(step_BGT, jnp.int32)))
 
 
 def loss(R: int, T: int = 1024, *, gradient: bool = False, clip: float | None = None) -> Workload:
     rng = np.random.default_rng(0)
-    logprobs, ref, old = (jnp.asarray(-rng.exponential(size=(R, T)), jnp.float32) for _ in range(3))
-    given, entropy = (jnp.asarray(rng.normal(size=(R, T)), jnp.float32) for _ in range(2))
-    mask = jnp.asarray(np.arange(T) < rng.integers(1, T + 1, (R, 1)))
+    logprobs_RT, ref_RT, old_RT = (jnp.asarray(-rng.exponential(size=(R, T)), jnp.float32) for _ in range(3))
+    advantage_RT, entropy_RT = (jnp.asarray(rng.normal(size=(R, T)), jnp.float32) for _ in range(2))
+    mask_RT = jnp.asarray(np.arange(T) < rng.integers(1, T + 1, (R, 1)))
 
-    def run(backend, logprobs, ref, given, mask, old, entropy):
-        options = {"old_RT": old, "clip_low": clip, "clip_high": clip} if clip else {}
+    def run(
+        backend: str,
+        logprobs_RT: jax.Array,
+        ref_RT: jax.Array,
+        advantage_RT: jax.Array,
+        mask_RT: jax.Array,
+        old_RT: jax.Array,
+        entropy_RT: jax.Array,
+    ) -> tuple[Any, jax.Array]:
+        options: dict[str, Any] = {"old_RT": old_RT, "clip_low": clip, "clip_high": clip} if clip else {}
 
-        def total(logprobs):
+        def total(logprobs_RT: jax.Array) -> tuple[jax.Array, PolicyLoss]:
             out = kl_policy_loss(
-                logprobs, ref, given, mask, entropy_RT=entropy, beta=BETA, backend=backend, **options
-            )  # fmt: skip
+                logprobs_RT, ref_RT, advantage_RT, mask_RT, entropy_RT=entropy_RT, beta=BETA, backend=backend, **options
+            )
             return out.loss_R.sum(), out
 
         if not gradient:
-            _, out = total(logprobs)
-            return out, logprobs + LINK * out.loss_R[:, None]
-        (_, out), grad = jax.value_and_grad(total, has_aux=True)(logprobs)
-        return (out, grad), logprobs + LINK * grad
+            _, out = total(logprobs_RT)
+            return out, logprobs_RT + LINK * out.loss_R[:, None]
+        (_, out), grad_RT = jax.value_and_grad(total, has_aux=True)(logprobs_RT)
+        return (out, grad_RT), logprobs_RT + LINK * grad_RT
 
-    return Workload(run, logprobs, (ref, given, mask, old, entropy))
+    return Workload(run, logprobs_RT, (ref_RT, advantage_RT, mask_RT, old_RT, entropy_RT))
 
 
 WORKLOADS = {
@@ -136,32 +169,32 @@ SMALL = {
 
 
 def measured(workload: Workload, backends: list[str], inner: int, repeats: int) -> dict[str, Any]:
-    """Timings by backend of a program of `inner` runs, and the largest difference between what backends give."""
+    """{"timings": by backend, of a program of `inner` runs; "differ": the largest difference between results}."""
 
-    def program(backend):
-        def go(state, *arrays):
+    def program(backend: str) -> Callable[[], Any]:
+        def loop(state: jax.Array, *arrays: Any) -> Any:
             run = partial(workload.run, backend)
             empty = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), jax.eval_shape(run, state, *arrays)[0])
-            # The result is carried too, so that all of it must be written.
+            # The carry includes the result, so the program must write all of it.
             return jax.lax.fori_loop(0, inner, lambda _, carried: run(carried[1], *arrays), (empty, state))
 
-        return partial(jax.jit(go), workload.state, *workload.arrays)
+        return partial(jax.jit(loop), workload.state, *workload.arrays)
 
     timings = interleaved({backend: program(backend) for backend in backends}, repeats)
-    once = [jax.jit(partial(workload.run, backend))(workload.state, *workload.arrays)[0] for backend in backends]
-    apart = [
-        jax.tree.reduce(max, jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), once[0], other))
-        for other in once[1:]
+    results = [jax.jit(partial(workload.run, backend))(workload.state, *workload.arrays)[0] for backend in backends]
+    differences = [
+        jax.tree.reduce(max, jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), results[0], other))
+        for other in results[1:]
     ]
-    return {"timings": timings, "differ": max(apart, default=None)}
+    return {"timings": timings, "differ": max(differences, default=None)}
 
 
-def as_row(name: str, workload: Workload, found: dict[str, Any], inner: int) -> dict[str, Any]:
-    """One row of the JSON file; seconds a call."""
-    row: dict[str, Any] = {"workload": name, "moved_bytes": workload.moved or None, "differ": found["differ"]}
-    for backend, timing in found["timings"].items():
+def as_row(name: str, workload: Workload, result: dict[str, Any], inner: int) -> dict[str, Any]:
+    """One row of the JSON file, with seconds a call; `result` is from `measured`."""
+    row: dict[str, Any] = {"workload": name, "moved_bytes": workload.moved or None, "differ": result["differ"]}
+    for backend, timing in result["timings"].items():
         each = Timing(timing.first, tuple(seconds / (inner * workload.calls) for seconds in timing.seconds))
-        # the first call's time is the whole program's, and so is what compiling took of it
+        # The first call's time is the whole program's, and so is the compile time computed from it.
         row[backend] = each.as_json() | {"compile_s": timing.compile}
         if workload.moved:
             row[backend]["TB_per_s"] = workload.moved / each.median / 1e12
@@ -169,15 +202,16 @@ def as_row(name: str, workload: Workload, found: dict[str, Any], inner: int) -> 
 
 
 def cells(row: dict[str, Any], backends: list[str]) -> list[str]:
-    found = [row["workload"]]
+    """A row of the JSON file as cells of the printed table."""
+    texts = [row["workload"]]
     for backend in backends:
         times = row[backend]
         low, mid, high = (f"{1e6 * times[key]:.1f}" for key in ("min", "seconds", "max"))
-        found += [f"{mid} ({low}-{high})", f"{times['TB_per_s']:.2f}" if "TB_per_s" in times else ""]
-        found.append(f"{times['compile_s']:.1f}")
+        texts += [f"{mid} ({low}-{high})", f"{times['TB_per_s']:.2f}" if "TB_per_s" in times else ""]
+        texts.append(f"{times['compile_s']:.1f}")
     if len(backends) > 1:
-        found += [f"{row['reference']['seconds'] / row['pallas']['seconds']:.2f}x", f"{row['differ']:.1e}"]
-    return found
+        texts += [f"{row['reference']['seconds'] / row['pallas']['seconds']:.2f}x", f"{row['differ']:.1e}"]
+    return texts
 
 
 def main() -> None:
@@ -186,8 +220,8 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=positive_int, default=5, help="default %(default)s")
     parser.add_argument("--inner", type=positive_int, default=50, help="runs in a program (default %(default)s)")
-    parser.add_argument("--only", default="", help="workloads whose name has this in it: attention, 7B, loss ...")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--only", default="", help="workloads whose name contains this: attention, 7B, loss ...")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     args = parser.parse_args()
     device = jax.devices()[0]
     backends = ["reference"] if device.platform == "cpu" else ["pallas", "reference"]
@@ -199,12 +233,12 @@ def main() -> None:
     about = {"device": device.device_kind, "jax": jax.__version__, "date": str(datetime.date.today())}
     print(f"{', '.join(about.values())}; microseconds a call, median of {args.repeats} (least-most); compilation in s")
     if device.platform == "cpu":
-        print("The kernels need a GPU or a TPU: this times the reference alone.")
+        print("The kernels need a GPU or a TPU: only the reference is timed.")
     rows = []
     for name, build in chosen.items():
         workload = build()
         rows.append(as_row(name, workload, measured(workload, backends, args.inner, args.repeats), args.inner))
-        if args.json:  # what has been measured is kept, whatever comes next
+        if args.json:  # after each workload, so that a later failure loses nothing
             args.json.write_text(json.dumps(about | {"inner": args.inner, "rows": rows}, indent=1))
     heading = [""] + [title for backend in backends for title in (backend, "TB/s", "compile")]
     print(table([heading + ["faster", "differ"] * (len(backends) > 1)] + [cells(row, backends) for row in rows]))

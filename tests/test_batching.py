@@ -13,7 +13,7 @@ from tiny_jax import batch_of, questions, random_params, tiny_config
 
 from r1vl_jax.data.batching import collate_pairs, collate_prompts, pad_answers, patch_coordinates
 from r1vl_jax.data.buckets import Buckets, bucket
-from r1vl_jax.model.qwen2_vl import answer_logprobs
+from r1vl_jax.model.answers import answer_logprobs
 from r1vl_jax.model.vision import encode_images
 
 A, B, C, VIDEO = ("image", (1, 4, 6)), ("image", (1, 2, 2)), ("image", (1, 8, 4)), ("video", (2, 4, 4))

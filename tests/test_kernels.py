@@ -513,7 +513,7 @@ ADVANTAGE = [jnp.zeros((2, 3, 4)), jnp.ones((2, 3, 4), bool), jnp.zeros((2, 3, 9
     [
         (ADVANTAGE, {"backend": "triton"}, "backend is 'triton'; expected one of reference, pallas, interpret"),
         (ADVANTAGE, {"scale": "var"}, "scale is 'var'; expected one of std, none, floor"),
-        (wrong(ADVANTAGE, 0, lambda a: a[0]), {}, r"rewards_BGJ has shape \(3, 4\); expected the 3 axes \(B, M, K\)"),
+        (wrong(ADVANTAGE, 0, lambda a: a[0]), {}, r"rewards_BGJ has shape \(3, 4\); expected the 3 axes \(B, G, J\)"),
         (wrong(ADVANTAGE, 0, cast(jnp.int32)), {}, "rewards_BGJ has dtype int32; expected floating"),
         (wrong(ADVANTAGE, 1, cast(jnp.int32)), {}, "mask_BGJ has dtype int32; expected bool"),
         (

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from tiny import Row, hf_inputs, hf_positions, make_prompts, tiny_hf, to_jax
 
-from r1vl_jax.model import qwen2_vl
+from r1vl_jax.model import answers, qwen2_vl
 
 torch = pytest.importorskip("torch")
 
@@ -180,7 +180,7 @@ def test_answers(tied, side, temperature, forbidden, remat, chunk, tmp_path):
     @jax.jit
     def gradients(params, prompts):
         def loss(params):
-            logprobs, entropy = qwen2_vl.answer_logprobs(
+            logprobs, entropy = answers.answer_logprobs(
                 params,
                 replace(cfg, logit_rows=chunk),
                 prompts,

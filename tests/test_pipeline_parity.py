@@ -35,6 +35,7 @@ from r1vl_jax.data.buckets import Buckets
 from r1vl_jax.data.loader import Loader, read_rows
 from r1vl_jax.data.sources import open_source
 from r1vl_jax.model import qwen2_vl
+from r1vl_jax.model.answers import answer_logprobs
 from r1vl_jax.model.config import ModelConfig, load_config
 from r1vl_jax.model.vision import normalise
 from r1vl_jax.processing.processor import Processor
@@ -295,7 +296,7 @@ class Theirs:
 
 @partial(jax.jit, static_argnums=1)
 def forward(params, cfg, prompts, tokens_BGT, start_B):
-    logprobs, _ = qwen2_vl.answer_logprobs(params, cfg, prompts, tokens_BGT, start_B=start_B)
+    logprobs, _ = answer_logprobs(params, cfg, prompts, tokens_BGT, start_B=start_B)
     return qwen2_vl.prompt_logits(params, cfg, prompts), logprobs
 
 

@@ -11,8 +11,9 @@ import pytest
 import tiny
 from tiny_jax import batch_of, left_padded, questions, random_params, tiny_config
 
+from r1vl_jax.model.answers import answer_logprobs
 from r1vl_jax.model.fused import fuse
-from r1vl_jax.model.qwen2_vl import answer_logprobs, prompt_logits
+from r1vl_jax.model.qwen2_vl import prompt_logits
 from r1vl_jax.parallel.sharding import make_mesh
 from r1vl_jax.rollout import generate
 from r1vl_jax.rollout.generate import rollout

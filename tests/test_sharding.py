@@ -180,6 +180,19 @@ def test_state_is_split():
     assert shard(batch.prompts.patches_WPC)[0] == batch.prompts.patches_WPC.shape[0] // 4
 
 
+def test_any_tree_of_batches_is_placed():
+    """Fields declare their batch axis; everything else has it first: tuples, dicts, plain arrays."""
+    mesh, prompts = make_mesh(4, 2, 1), setting()[2]
+    placed = put_batch({"pair": (prompts, np.zeros((B, 3))), "batch": train_batch(prompts)}, mesh)
+    (first, array), batch = placed["pair"], placed["batch"]
+    rows = ("data", "fsdp")
+    for part in (first, batch.prompts):
+        assert part.positions_3BT.sharding.spec == PartitionSpec(None, rows)
+        assert part.image_slot_BT.sharding.spec == part.segment_WP.sharding.spec == PartitionSpec(rows)
+    assert array.sharding.spec == batch.weight_BGT.sharding.spec == PartitionSpec(rows)
+    assert batch.start_B is None
+
+
 def test_rollout_weights():
     """`replicated` has all of every weight on every device; `tensor` splits heads, MLP, vocabulary, never over fsdp."""
     cfg, params, _ = setting()

@@ -11,7 +11,7 @@ import pytest
 import tiny
 from tiny_jax import batch_of, left_padded, questions, random_params, tiny_config
 
-from r1vl_jax.model.qwen2_vl import answer_hidden
+from r1vl_jax.model.answers import answer_hidden
 from r1vl_jax.step_grpo.loss import Objective, answer_weights, step_grpo_loss
 from r1vl_jax.types import TrainBatch
 

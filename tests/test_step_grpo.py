@@ -15,7 +15,7 @@ from r1vl_kernels.reference_jax import k3
 from tiny_jax import batch_of, questions, random_params, tiny_config, with_answer
 
 from r1vl_jax.model import qwen2_vl
-from r1vl_jax.model.qwen2_vl import answer_logprobs
+from r1vl_jax.model.answers import answer_hidden, answer_logprobs
 from r1vl_jax.sft.loss import sft_loss, token_weights
 from r1vl_jax.step_grpo.advantages import (
     gate_rewards,
@@ -409,7 +409,7 @@ def test_prompt_tokens_get_no_sft_loss(setting):
     cfg = tiny_config(tied=False)
     params, batch = random_params(cfg), sft_batch(prompts, tokens)
     grads, _ = gradients(params, batch, warm_up_loss(cfg))
-    hidden = jax.jit(partial(qwen2_vl.answer_hidden, cfg=cfg))(
+    hidden = jax.jit(partial(answer_hidden, cfg=cfg))(
         params, prompts=batch.prompts, tokens_BGT=batch.tokens_BGT
     )
     p = jax.nn.softmax(hidden @ params["text"]["head"].T)

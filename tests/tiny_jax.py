@@ -22,12 +22,12 @@ from r1vl_jax.config import Config, load
 from r1vl_jax.data.batching import collate_prompts
 from r1vl_jax.data.buckets import Buckets
 from r1vl_jax.model.config import ModelConfig, load_config, parse_config
-from r1vl_jax.model.spec import is_spec, param_spec
+from r1vl_jax.model.spec import param_spec
 from r1vl_jax.processing.positions import mrope_positions
 from r1vl_jax.rewards import Score
 from r1vl_jax.shapes import make_task
 from r1vl_jax.shapes.tokenizer import task_texts, train_tokenizer, write_checkpoint_files
-from r1vl_jax.types import EncodedPrompt, Prompts
+from r1vl_jax.types import EncodedPrompt, Prompts, is_spec
 
 
 def tiny_config(**shape) -> ModelConfig:

@@ -1,11 +1,11 @@
-"""The equations of the policy loss and of decode attention in plain jax.numpy. The kernels compute the same.
+"""The equations of the policy loss and of decode attention, in plain jax.numpy. The kernels compute the same.
 
     KL_t   = exp(ref_t - lp_t) - (ref_t - lp_t) - 1                                  (k3, Schulman)
     s_t    = rho_t * A_t, rho_t = exp(lp_t - stop_gradient(lp_t)); with log-probabilities kept from sampling
              min(rho_t * A_t, clip(rho_t) * A_t), rho_t = exp(lp_t - old_t)          (PPO)
     loss_t = -(s_t - beta * KL_t)                                                    (R1-VL, 2503.12937, equation 5)
 
-`kl_policy_loss` and `prefix_decode_attention` say what the arguments are, and use them with backend "reference".
+`kl_policy_loss` and `prefix_decode_attention` describe the arguments; their backend "reference" calls these functions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-LOW = -1e30  # the score of a key that is not seen: finite, so that differences of two are
+LOW = -1e30  # the score of a masked key: finite, because the difference of two infinities is not a number
 
 
 def k3(ref: jax.Array, logprobs: jax.Array) -> jax.Array:
@@ -21,11 +21,19 @@ def k3(ref: jax.Array, logprobs: jax.Array) -> jax.Array:
     return jnp.exp(ref - logprobs) - (ref - logprobs) - 1
 
 
-def policy_terms(logprobs, ref, advantage, old=None, *, beta: float, clip: tuple[float, float] | None = None):
-    """(loss_t, KL_t) of each token; arrays of one shape, fp32.
+def policy_terms(
+    logprobs: jax.Array,
+    ref: jax.Array,
+    advantage: jax.Array,
+    old: jax.Array | None = None,
+    *,
+    beta: float,
+    clip: tuple[float, float] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """(loss_t, KL_t) of each token, from fp32 arrays of one shape.
 
     Args:
-      old: log-probabilities when the tokens were sampled; None: those of this very policy, so that rho = 1.
+      old: log-probabilities under the policy that sampled the tokens; None: this policy sampled them, so rho = 1.
       clip: (low, high): rho is cut to [1 - low, 1 + high] where that makes the surrogate smaller.
     """
     ratio = jnp.exp(logprobs - (jax.lax.stop_gradient(logprobs) if old is None else old))
@@ -37,38 +45,49 @@ def policy_terms(logprobs, ref, advantage, old=None, *, beta: float, clip: tuple
     return beta * kl - surrogate, kl
 
 
-def policy_sums(arrays: dict[str, jax.Array], mask_RT: jax.Array, *, beta: float, clip: tuple[float, float] | None):
-    """(loss_R, kl_R, entropy_R): sums over each sequence's tokens. What stands outside mask_RT takes no part.
+def policy_sums(
+    arrays: dict[str, jax.Array], mask_RT: jax.Array, *, beta: float, clip: tuple[float, float] | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(loss_R, kl_R, entropy_R): sums over the tokens of each answer. Values outside mask_RT do not count.
 
-    It is replaced by 0 before exp, whose gradient it would poison where it is not finite; all terms of 0 are 0.
+    They are replaced by 0 before exp: if they were not finite, the gradient of exp would be NaN even where the mask is
+    False. The terms of a token of zeros are 0.
 
     Args:
-      arrays: logprobs, ref, advantage, and old and entropy where there are any; (R, T) each.
+      arrays: (R, T) each: logprobs, ref, advantage, and optionally old and entropy.
     """
     real = {name: jnp.where(mask_RT, array, 0).astype(jnp.float32) for name, array in arrays.items()}
-    entropy = real.pop("entropy", jnp.zeros(mask_RT.shape, jnp.float32))
+    entropy_RT = real.pop("entropy", jnp.zeros(mask_RT.shape, jnp.float32))
     fixed = {name: jax.lax.stop_gradient(array) for name, array in real.items() if name != "logprobs"}
-    loss, kl = policy_terms(real["logprobs"], **fixed, beta=beta, clip=clip)
-    return tuple(jnp.sum(term, axis=1) for term in (loss, kl, entropy))
+    loss_RT, kl_RT = policy_terms(real["logprobs"], **fixed, beta=beta, clip=clip)
+    return jnp.sum(loss_RT, axis=1), jnp.sum(kl_RT, axis=1), jnp.sum(entropy_RT, axis=1)
 
 
-def attention(q_BKGEH, prefix_k_BKSH, prefix_v_BKSH, prefix_length_B, own_k_BKGSH, own_v_BKGSH, own_length_BG):
-    """softmax(q k^T / sqrt(H)) v over the keys of both caches that lie before their lengths. Shape of q_BKGEH.
+def attention(
+    q_BKGEH: jax.Array,
+    prefix_k_BKSH: jax.Array,
+    prefix_v_BKSH: jax.Array,
+    prefix_length_B: jax.Array,
+    own_k_BKGSH: jax.Array,
+    own_v_BKGSH: jax.Array,
+    own_length_BG: jax.Array,
+) -> jax.Array:
+    """softmax(q k^T / sqrt(H)) v over the keys of both caches, each up to its length. Returns (B, K, G, E, H).
 
-    Caches are used as they lie, in batched matmuls: the queries of a group are the rows of one.
+    The caches are not transposed or copied: the queries of a group are the G*E rows of one batched matmul.
     """
-    B, K, G, R, H = q_BKGEH.shape
+    B, K, G, E, H = q_BKGEH.shape
     f32 = {"preferred_element_type": jnp.float32}
-    rows = q_BKGEH.reshape(B, K, G * R, H)
-    prefix = jnp.einsum("BKQH,BKSH->BKQS", rows, prefix_k_BKSH, **f32).reshape(B, K, G, R, -1) * H**-0.5
-    own = jnp.einsum("BKGRH,BKGSH->BKGRS", q_BKGEH, own_k_BKGSH, **f32) * H**-0.5
+    q_BKQH = q_BKGEH.reshape(B, K, G * E, H)
+    prefix = jnp.einsum("BKQH,BKSH->BKQS", q_BKQH, prefix_k_BKSH, **f32).reshape(B, K, G, E, -1) * H**-0.5
+    own = jnp.einsum("BKGEH,BKGSH->BKGES", q_BKGEH, own_k_BKGSH, **f32) * H**-0.5
     prefix = jnp.where(jnp.arange(prefix.shape[-1]) < prefix_length_B[:, None, None, None, None], prefix, LOW)
     own = jnp.where(jnp.arange(own.shape[-1]) < own_length_BG[:, None, :, None, None], own, LOW)
     top = jax.lax.stop_gradient(jnp.maximum(prefix.max(-1, keepdims=True), own.max(-1, keepdims=True)))
     prefix, own = jnp.exp(prefix - top), jnp.exp(own - top)
     total = prefix.sum(-1, keepdims=True) + own.sum(-1, keepdims=True)
     dtype = prefix_v_BKSH.dtype
-    weights = prefix.astype(dtype).reshape(B, K, G * R, -1)
-    out = jnp.einsum("BKQS,BKSH->BKQH", weights, prefix_v_BKSH, **f32).reshape(q_BKGEH.shape)
-    out = out + jnp.einsum("BKGRS,BKGSH->BKGRH", own.astype(dtype), own_v_BKGSH, **f32)
+    weights_BKQS = prefix.astype(dtype).reshape(B, K, G * E, -1)
+    out = jnp.einsum("BKQS,BKSH->BKQH", weights_BKQS, prefix_v_BKSH, **f32).reshape(q_BKGEH.shape)
+    out = out + jnp.einsum("BKGES,BKGSH->BKGEH", own.astype(dtype), own_v_BKGSH, **f32)
     return (out / total).astype(q_BKGEH.dtype)

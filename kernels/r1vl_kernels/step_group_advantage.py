@@ -1,22 +1,26 @@
-"""The step-wise group-relative advantage of each token, on the device: between rewards and the policy loss.
+"""The group-relative advantage of each token by step, on the device: between the rewards and the policy loss.
 
     R_k = sum_{j >= k} r_j          A_k = (R_k - mean R_k) / (std R_k + eps)          each token gets its step's A_k
 
-`reference` has the equation and its source. The kernel walks from the last step to the first with the running return of
-a group's M answers, normalises it, and lays it on the tokens that stand in that step, a block of tokens a program: the
-(B, M, K) array of advantages is never written. It is bound by launches, like what XLA makes of the reference.
+`reference` has the equation and its source. The kernel goes from the last step to the first and keeps the running
+return of a group's G answers. At each step it normalises that return and writes it to the tokens of the step. A program
+takes one group and one block of tokens, so the (B, G, J) array of advantages is never written to memory. The launches
+should bound the time, as they should for the code that XLA compiles from the reference.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from r1vl_kernels.backends import check_array, check_backend, on_device, padded, token_block, up_to
+from r1vl_kernels.backends import check_array, check_backend, on_device, padded, round_up, token_block
 from r1vl_kernels.reference import SCALES, normalised, step_advantages, token_advantages
+
+Options = tuple[tuple[str, Any], ...]  # (name, value) pairs: hashable, for nondiff_argnums
 
 
 def step_group_advantage(
@@ -29,21 +33,21 @@ def step_group_advantage(
     eps: float = 1e-4,
     backend: str,
 ) -> jax.Array:
-    """Each token's advantage (B, M, T), fp32. With K = 1 it is the paper's, of the whole answer.
+    """The advantage (B, G, T) of each token, fp32. With J = 1 it is the paper's, one number for a whole answer.
 
-    A lone return gives 0 and so do returns that are equal (within 1e-6 of their size: `reference.normalised`). The
-    gradient with respect to rewards_BGJ is that of the reference; in training advantages are data and have none.
+    A single return gives 0 and so do equal ones (within 1e-6 of their size: see `reference.normalised`). The gradient
+    with respect to rewards_BGJ is the reference's; training treats advantages as data and takes none.
 
     Args:
-      rewards_BGJ: float, what answer m of a group earns in its step k.
-      mask_BGJ: bool, True where it has such a step; what stands elsewhere takes no part.
-      step_BGT: int32, the step that each token stands in; a token of no step (-1, or K and more) gets 0.
-      scale: std: divided by the group's standard deviation (ddof 1), plus eps; none: not divided; floor: by the
-        standard deviation or std_floor, whichever is larger, plus eps.
+      rewards_BGJ: float, the reward of each step of each answer.
+      mask_BGJ: bool, True where the answer has this step; rewards elsewhere do not count.
+      step_BGT: int32, the step of each token; a token of no step (-1, or J and more) gets 0.
+      scale: std: divided by the group's standard deviation (ddof 1) plus eps; none: not divided; floor: divided by the
+        larger of the standard deviation and std_floor, plus eps.
       backend: reference, pallas or interpret.
 
     Raises:
-      ValueError: an argument has another shape, dtype or value.
+      ValueError: an argument has a wrong shape, dtype or value.
     """
     check_backend(backend)
     if scale not in SCALES:
@@ -58,20 +62,22 @@ def step_group_advantage(
     return _advantage(options, backend, rewards_BGJ, mask_BGJ, step_BGT)
 
 
-def _reference(options, rewards_BGJ, mask_BGJ, step_BGT):
+def _reference(options: Options, rewards_BGJ: jax.Array, mask_BGJ: jax.Array, step_BGT: jax.Array) -> jax.Array:
     return token_advantages(step_advantages(rewards_BGJ, mask_BGJ, **dict(options)), step_BGT).astype(jnp.float32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _advantage(options, backend, rewards_BGJ, mask_BGJ, step_BGT):
+def _advantage(options: Options, backend: str, rewards_BGJ: jax.Array, mask_BGJ: jax.Array, step_BGT: jax.Array) -> Any:
     return on_device(partial(_call, options), backend, rewards_BGJ, mask_BGJ, step_BGT)
 
 
-def _forward(options, backend, rewards_BGJ, mask_BGJ, step_BGT):
+def _forward(
+    options: Options, backend: str, rewards_BGJ: jax.Array, mask_BGJ: jax.Array, step_BGT: jax.Array
+) -> tuple[Any, Any]:
     return _advantage(options, backend, rewards_BGJ, mask_BGJ, step_BGT), (rewards_BGJ, mask_BGJ, step_BGT)
 
 
-def _backward(options, backend, saved, grad_BGT):
+def _backward(options: Options, backend: str, saved: Any, grad_BGT: jax.Array) -> tuple[jax.Array, None, None]:
     rewards_BGJ, *rest = saved
     _, pull = jax.vjp(lambda rewards: _reference(options, rewards, *rest), rewards_BGJ)
     return *pull(grad_BGT), None, None
@@ -80,21 +86,26 @@ def _backward(options, backend, saved, grad_BGT):
 _advantage.defvjp(_forward, _backward)
 
 
-def _call(options, rewards_BGJ, mask_BGJ, step_BGT, *, form: str, **call):
-    """Steps go to the front, where both compilers take an index known only at run time; answers to a power of two."""
-    B, M, K = rewards_BGJ.shape
+def _call(
+    options: Options, rewards_BGJ: jax.Array, mask_BGJ: jax.Array, step_BGT: jax.Array, *, form: str, **call: Any
+) -> jax.Array:
+    """Steps become the first axis: only there do both compilers take an index known at run time.
+
+    Answers are padded to a power of two.
+    """
+    B, G, J = rewards_BGJ.shape
     T = step_BGT.shape[2]
-    rows = pl.next_power_of_2(M)
+    rows = pl.next_power_of_2(G)
     block = token_block(T, max(128, 4096 // rows))
-    tokens = up_to(T, block)
+    tokens = round_up(T, block)
 
-    def columns(array):
-        return padded(array.swapaxes(1, 2), K, rows)[..., None]
+    def columns(array_BGJ: jax.Array) -> jax.Array:
+        return padded(array_BGJ.swapaxes(1, 2), J, rows)[..., None]
 
-    column = pl.BlockSpec((None, K, rows, 1), lambda b, t: (b, 0, 0, 0))
-    token = pl.BlockSpec((None, rows, block), lambda b, t: (b, 0, t))
+    column = pl.BlockSpec((None, J, rows, 1), lambda group, part: (group, 0, 0, 0))
+    token = pl.BlockSpec((None, rows, block), lambda group, part: (group, 0, part))
     out = pl.pallas_call(
-        partial(_kernel, steps=K, options=dict(options)),
+        partial(_kernel, steps=J, options=dict(options)),
         grid=(B, tokens // block),
         in_specs=[column, column, token],
         out_specs=token,
@@ -102,13 +113,15 @@ def _call(options, rewards_BGJ, mask_BGJ, step_BGT, *, form: str, **call):
         name="step_group_advantage",
         **call,
     )(columns(rewards_BGJ), columns(mask_BGJ.astype(jnp.int32)), padded(step_BGT.astype(jnp.int32), rows, tokens))
-    return out[:, :M, :T]
+    return out[:, :G, :T]
 
 
-def _kernel(rewards_ref, mask_ref, step_ref, out_ref, *, steps: int, options: dict):
+def _kernel(
+    rewards_ref: Any, mask_ref: Any, step_ref: Any, out_ref: Any, *, steps: int, options: dict[str, Any]
+) -> None:
     step = step_ref[...]
 
-    def body(i, carry):
+    def body(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         running, out = carry
         k = steps - 1 - i
         mask = mask_ref[k] != 0

@@ -29,7 +29,8 @@ from r1vl_jax.checkpoint.folder import copy_companions, new_folder
 from r1vl_jax.common.files import read_object
 from r1vl_jax.errors import CheckpointError
 from r1vl_jax.model.config import ModelConfig, load_config
-from r1vl_jax.model.spec import ParamSpec, is_spec, param_spec
+from r1vl_jax.model.spec import param_spec
+from r1vl_jax.types import ParamSpec, is_spec
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -25,7 +25,8 @@ from r1vl_jax.checkpoint.folder import copy_companions, new_folder
 from r1vl_jax.checkpoint.hf import cast, load_hf
 from r1vl_jax.errors import CheckpointError
 from r1vl_jax.model.config import ModelConfig, load_config
-from r1vl_jax.model.spec import is_spec, param_spec
+from r1vl_jax.model.spec import param_spec
+from r1vl_jax.types import is_spec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,13 +1,13 @@
-"""By what means a model is computed on this machine: which attention, kernels or their references, how many logits.
+"""How a model is computed on this machine: which attention, kernels or their references, how many logits at once.
 
-`auto` is meant for NVIDIA GPUs from Ampere on (name xla and reference for others), TPUs and CPUs; what is named runs or
-raises. Nothing falls back in silence: commands say what was chosen.
+`auto` chooses for NVIDIA GPUs from Ampere on, TPUs and CPUs; on other GPUs name xla and reference. A backend named in
+the config runs or raises. Nothing is replaced silently: commands print the choice.
 
                  attention            kernels      rows of logits at once
-    gpu, bf16    cudnn                pallas       4,096: fewer leave matmuls too small
+    gpu, bf16    cudnn                pallas       4,096: with fewer the matmuls are too small
     gpu, fp32    xla (cuDNN has none) pallas       4,096
     tpu          splash               pallas       4,096
-    cpu          xla                  reference    256: more are not in the caches, and memory is slow to come by
+    cpu          xla                  reference    256: more do not fit the caches, and memory is slow
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ def choose(attention: str, kernels: str, *, dtype: str, platform: str | None = N
 
     Args:
       dtype: of the computation.
-      platform: gpu, tpu or cpu; None: that of this machine's devices.
-    Raises: ValueError where the platform or the dtype does not go with what is named.
+      platform: gpu, tpu or cpu; None: the platform of this machine's devices.
+    Raises:
+      ValueError: a named backend does not run on the platform or in the dtype.
     """
     platform = platform or jax.devices()[0].platform
     fused = {"gpu": "cudnn" if dtype == "bfloat16" else "xla", "tpu": "splash"}

@@ -1,7 +1,7 @@
 """The shape of a Qwen2-VL, read from a Hugging Face config.json.
 
-Published checkpoints carry a flat file (transformers 4: text fields at the top level, `rope_scaling`), transformers 5
-writes a nested one (`text_config`, `rope_parameters`). Both are read here; nothing else looks at config.json.
+Published checkpoints have a flat file (transformers 4: text fields at the top level, `rope_scaling`); transformers 5
+writes a nested one (`text_config`, `rope_parameters`). This module reads both. No other module reads config.json.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 from r1vl_jax.common.files import inner_object, read_object
 from r1vl_jax.errors import CheckpointError
 
-LOGIT_ROWS = 4096
+LOGIT_ROWS = 4096  # rows of logits that a device holds at once
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """Vision tower: `layers` blocks of width `width`, patches of `patch_dim` values, 2x2 patches merged.
+    """The vision tower: `layers` blocks of width `width` on patches of `patch_dim` values; it merges 2x2 patches.
 
-    `pixel_mean` and `pixel_std` (of values in [0, 1], by channel) are CLIP's; see `with_pixels`.
+    `pixel_mean` and `pixel_std` are by channel, for pixel values in [0, 1]. The defaults are CLIP's; see `with_pixels`.
     """
 
     layers: int
@@ -47,10 +47,10 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Text model, vision tower and the ids that the forward pass needs. Hashable: it is a static jit argument.
+    """Text model, vision tower and the token ids that the forward pass needs. Hashable: it is a static jit argument.
 
-    `attention` (xla, cudnn, splash), `kernels` (reference, pallas) and `logit_rows` (of a device, held at once) say how
-    it is computed, not what: `with_backend`.
+    `attention` (xla, cudnn, splash), `kernels` (reference, pallas) and `logit_rows` (how many a device holds at once)
+    say how the model is computed, not what it computes; see `with_backend`.
     """
 
     vocab: int
@@ -78,20 +78,20 @@ class ModelConfig:
 
     @property
     def vision_ids(self) -> tuple[int, ...]:
-        """Ids that a policy may never emit: the next forward pass would look for features that do not exist."""
+        """Ids that a policy may never emit: the next forward pass would need image features for them."""
         return (self.image_token_id, self.video_token_id, self.vision_start_token_id, self.vision_end_token_id)
 
     def with_pixels(self, mean: tuple[float, ...], std: tuple[float, ...]) -> ModelConfig:
-        """The same model on pixels that the checkpoint's image processor normalises by `mean` and `std`."""
+        """The same model, with the `mean` and `std` by which the checkpoint's image processor normalises pixels."""
         return dataclasses.replace(self, vision=dataclasses.replace(self.vision, pixel_mean=mean, pixel_std=std))
 
     def with_backend(self, attention: str, kernels: str, logit_rows: int = LOGIT_ROWS) -> ModelConfig:
-        """The same model computed by other means: see model.backend."""
+        """The same model with these backends: see model.backend."""
         return dataclasses.replace(self, attention=attention, kernels=kernels, logit_rows=logit_rows)
 
 
 def load_config(folder: str | Path) -> ModelConfig:
-    """Reads `folder`/config.json. Raises CheckpointError where it is missing or is not a Qwen2-VL's."""
+    """Reads `folder`/config.json. Raises CheckpointError if it is missing or not the config of a Qwen2-VL."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; expected the folder of a Qwen2-VL checkpoint")
@@ -103,12 +103,12 @@ def load_config(folder: str | Path) -> ModelConfig:
 
 
 def parse_config(raw: dict[str, Any], path: str | Path = "config.json") -> ModelConfig:
-    """Turns the dictionary of a config.json, flat or nested, into a ModelConfig. CheckpointError names `path`."""
+    """The ModelConfig of a config.json's dictionary, flat or nested. A CheckpointError names `path`."""
     try:
         return _parse(raw, path)
     except CheckpointError:
         raise
-    except (TypeError, ValueError) as error:  # a value of another kind than its key's
+    except (TypeError, ValueError) as error:  # a value has the wrong type
         raise CheckpointError(f"{path}: not the config.json of a Qwen2-VL ({error})") from error
 
 
@@ -117,7 +117,7 @@ def _parse(raw: dict[str, Any], path: str | Path) -> ModelConfig:
         raise CheckpointError(f"{path}: model_type is {raw.get('model_type')!r}, expected 'qwen2_vl'")
     text = {**raw, **inner_object(raw, "text_config", path)}
 
-    def need(table: dict, key: str, where: str = "") -> Any:
+    def need(table: dict[str, Any], key: str, where: str = "") -> Any:
         if table.get(key) is None:
             raise CheckpointError(f"{path}: {where}{key} is missing")
         return table[key]
@@ -129,9 +129,8 @@ def _parse(raw: dict[str, Any], path: str | Path) -> ModelConfig:
         raise CheckpointError(
             f"{path}: use_sliding_window is true; no published Qwen2-VL uses it and it is not supported"
         )
-    for key, wanted in (("hidden_act", "silu"),):
-        if text.get(key, wanted) != wanted:
-            raise CheckpointError(f"{path}: {key} is {text[key]!r}, expected {wanted!r}")
+    if text.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"{path}: hidden_act is {text['hidden_act']!r}, expected 'silu'")
     cfg = ModelConfig(
         vocab=need(text, "vocab_size"),
         width=need(text, "hidden_size"),
@@ -139,7 +138,7 @@ def _parse(raw: dict[str, Any], path: str | Path) -> ModelConfig:
         layers=need(text, "num_hidden_layers"),
         heads=need(text, "num_attention_heads"),
         kv_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
-        norm_eps=float(text.get("rms_norm_eps", 1e-5)),  # the class default; published files say 1e-6
+        norm_eps=float(text.get("rms_norm_eps", 1e-5)),  # transformers' class default; published files say 1e-6
         rope_theta=float(rope.get("rope_theta") or text.get("rope_theta") or 1e6),
         mrope_section=section,
         tied=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
@@ -154,7 +153,7 @@ _TOKEN_KEYS = ("image_token_id", "video_token_id", "vision_start_token_id", "vis
 
 
 def _parse_vision(raw: dict[str, Any], text_width: int, path: str | Path) -> VisionConfig:
-    # The class defaults of transformers are the values of every published size: a file may leave them out.
+    # A file may omit fields whose value is transformers' class default, which every published size shares.
     width = raw.get("embed_dim", 1280)
     if raw.get("hidden_size", text_width) != text_width:
         raise CheckpointError(f"{path}: vision_config.hidden_size is {raw['hidden_size']}, the text width {text_width}")
@@ -181,11 +180,14 @@ def _check(cfg: ModelConfig, path: str | Path) -> None:
                 raise CheckpointError(f"{path}: {where}{field.name} is {value!r}, expected a whole number from {least}")
     if cfg.width % cfg.heads or cfg.heads % cfg.kv_heads:
         raise CheckpointError(
-            f"{path}: hidden_size {cfg.width}, {cfg.heads} query and {cfg.kv_heads} kv heads do not divide"
+            f"{path}: hidden_size {cfg.width} must be a multiple of {cfg.heads} query heads, "
+            f"and that number a multiple of {cfg.kv_heads} kv heads"
         )
     if sum(cfg.mrope_section) * 2 != cfg.head_dim or len(cfg.mrope_section) != 3:
         raise CheckpointError(
             f"{path}: mrope_section {cfg.mrope_section} must be three numbers of sum {cfg.head_dim // 2}"
         )
     if cfg.vision.width % cfg.vision.heads or cfg.vision.head_dim % 4:
-        raise CheckpointError(f"{path}: vision width {cfg.vision.width} does not give {cfg.vision.heads} heads of 4*n")
+        raise CheckpointError(
+            f"{path}: vision width {cfg.vision.width} must be a multiple of 4 times its {cfg.vision.heads} heads"
+        )

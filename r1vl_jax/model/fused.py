@@ -1,10 +1,10 @@
-"""The rollout's weights: each layer for itself, matrices that read the same input joined into one.
+"""The rollout's weights: one tree for each layer, with matrices that read the same input joined into one.
 
-    q, k, v   -> qkv (D, K, N/K + 2, H): for each kv head its query heads, its key, its value
+    q, k, v   -> qkv (D, K, E + 2, H): for each kv head its query heads, its key, its value
     gate, up  -> gate_up (D, 2, F)
 
-A decode step reads every weight once, so its time is their bytes and the number of its operations; a layer has four
-matmuls this way, not seven. Joined so, the kv heads still lie over the `tensor` axis.
+A decode step reads every weight once, so its time is the time to read their bytes plus a cost for each operation. This
+form has four matmuls a layer instead of seven. In it the kv heads can still be sharded over the `tensor` axis.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from r1vl_jax.model.config import ModelConfig
-from r1vl_jax.model.spec import is_spec, param_spec
-from r1vl_jax.parallel.sharding import is_axes, partition_spec
+from r1vl_jax.model.spec import param_spec
+from r1vl_jax.parallel.sharding import Rules, is_axes, partition_spec
+from r1vl_jax.types import is_spec
 
 
 def fuse(params: Any, cfg: ModelConfig) -> Any:
-    """The parameter tree with params["text"]["layers"] as a tuple of layers of joined matrices. To be jitted."""
+    """The parameter tree with params["text"]["layers"] as a tuple of layers of joined matrices. Call it under jit."""
     stacked = params["text"]["layers"]
     layers = tuple(_layer(jax.tree.map(lambda a, i=i: a[i], stacked), cfg) for i in range(cfg.layers))
     return {**params, "text": {**params["text"], "layers": layers}}
 
 
 def _layer(p: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
-    def joined(part: str):
+    def joined(part: str) -> jax.Array:
         q, k, v = (p[name][part] for name in ("q", "k", "v"))
         q = q.reshape(*q.shape[:-2], cfg.kv_heads, -1, cfg.head_dim)
         return jnp.concatenate([q, k[..., None, :], v[..., None, :]], axis=-2)
@@ -38,7 +39,7 @@ def _layer(p: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
     return {**kept, "qkv": qkv, "gate_up": jnp.stack([p["gate"], p["up"]], axis=1)}
 
 
-def fused_shardings(cfg: ModelConfig, mesh, rules) -> Any:
+def fused_shardings(cfg: ModelConfig, mesh: Mesh, rules: Rules) -> Any:
     """A NamedSharding for each array of `fuse`'s tree."""
     axes = jax.tree.map(lambda spec: spec.axes, param_spec(cfg), is_leaf=is_spec)
     stacked = axes["text"]["layers"]

@@ -1,17 +1,18 @@
-"""The text model's layer and the three ways to run it: prompts, whole answers, one more token of each answer.
+"""The text model's layer and its three uses: prompts, whole answers, one more token of each answer.
 
-All three are the same `_block`; they differ in what the attention sees:
+All three run the same `_block`. They differ in what its attention reads:
 
-    prefill   a prompt attends to itself, causally; its keys and values are kept
-    extend    G answers attend to the prompt they share and to themselves (training, reference)
+    prefill   a prompt attends to itself, causally; its keys and values are returned
+    extend    G answers attend to the prompt they share and to themselves (training, reference model)
     decode    one token of each answer attends to the prompt and to the answer's cache (rollout)
 
-Training scans over the stacked layers. The rollout has them one by one, laid out by `fused.fuse`: a loop step is bound
-by memory and by the number of its operations.
+Training scans over stacked layers. The rollout loops over separate layers, prepared by `fused.fuse`: the number of
+bytes and of operations bounds a decode step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,42 +26,55 @@ from r1vl_jax.parallel.sharding import constrain, per_shard
 
 
 class KV(NamedTuple):
-    """Keys and values of a layer: (B, K, S, H) of prompts, (B, K, G, S, H) of answers."""
+    """Keys and values of a layer: (B, K, S, H) of prompts, (B, K, G, S, H) of answers; stacked layers add an axis L."""
 
-    k: Any
-    v: Any
+    k: jax.Array
+    v: jax.Array
 
 
-def mrope_angles(positions_3T: jax.Array, cfg: ModelConfig) -> jax.Array:
-    """M-RoPE (Qwen2-VL, section 2.1): the half head width is split by mrope_section, section i turns with row i.
+def mrope_angles(positions: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """M-RoPE (Qwen2-VL, section 2.1): mrope_section divides H/2 among t, h and w; each part rotates by its position.
 
-    positions_3T: (3, ...) integer positions (t, h, w). Returns fp32 angles (..., H/2).
+    Args:
+      positions: (3, ...) integer positions (t, h, w).
+    Returns:
+      fp32 angles (..., H/2).
     """
     frequencies = rope_frequencies(cfg.head_dim, cfg.rope_theta)
     row = jnp.repeat(jnp.arange(3), jnp.array(cfg.mrope_section), total_repeat_length=cfg.head_dim // 2)
-    return jnp.moveaxis(positions_3T, 0, -1).astype(jnp.float32)[..., row] * frequencies
+    return jnp.moveaxis(positions, 0, -1).astype(jnp.float32)[..., row] * frequencies
 
 
-def _projected(h, p, angle, cfg: ModelConfig):
-    """Queries (..., N, H), keys and values (..., K, H), the first two turned to their positions."""
+def _projected(
+    h: jax.Array, p: dict[str, Any], angle: jax.Array, cfg: ModelConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries (..., N, H), keys and values (..., K, H); queries and keys are rotated to their positions."""
     if "qkv" not in p:
         q, k, v = (linear(h, p[name]["kernel"]) + p[name]["bias"] for name in ("q", "k", "v"))
         return rotate(q, angle), rotate(k, angle), v
-    both = linear(h, p["qkv"]["kernel"]) + p["qkv"]["bias"]  # (..., K, N/K + 2, H)
-    *rows, K, heads, H = both.shape
-    turned = rotate(both[..., :-1, :].reshape(*rows, -1, H), angle).reshape(*rows, K, heads - 1, H)
-    return turned[..., :-1, :].reshape(*rows, -1, H), turned[..., -1, :], both[..., -1, :]
+    qkv = linear(h, p["qkv"]["kernel"]) + p["qkv"]["bias"]  # (..., K, E + 2, H)
+    *rows, K, heads, H = qkv.shape
+    rotated = rotate(qkv[..., :-1, :].reshape(*rows, -1, H), angle).reshape(*rows, K, heads - 1, H)
+    return rotated[..., :-1, :].reshape(*rows, -1, H), rotated[..., -1, :], qkv[..., -1, :]
 
 
-def _gate_up(h, p):
+def _gate_up(h: jax.Array, p: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
     if "gate_up" not in p:
         return linear(h, p["gate"]), linear(h, p["up"])
-    both = jnp.einsum("...D,DcF->...cF", h, p["gate_up"])  # as it lies: F may be split over devices
+    both = jnp.tensordot(h, p["gate_up"], 1)  # (..., 2, F); not reshaped to 2*F, because F may be sharded
     return both[..., 0, :], both[..., 1, :]
 
 
-def _block(x, p, angle, cfg: ModelConfig, attention):
-    """One layer on x (..., T, D). `attention(q, k, v)` returns the attended heads and what the caller wants kept."""
+def _block(
+    x: jax.Array, p: dict[str, Any], angle: jax.Array, cfg: ModelConfig, attention: Callable[..., tuple[jax.Array, Any]]
+) -> tuple[jax.Array, Any]:
+    """One layer on x (..., T, D).
+
+    Args:
+      attention: (q, k, v) -> (the attended heads, what the caller keeps of this layer).
+    Returns:
+      (x after the layer, what `attention` kept).
+    """
     h = rms_norm(x, p["norm1"], cfg.norm_eps)
     attended, kept = attention(*_projected(h, p, angle, cfg))
     x = x + linear(attended, p["o"], inputs=2)
@@ -69,15 +83,18 @@ def _block(x, p, angle, cfg: ModelConfig, attention):
     return constrain(x, "batch", *[None] * (x.ndim - 1)), kept
 
 
-def prefill(params, cfg: ModelConfig, x_BTD, positions_3BT, *, remat: str = "none"):
+def prefill(
+    params: Any, cfg: ModelConfig, x_BTD: jax.Array, positions_3BT: jax.Array, *, remat: str = "none"
+) -> tuple[jax.Array, Any]:
     """Runs embedded prompts, padded at their ends.
 
-    Returns (hidden states after the final norm (B, T, D), KV: stacked (L, B, K, T, H), or a tuple over fused layers).
+    Returns:
+      (hidden states after the final norm (B, T, D), KV: stacked (L, B, K, T, H), or a tuple of KVs for fused layers).
     """
     angle = mrope_angles(positions_3BT, cfg)
 
-    def block(x, p):
-        def attention(q, k, v):
+    def block(x: jax.Array, p: dict[str, Any]) -> tuple[jax.Array, KV]:
+        def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KV]:
             return attend_prompt(q, k, v, cfg.attention), KV(k.swapaxes(1, 2), v.swapaxes(1, 2))
 
         return _block(x, p, angle, cfg, attention)
@@ -86,7 +103,8 @@ def prefill(params, cfg: ModelConfig, x_BTD, positions_3BT, *, remat: str = "non
     return rms_norm(x, params["norm"], cfg.norm_eps), kv
 
 
-def _over_layers(block, x, layers):
+def _over_layers(block: Callable[..., tuple[jax.Array, KV]], x: jax.Array, layers: Any) -> tuple[jax.Array, Any]:
+    """Runs a tree of stacked layers by a scan, or a tuple of layers one by one."""
     if not isinstance(layers, tuple):
         return jax.lax.scan(block, x, layers)
     kept = []
@@ -96,50 +114,75 @@ def _over_layers(block, x, layers):
     return x, tuple(kept)
 
 
-def extend(params, cfg: ModelConfig, x_BGTD, start_B, prefix: KV, prefix_length_B, *, remat: str = "none"):
-    """Runs G whole answers behind each prompt. Padding stands at their ends, so causality alone hides it.
+def extend(
+    params: Any,
+    cfg: ModelConfig,
+    x_BGTD: jax.Array,
+    start_B: jax.Array,
+    prefix: KV,
+    prefix_length_B: jax.Array,
+    *,
+    remat: str = "none",
+) -> jax.Array:
+    """Runs G whole answers to each prompt. Their padding is at their ends, so the causal mask alone hides it.
 
     Args:
       x_BGTD: embedded answers.
       start_B: the position of each group's first answer token.
-      prefix, prefix_length_B: what `prefill` kept, stacked, and how many of its keys are real.
+      prefix: the stacked KV from `prefill`.
+      prefix_length_B: how many of the prefix's keys are real.
     Returns:
       hidden states after the final norm (B, G, T, D).
     """
     _, G, T, _ = x_BGTD.shape
     angle = mrope_angles(_answer_positions(start_B, G, T), cfg)
 
-    def block(x, layer):
+    def block(x: jax.Array, layer: tuple[dict[str, Any], KV]) -> tuple[jax.Array, None]:
         p, prefix = layer
-        return _block(
-            x, p, angle, cfg, lambda q, k, v: (attend_shared(q, prefix, k, v, prefix_length_B, cfg.attention), None)
-        )
+
+        def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+            return attend_shared(q, prefix, k, v, prefix_length_B, cfg.attention), None
+
+        return _block(x, p, angle, cfg, attention)
 
     x, _ = jax.lax.scan(recomputed(block, remat), x_BGTD, (params["layers"], prefix))
     return rms_norm(x, params["norm"], cfg.norm_eps)
 
 
-def decode(params, cfg: ModelConfig, x_BGD, start_B, step, prefix, prefix_length_B, cache, live_BG):
+def decode(
+    params: Any,
+    cfg: ModelConfig,
+    x_BGD: jax.Array,
+    start_B: jax.Array,
+    step: Any,
+    prefix: tuple[KV, ...],
+    prefix_length_B: jax.Array,
+    cache: tuple[KV, ...],
+    live_BG: jax.Array,
+) -> tuple[jax.Array, tuple[KV, ...]]:
     """Runs token number `step` of every answer.
 
     Args:
       params: fused weights.
       x_BGD: embedded tokens.
-      prefix: per layer the prompts' KV; cache: per layer the answers' KV, all written at `step`.
-      live_BG: answers that are finished need no attention to their own tokens: what comes out is not used.
+      prefix: the prompts' KV, one for each layer.
+      cache: the answers' KV, one for each layer; every answer writes at index `step`.
+      live_BG: False for finished answers, which skip the attention to their own tokens: nothing uses their output.
     Returns:
       (hidden states after the final norm (B, G, D), the cache with this step's keys and values).
     """
     B, G, _ = x_BGD.shape
-    K, r = cfg.kv_heads, cfg.heads // cfg.kv_heads
+    K, E = cfg.kv_heads, cfg.heads // cfg.kv_heads
     angle = mrope_angles(_answer_positions(start_B + step, G, 1), cfg)
     own_length_BG = jnp.where(live_BG, step + 1, 0).astype(jnp.int32)
     x, new = x_BGD[:, :, None], []
     for p, shared, own in zip(params["layers"], prefix, cache, strict=True):
 
-        def attention(q, k, v, shared=shared, own=own):
-            own = KV(*(_written(a, b, step) for a, b in zip(own, (k, v), strict=True)))
-            q_BKGEH = jnp.moveaxis(q.reshape(B, G, K, r, -1), 2, 1)
+        def attention(
+            q: jax.Array, k: jax.Array, v: jax.Array, shared: KV = shared, own: KV = own
+        ) -> tuple[jax.Array, KV]:
+            own = KV(_written(own.k, k, step), _written(own.v, v, step))
+            q_BKGEH = jnp.moveaxis(q.reshape(B, G, K, E, -1), 2, 1)
             out = _attend_caches(q_BKGEH, shared, prefix_length_B, own, own_length_BG, cfg.kernels)
             return jnp.moveaxis(out, 1, 2).reshape(q.shape), own
 
@@ -148,36 +191,42 @@ def decode(params, cfg: ModelConfig, x_BGD, start_B, step, prefix, prefix_length
     return rms_norm(x[:, :, 0], params["norm"], cfg.norm_eps), tuple(new)
 
 
-def _written(cache_BKGSH, new_BG1KH, step):
+def _written(cache_BKGSH: jax.Array, new_BG1KH: jax.Array, step: Any) -> jax.Array:
+    """The cache with one token's keys or values at index `step`."""
     new_BKG1H = jnp.moveaxis(new_BG1KH, 3, 1)
     return jax.lax.dynamic_update_slice_in_dim(cache_BKGSH, new_BKG1H, step, axis=3)
 
 
-def _attend_caches(q_BKGEH, prefix: KV, prefix_length_B, own: KV, own_length_BG, backend: str):
-    def attend(q, prefix, prefix_length, own, own_length):
+def _attend_caches(
+    q_BKGEH: jax.Array, prefix: KV, prefix_length_B: jax.Array, own: KV, own_length_BG: jax.Array, backend: str
+) -> jax.Array:
+    """prefix_decode_attention, run by each device on its own questions and heads."""
+
+    def attend(q: jax.Array, prefix: KV, prefix_length: jax.Array, own: KV, own_length: jax.Array) -> jax.Array:
         return prefix_decode_attention(q, *prefix, prefix_length, *own, own_length, backend=backend)
 
     heads = ("batch", "kv_heads")
-    rows, prompts, answers = heads + (None,) * 3, heads + (None,) * 2, heads + (None,) * 3
-    axes = (rows, KV(prompts, prompts), ("batch",), KV(answers, answers), ("batch", None))
-    return per_shard(attend, axes, rows)(q_BKGEH, prefix, prefix_length_B, own, own_length_BG)
+    queries, prompts, answers = heads + (None,) * 3, heads + (None,) * 2, heads + (None,) * 3
+    axes = (queries, prompts, ("batch",), answers, ("batch", None))
+    return per_shard(attend, axes, queries)(q_BKGEH, prefix, prefix_length_B, own, own_length_BG)
 
 
-def empty_cache(cfg: ModelConfig, batch: int, group: int, length: int, dtype) -> tuple[KV, ...]:
-    """A zeroed cache for `group` answers of at most `length` tokens behind each of `batch` prompts."""
+def empty_cache(cfg: ModelConfig, batch: int, group: int, length: int, dtype: Any) -> tuple[KV, ...]:
+    """Zeroed caches, one for each layer, for `group` answers of at most `length` tokens to each of `batch` prompts."""
 
-    def zeros():
+    def zeros() -> jax.Array:
         shape = (batch, cfg.kv_heads, group, length, cfg.head_dim)
         return constrain(jnp.zeros(shape, dtype), "batch", "kv_heads", None, None, None)
 
     return tuple(KV(zeros(), zeros()) for _ in range(cfg.layers))
 
 
-def head(params) -> jax.Array:
-    """The rows (V, D) that hidden states are multiplied with: the embedding where the checkpoint ties them."""
+def head(params: Any) -> jax.Array:
+    """The output matrix (V, D): the embedding if the checkpoint ties the two."""
     return params.get("head", params["embed"])
 
 
-def _answer_positions(start_B, G: int, T: int) -> jax.Array:
+def _answer_positions(start_B: jax.Array, G: int, T: int) -> jax.Array:
+    """M-RoPE positions (3, B, G, T) of answers: text counts all three axes on by one."""
     positions_BGT = jnp.broadcast_to(start_B[:, None, None] + jnp.arange(T), (start_B.shape[0], G, T))
     return jnp.broadcast_to(positions_BGT, (3, *positions_BGT.shape))

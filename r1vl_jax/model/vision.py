@@ -1,7 +1,7 @@
-"""The vision tower: patches in, merged image tokens out. Images are packed: several may lie in one row.
+"""The vision tower: image patches in, merged image tokens out. Images are packed: one row may hold several.
 
-A row holds the patches of one or more images behind each other; `segment` numbers the frames, and attention stays
-inside a frame (SPEC: full attention inside each frame of each image, none across).
+A row holds the patches of its images one image after another. `segment` numbers the frames, and a patch attends to all
+patches of its own frame and to no others, as in Qwen2-VL.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from r1vl_jax.parallel.sharding import constrain
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
+    """x * sigmoid(1.702 x), CLIP's approximation of GELU."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
 def normalise(patches_WPC: jax.Array, cfg: VisionConfig) -> jax.Array:
-    """Pixel values (uint8) as the tower takes them, fp32: (x / 255 - mean) / std. Floats are normalised already."""
+    """(x / 255 - mean) / std in fp32 of uint8 pixels. Floats are already normalised and are returned unchanged."""
     if patches_WPC.dtype != jnp.uint8:
         return patches_WPC
     mean_C, std_C = (
@@ -34,13 +35,21 @@ def normalise(patches_WPC: jax.Array, cfg: VisionConfig) -> jax.Array:
 
 
 def vision_angles(hw_WP2: jax.Array, cfg: VisionConfig) -> jax.Array:
-    """2-D rope: a quarter of the head width turns with h, a quarter with w; (R, P, H/2)."""
+    """2-D rotary angles (W, P, H/2): the first H/4 rotate by h, the others by w."""
     frequencies = rope_frequencies(cfg.head_dim // 2, cfg.rope_theta)
-    angle_WP2f = hw_WP2[..., None].astype(jnp.float32) * frequencies
-    return angle_WP2f.reshape(*hw_WP2.shape[:-1], -1)
+    angle = hw_WP2[..., None].astype(jnp.float32) * frequencies  # (W, P, 2, H/4)
+    return angle.reshape(*hw_WP2.shape[:-1], -1)
 
 
-def _block(x_WPD, p, *, angle, segment_WP, cfg: VisionConfig, attention: str):
+def _block(
+    x_WPD: jax.Array,
+    p: dict[str, Any],
+    *,
+    angle: jax.Array,
+    segment_WP: jax.Array,
+    cfg: VisionConfig,
+    attention: str,
+) -> tuple[jax.Array, None]:
     h = layer_norm(x_WPD, p["norm1"], cfg.norm_eps)
     q, k, v = jnp.moveaxis(linear(h, p["qkv"]["kernel"]) + p["qkv"]["bias"], 2, 0)
     attended = attend_frames(rotate(q, angle), rotate(k, angle), v, segment_WP, attention)
@@ -54,9 +63,9 @@ def _block(x_WPD, p, *, angle, segment_WP, cfg: VisionConfig, attention: str):
 def encode_images(
     params: dict[str, Any],
     cfg: VisionConfig,
-    patches_WPC,
-    hw_WP2,
-    segment_WP,
+    patches_WPC: jax.Array,
+    hw_WP2: jax.Array,
+    segment_WP: jax.Array,
     *,
     attention: str = "xla",
     remat: str = "none",
@@ -65,13 +74,13 @@ def encode_images(
 
     Args:
       params: the "vision" subtree.
-      patches_WPC: patches, rows of 3*2*14*14 values: uint8 pixels, or floats that are normalised already.
+      patches_WPC: 3*2*14*14 values a patch: uint8 pixels, or floats that are already normalised.
       hw_WP2: each patch's (h, w) in its frame, in merge order.
-      segment_WP: the frame that a patch belongs to, unique in its row; -1 for padding.
+      segment_WP: the frame of each patch, unique in its row; -1 for padding.
       attention: see model.attention.
       remat: see layers.recomputed.
     Returns:
-      image features (R, M, D) in the parameters' dtype, M = P / 4.
+      image features (W, M, D) in the parameters' dtype, M = P / 4.
     """
     x = linear(normalise(patches_WPC, cfg).astype(params["patch_embed"].dtype), params["patch_embed"])
     block = partial(_block, angle=vision_angles(hw_WP2, cfg), segment_WP=segment_WP, cfg=cfg, attention=attention)

@@ -1,20 +1,26 @@
 """One table from logical axes to mesh axes, and the functions that apply it. No layer names a mesh axis.
 
-Mesh axes: `data` (replicas), `fsdp` (replicas that split the train state), `tensor` (heads, MLP, vocabulary).
+Mesh axes: `data` (replicas), `fsdp` (replicas that each store a part of the train state), `tensor` (heads, MLP columns,
+vocabulary).
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "tensor")
+from r1vl_jax.types import ParamSpec, is_spec
 
-# The rules of the train state. A logical axis that is not here is not sharded.
-RULES: dict[str, str | tuple[str, ...]] = {
+MESH_AXES = ("data", "fsdp", "tensor")
+Rules = Mapping[str, str | tuple[str, ...]]
+
+# The rules of the train state. A logical axis that is not in the table is not sharded.
+RULES: Rules = {
     "batch": ("data", "fsdp"),
     "embed": "fsdp",
     "heads": "tensor",
@@ -23,17 +29,20 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "vocab": "tensor",
 }
 
-# The rollout's copy of the weights: never split over fsdp; over tensor where the config says so.
-ROLLOUT_RULES = {
-    "tensor": {axis: mesh for axis, mesh in RULES.items() if axis != "embed"},
+# The rules of the rollout's copy of the weights. It is never split over fsdp; the config may split it over tensor.
+ROLLOUT_RULES: Mapping[str, Rules] = {
+    "tensor": {axis: mesh_axis for axis, mesh_axis in RULES.items() if axis != "embed"},
     "replicated": {"batch": ("data", "fsdp")},
 }
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """A mesh of the given sizes; one of them may be -1 and takes the devices that are left.
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of these sizes. At most one may be -1: it takes all devices that the other two leave.
 
-    Raises ValueError where the devices do not divide.
+    Args:
+      devices: None: all devices.
+    Raises:
+      ValueError: a size is not positive, there are too few devices, or their number is not a multiple of the sizes.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -53,69 +62,95 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Number of parts that a batch is split into: groups per batch must be a multiple of it."""
+    """The number of parts that a batch is split into; the groups of a batch must be a multiple of it."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def partition_spec(axes: tuple[str | None, ...], rules=RULES) -> PartitionSpec:
+def partition_spec(axes: tuple[str | None, ...], rules: Rules = RULES) -> PartitionSpec:
+    """The PartitionSpec of an array with these logical axes."""
     return PartitionSpec(*[rules.get(axis) if axis else None for axis in axes])
 
 
-def param_shardings(spec_tree: Any, mesh: Mesh, rules=RULES) -> Any:
-    """A NamedSharding for each ParamSpec. Raises ValueError naming every dimension that does not divide."""
+def param_shardings(spec_tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """A NamedSharding for each ParamSpec of the tree.
+
+    Raises:
+      ValueError: names every dimension that is not a multiple of its mesh axis.
+    """
     faults = []
 
-    def one(path, spec):
+    def sharding(path: tuple, spec: ParamSpec) -> NamedSharding:
         for size, axis in zip(spec.shape, spec.axes, strict=True):
             mesh_axis = rules.get(axis) if axis else None
             if mesh_axis and size % mesh.shape[mesh_axis]:
                 faults.append(f"{jax.tree_util.keystr(path)}: {axis} {size} over {mesh_axis}={mesh.shape[mesh_axis]}")
         return NamedSharding(mesh, partition_spec(spec.axes, rules))
 
-    shardings = jax.tree_util.tree_map_with_path(one, spec_tree, is_leaf=lambda node: hasattr(node, "hf_name"))
+    shardings = jax.tree_util.tree_map_with_path(sharding, spec_tree, is_leaf=is_spec)
     if faults:
         raise ValueError("sizes that the mesh does not divide: " + "; ".join(faults))
     return shardings
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
+def batch_axes(batch: Any) -> Any:
+    """The batch axis of each array of a tree: `batch_axis` in the metadata of its dataclass field, else 0."""
+
+    def axes(node: Any) -> Any:
+        if not dataclasses.is_dataclass(node) or isinstance(node, type):
+            return 0
+        fields = {}
+        for field in dataclasses.fields(node):
+            value, declared = getattr(node, field.name), field.metadata.get("batch_axis")
+            fields[field.name] = batch_axes(value) if declared is None else jax.tree.map(lambda _, a=declared: a, value)
+        return dataclasses.replace(node, **fields)
+
+    return jax.tree.map(axes, batch, is_leaf=dataclasses.is_dataclass)
+
+
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Places a host batch, split over its rows (axis 0; axis 1 of M-RoPE positions) by whole groups."""
+    """Places a host batch on the mesh, each array split along its batch axis into `batch_shards` parts.
+
+    Args:
+      batch: Prompts, TrainBatch, an array, or a tree of these.
+    Raises:
+      ValueError: names an array whose batch axis is not a multiple of the number of parts.
+    """
     shards = batch_shards(mesh)
 
-    def put(path, array):
-        name = jax.tree_util.keystr(path)
-        axis = 1 if "positions_3" in name else 0
+    def put(path: tuple, array: Any, axis: int) -> jax.Array:
         if array.shape[axis] % shards:
+            name = jax.tree_util.keystr(path)
             raise ValueError(f"{name}: {array.shape[axis]} rows do not divide over data*fsdp = {shards}")
         spec = PartitionSpec(*[None] * axis, RULES["batch"])
         return jax.device_put(array, NamedSharding(mesh, spec))
 
-    return jax.tree_util.tree_map_with_path(put, batch)
+    return jax.tree_util.tree_map_with_path(put, batch, batch_axes(batch))
 
 
 def ambient_shards() -> int:
-    """Parts that a batch is split into on the ambient mesh; 1 without one."""
+    """The number of parts that a batch is split into on the ambient mesh; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Tells the compiler how an activation lies on the ambient mesh; does nothing without one."""
+    """Tells the compiler how to shard an activation over the ambient mesh; does nothing without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
 
 
-def per_shard(f: Any, in_axes: Any, out_axes: Any) -> Any:
-    """`f` run by each device on its own rows and heads: for kernels, which the partitioner cannot split.
+def per_shard(f: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..., Any]:
+    """`f`, run by each device on its own rows and heads: for kernels, which the compiler cannot partition.
 
     Args:
-      in_axes, out_axes: trees of tuples of logical axes, one for each argument and result.
+      in_axes, out_axes: a tuple of logical axes for each argument and result; one for a tree holds for all its arrays.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:

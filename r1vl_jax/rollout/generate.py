@@ -1,19 +1,19 @@
-"""Answers for a batch of questions: prefill once a question, then G answers of each decoded in a few jitted loops.
+"""Samples answers to a batch of questions: one prefill a question, then a few jitted loops that decode G answers each.
 
-data -> [rollout] -> rewards -> step_grpo. The prompt's keys and values are held once a group and read by all its
-answers; each answer has its own cache, and all write at one common index.
+data -> [rollout] -> rewards -> step_grpo. The keys and values of a prompt are stored once a group, and all its answers
+read them. Each answer has a cache of its own; all answers write at one common index.
 
-    prefill -> decode up to 256 tokens -> drop finished groups, enlarge the cache -> decode on -> ...
+    prefill -> decode up to 256 tokens -> drop finished questions, enlarge the cache -> decode on -> ...
 
-The host looks at the state between these loops only. Their shapes (cache lengths 256, 512, 1,024, ...; batches halved
-again and again) are few, so that nothing is compiled anew from one batch to the next.
+The host looks at the state only between these loops. Their shapes (cache lengths 256, 512, 1,024, ...; a batch halved
+again and again) are few, so later batches find every program compiled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,17 +26,18 @@ from r1vl_jax.parallel.sharding import ambient_shards, constrain
 from r1vl_jax.rollout.sampling import answer_uniforms, check_sampling, sample
 from r1vl_jax.types import Prompts, Rollout, Sampling
 
-SEGMENT = 256  # tokens decoded between two looks of the host, and the shortest cache
+SEGMENT = 256  # tokens that one loop decodes before the host looks at the state; also the shortest cache
 
 
 class Questions(NamedTuple):
-    """What the answers to B questions are decoded from; does not change.
+    """The fixed inputs of decoding the answers to B questions.
 
     Attributes:
-      prefix: per layer the prompts' KV; length_B: their real keys.
+      prefix: the prompts' KV, one for each layer.
+      length_B: how many keys of each prompt are real.
       start_B: the position of the first answer token.
-      uniforms_BGT: random numbers.
-      limit_BG: tokens at which an answer ends even without a stop token.
+      uniforms_BGT: a random number for each token.
+      limit_BG: the most tokens of each answer.
     """
 
     prefix: tuple[text.KV, ...]
@@ -47,44 +48,60 @@ class Questions(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """Answers on their way: what the next token comes from, which are finished, caches, and what has been sampled."""
+    """The state of unfinished answers.
+
+    Attributes:
+      hidden_BGD: the hidden states that predict the next tokens.
+      done_BG: True for finished answers.
+      cache: the answers' KV, one for each layer.
+      sampled: the tokens so far.
+    """
 
     hidden_BGD: jax.Array
     done_BG: jax.Array
     cache: tuple[text.KV, ...]
-    out: Rollout
+    sampled: Rollout
 
 
 @partial(jax.jit, static_argnames="cfg")
-def prefill(weights, cfg: ModelConfig, prompts: Prompts):
-    """Vision and prompts: (the last token's hidden_BD, per layer KV, lengths_B)."""
+def prefill(weights: Any, cfg: ModelConfig, prompts: Prompts) -> tuple[jax.Array, tuple[text.KV, ...], jax.Array]:
+    """Runs vision tower and prompts: (the last token's hidden_BD, one KV for each layer, lengths_B)."""
     _, last_BD, kv = qwen2_vl.prefill(weights, cfg, prompts)
     return last_BD, kv, qwen2_vl.lengths(prompts)
 
 
 @partial(jax.jit, static_argnames=("cfg", "sampling", "stop_ids"), donate_argnames="answers")
 def decode(
-    weights, cfg: ModelConfig, asked: Questions, answers: Answers, first, last, sampling: Sampling, stop_ids
+    weights: Any,
+    cfg: ModelConfig,
+    questions: Questions,
+    answers: Answers,
+    first: Any,
+    last: Any,
+    sampling: Sampling,
+    stop_ids: tuple[int, ...],
 ) -> Answers:
-    """Samples tokens first..last - 1, until all answers are finished."""
+    """Samples tokens first..last - 1; stops early when all answers are finished."""
 
     head_VD = text.head(weights["text"])
 
-    def body(loop):
-        step, (hidden_BGD, done_BG, cache, out) = loop
-        uniform_BG = jax.lax.dynamic_index_in_dim(asked.uniforms_BGT, step, axis=2, keepdims=False)
+    def body(loop: tuple[Any, Answers]) -> tuple[Any, Answers]:
+        step, (hidden_BGD, done_BG, cache, sampled) = loop
+        uniform_BG = jax.lax.dynamic_index_in_dim(questions.uniforms_BGT, step, axis=2, keepdims=False)
         token_BG, logprob_BG = sample(logits(hidden_BGD, head_VD), uniform_BG, sampling, cfg.vision_ids)
         token_BG = jnp.where(done_BG, stop_ids[0], token_BG)
         new = Rollout(token_BG, jnp.where(done_BG, 0.0, logprob_BG), ~done_BG)
-        out = jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b[:, :, None], step, 2), out, new)
-        done_BG |= jnp.isin(token_BG, jnp.array(stop_ids)) | (step + 1 >= asked.limit_BG)
+        sampled = jax.tree.map(
+            lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b[:, :, None], step, 2), sampled, new
+        )
+        done_BG |= jnp.isin(token_BG, jnp.array(stop_ids)) | (step + 1 >= questions.limit_BG)
         hidden_BGD, cache = text.decode(
-            weights["text"], cfg, qwen2_vl.embed_tokens(weights, token_BG), asked.start_B, step,
-            asked.prefix, asked.length_B, cache, ~done_BG,
+            weights["text"], cfg, qwen2_vl.embed_tokens(weights, token_BG), questions.start_B, step,
+            questions.prefix, questions.length_B, cache, ~done_BG,
         )  # fmt: skip
-        return step + 1, Answers(hidden_BGD, done_BG, cache, out)
+        return step + 1, Answers(hidden_BGD, done_BG, cache, sampled)
 
-    def unfinished(loop):
+    def unfinished(loop: tuple[Any, Answers]) -> jax.Array:
         return (loop[0] < last) & ~loop[1].done_BG.all()
 
     return jax.lax.while_loop(unfinished, body, (first, answers))[1]
@@ -92,37 +109,38 @@ def decode(
 
 @partial(jax.jit, static_argnames="length")
 def enlarge(answers: Answers, length: int) -> Answers:
-    """The same answers with room for `length` tokens."""
+    """The same answers with room for `length` tokens in their caches."""
     missing = length - answers.cache[0].k.shape[3]
     cache = jax.tree.map(lambda a: jnp.pad(a, [(0, 0)] * 3 + [(0, missing), (0, 0)]), answers.cache)
     return answers._replace(cache=cache)
 
 
 @jax.jit
-def compact(asked: Questions, answers: Answers, places_B) -> tuple[Questions, Answers]:
-    """The questions at these places alone."""
+def compact(questions: Questions, answers: Answers, places_B: jax.Array) -> tuple[Questions, Answers]:
+    """Only the questions at these places of the batch, and their answers."""
 
-    def take(a):
+    def take(a: Any) -> Any:
         if isinstance(a, text.KV):
-            return text.KV(*(constrain(b[places_B], "batch", "kv_heads", *[None] * (b.ndim - 2)) for b in a))
+            k, v = (constrain(b[places_B], "batch", "kv_heads", *[None] * (b.ndim - 2)) for b in a)
+            return text.KV(k, v)
         return constrain(a[places_B], "batch", *[None] * (a.ndim - 1))
 
-    return jax.tree.map(take, (asked, answers), is_leaf=lambda node: isinstance(node, text.KV))
+    return jax.tree.map(take, (questions, answers), is_leaf=lambda node: isinstance(node, text.KV))
 
 
 @partial(jax.jit, static_argnames=("cfg", "samples", "tokens", "length", "stop"))
-def start(cfg: ModelConfig, last_BD, *, samples: int, tokens: int, length: int, stop: int) -> Answers:
-    """Nothing sampled yet; caches have room for `length` tokens."""
+def start(cfg: ModelConfig, last_BD: jax.Array, *, samples: int, tokens: int, length: int, stop: int) -> Answers:
+    """The state before the first token; caches have room for `length` tokens."""
     shape = (last_BD.shape[0], samples, tokens)
     hidden_BGD = jnp.broadcast_to(last_BD[:, None], (*shape[:2], last_BD.shape[-1]))
-    cache = text.empty_cache(cfg, *shape[:2], length, last_BD.dtype)
-    out = Rollout(jnp.full(shape, stop, jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool))
-    hidden_BGD, out = jax.tree.map(lambda a: constrain(a, "batch", None, None), (hidden_BGD, out))
-    return Answers(hidden_BGD, jnp.zeros(shape[:2], bool), cache, out)
+    cache = text.empty_cache(cfg, shape[0], shape[1], length, last_BD.dtype)
+    sampled = Rollout(jnp.full(shape, stop, jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool))
+    hidden_BGD, sampled = jax.tree.map(lambda a: constrain(a, "batch", None, None), (hidden_BGD, sampled))
+    return Answers(hidden_BGD, jnp.zeros(shape[:2], bool), cache, sampled)
 
 
 def segments(tokens: int) -> Iterator[tuple[int, int, int]]:
-    """(first, last, cache length) of each decode loop for so many tokens: caches double, loops stay short."""
+    """(first, last, cache length) of each decode loop for this many tokens: caches double, loops stay short."""
     length, first = min(SEGMENT, tokens), 0
     while first < tokens:
         last = min(first + SEGMENT, tokens)
@@ -133,32 +151,33 @@ def segments(tokens: int) -> Iterator[tuple[int, int, int]]:
 
 
 def shrunk_batch(live: int, batch: int) -> int:
-    """The batch to go on with: halved while the unfinished questions fit, and it can be split over the devices."""
+    """The batch of the next loop: halved while the unfinished questions fit and the devices can still split it."""
     while batch % (2 * ambient_shards()) == 0 and live <= batch // 2:
         batch //= 2
     return batch
 
 
 def rollout(
-    weights,
+    weights: Any,
     cfg: ModelConfig,
     prompts: Prompts,
-    row_ids_B,
+    row_ids_B: Any,
     *,
     group: int,
     sampling: Sampling,
     stop_ids: tuple[int, ...],
     seed: int,
     step: int,
-    limit_BG=None,
+    limit_BG: Any = None,
 ) -> Rollout:
     """Samples `group` answers to each question.
 
     Args:
       weights: fused (model.fused.fuse), in the dtype of the computation.
-      prompts: B questions; row_ids_B: a number for each that, with (seed, step, sample), fixes its random numbers.
-      stop_ids: an answer ends with the first of these; it counts.
-      limit_BG: tokens at which each answer ends at the latest, if other than max_new_tokens.
+      prompts: B questions.
+      row_ids_B: a number for each question; its random numbers depend on this, seed, step and sample.
+      stop_ids: an answer ends with the first of these, which belongs to it.
+      limit_BG: the most tokens of each answer, if less than max_new_tokens.
     Returns:
       Rollout of (B, group, max_new_tokens) arrays, on the host.
     """
@@ -167,13 +186,13 @@ def rollout(
     uniforms_BGT = _uniforms(seed, step, row_ids_B, group, T)
     last_BD, prefix, length_B = prefill(weights, cfg, prompts)
     limit_BG = np.full(uniforms_BGT.shape[:2], T) if limit_BG is None else limit_BG
-    asked = Questions(prefix, length_B, prompts.next_position_B, uniforms_BGT, jnp.asarray(limit_BG, jnp.int32))
+    questions = Questions(prefix, length_B, prompts.next_position_B, uniforms_BGT, jnp.asarray(limit_BG, jnp.int32))
     answers = start(cfg, last_BD, samples=group, tokens=T, length=min(SEGMENT, T), stop=stop_ids[0])
     whole, places_B = None, np.arange(len(length_B))
     for first, last, length in segments(T):
         if length > answers.cache[0].k.shape[3]:
             answers = enlarge(answers, length)
-        answers = decode(weights, cfg, asked, answers, first, last, sampling, stop_ids)
+        answers = decode(weights, cfg, questions, answers, first, last, sampling, stop_ids)
         if last == T:
             break
         live_B = ~jax.device_get(answers.done_BG).all(axis=1)
@@ -181,15 +200,15 @@ def rollout(
             break
         batch = shrunk_batch(live_B.sum(), len(live_B))
         if batch < len(live_B):
-            whole = _put(whole, answers.out, places_B)
+            whole = _written(whole, answers.sampled, places_B)
             kept = np.argsort(~live_B, kind="stable")[:batch]
-            asked, answers = compact(asked, answers, kept)
+            questions, answers = compact(questions, answers, kept)
             places_B = places_B[kept]
-    return _put(whole, answers.out, places_B)
+    return _written(whole, answers.sampled, places_B)
 
 
-def _put(whole: Rollout | None, part: Rollout, places_B: np.ndarray) -> Rollout:
-    """The whole batch's answers, on the host, with those of some questions as they are now."""
+def _written(whole: Rollout | None, part: Rollout, places_B: np.ndarray) -> Rollout:
+    """The whole batch's answers on the host, after those at these places are overwritten by `part`."""
     part = jax.device_get(part)
     if whole is None:
         return jax.tree.map(np.array, part)

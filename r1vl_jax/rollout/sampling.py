@@ -1,4 +1,4 @@
-"""Drawing one token from logits: greedy, temperature, top-k, top-p; one uniform a row and an inverse CDF."""
+"""Draws one token from logits: greedy, temperature, top-k, top-p. One uniform number a row, through the inverse CDF."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from r1vl_jax.model.head import scaled
 from r1vl_jax.types import Sampling
 
-BLOCK = 128  # tokens
+BLOCK = 128  # tokens in a block of the inverse CDF
 
 
 def check_sampling(sampling: Sampling) -> None:
-    """Raises ValueError for values that mean nothing."""
+    """Raises ValueError for a value out of range."""
     if sampling.temperature < 0:
         raise ValueError(f"temperature is {sampling.temperature}, expected 0 (greedy) or more")
     if not 0 < sampling.top_p <= 1:
@@ -24,27 +24,30 @@ def check_sampling(sampling: Sampling) -> None:
 
 
 def answer_uniforms(seed: int, step: int, row_ids_B: jax.Array, group: int, length: int) -> jax.Array:
-    """The random numbers of a rollout (B, G, T), folded from (seed, step, row, sample).
+    """The random numbers of a rollout (B, G, T), from keys folded from (seed, step, row, sample).
 
-    A row's numbers depend on nothing else: not on its batch, its place there, the mesh, or a restart.
+    They depend on nothing else: not on the batch, the place in it, the mesh, or a restart.
     """
     key = jax.random.fold_in(jax.random.key(seed), step)
 
-    def answer(row, sample):
+    def answer(row: jax.Array, sample: jax.Array) -> jax.Array:
         return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, row), sample), (length,))
 
     samples_G = jnp.arange(group)
     return jax.vmap(lambda row: jax.vmap(lambda sample: answer(row, sample))(samples_G))(row_ids_B)
 
 
-def sample(logits: jax.Array, uniform: jax.Array, sampling: Sampling, forbidden: tuple[int, ...]):
+def sample(
+    logits: jax.Array, uniform: jax.Array, sampling: Sampling, forbidden: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
     """Draws a token from each row.
 
     Args:
-      logits: (..., V); uniform: (...) in [0, 1).
-      forbidden: ids never drawn.
+      logits: (..., V).
+      uniform: (...) in [0, 1).
+      forbidden: ids that are never drawn.
     Returns:
-      (tokens (...) int32, their log-probability under log softmax(z / T), before top-k and top-p).
+      (tokens (...) int32, their log softmax(z / temperature) before top-k and top-p).
     """
     z = scaled(logits, sampling.temperature, forbidden)
     if sampling.temperature == 0:
@@ -57,7 +60,7 @@ def sample(logits: jax.Array, uniform: jax.Array, sampling: Sampling, forbidden:
 
 
 def _truncated(p: jax.Array, sampling: Sampling) -> jax.Array:
-    """Probabilities, not normalised, with everything outside top-k, then outside top-p, set to zero."""
+    """Probabilities, not normalised, with tokens outside top-k, then outside top-p, set to zero."""
     vocab = p.shape[-1]
     if not 0 < sampling.top_k < vocab and sampling.top_p == 1:
         return p
@@ -66,16 +69,16 @@ def _truncated(p: jax.Array, sampling: Sampling) -> jax.Array:
     if sampling.top_k:
         ranked = jnp.where(jnp.arange(vocab) < sampling.top_k, ranked, 0.0)
     ranked /= ranked.sum(axis=-1, keepdims=True)
-    # The nucleus: the fewest tokens whose probabilities reach top_p, hence what precedes a token counts.
+    # The nucleus is the fewest tokens whose sum reaches top_p: a token is in it if those before it do not reach top_p.
     before = jnp.cumsum(ranked, axis=-1) - ranked
     ranked = jnp.where(before < sampling.top_p, ranked, 0.0)
     return jnp.take_along_axis(ranked, jnp.argsort(order, axis=-1), axis=-1)
 
 
 def _inverse_cdf(p: jax.Array, uniform: jax.Array) -> jax.Array:
-    """The first token whose cumulative probability exceeds uniform * total; a token of probability 0 never.
+    """The first token whose cumulative probability exceeds uniform * total; never a token of probability 0.
 
-    First among blocks of tokens, then inside the one found: a running sum over a whole vocabulary takes many passes.
+    Searches the blocks of tokens first, then one block: a cumulative sum over a whole vocabulary takes many passes.
     """
     p = jnp.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, -p.shape[-1] % BLOCK)]).reshape(*p.shape[:-1], -1, BLOCK)
     sums = p.sum(axis=-1)
@@ -89,6 +92,7 @@ def _inverse_cdf(p: jax.Array, uniform: jax.Array) -> jax.Array:
 
 
 def _first_above(p: jax.Array, cdf: jax.Array, target: jax.Array) -> jax.Array:
+    """The first index with cdf > target and p > 0."""
     hit = (cdf > target[..., None]) & (p > 0)
-    # Rounding may leave no hit at the very end: then the most probable one.
+    # Rounding may leave no such index when the target is close to the total: then the most probable one.
     return jnp.where(hit.any(axis=-1), jnp.argmax(hit, axis=-1), jnp.argmax(p, axis=-1))

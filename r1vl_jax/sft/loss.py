@@ -9,23 +9,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from r1vl_jax.model.answers import answer_loss
 from r1vl_jax.model.config import ModelConfig
-from r1vl_jax.model.qwen2_vl import answer_loss
 from r1vl_jax.types import TrainBatch
 
 
 def token_weights(mask_BGT: np.ndarray, tokens: int) -> np.ndarray:
-    """Weight of each token: 1 / tokens, the number of answer tokens in the whole update."""
+    """The weight of each token: 1 / tokens, the number of answer tokens in the whole update."""
     return (mask_BGT / tokens).astype(np.float32)
 
 
-def cross_entropy(logprobs, entropy, weight) -> tuple[jax.Array, dict[str, jax.Array]]:
+def cross_entropy(logprobs: jax.Array, entropy: jax.Array, weight: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss and metrics of some tokens; tokens of weight 0 do not count."""
     loss = -jnp.sum(weight * jnp.where(weight > 0, logprobs, 0.0))
     return loss, {"loss": loss, "entropy": jnp.sum(weight * entropy)}
 
 
-def sft_loss(params, batch: TrainBatch, *, cfg: ModelConfig, remat: str) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Loss and metrics of one micro-batch; over the micro-batches of an update they add up."""
+def sft_loss(
+    params: dict, batch: TrainBatch, *, cfg: ModelConfig, remat: str
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Loss and metrics of one micro-batch; the micro-batches of an update are added."""
     inputs = (batch.prompts, batch.tokens_BGT, batch.weight_BGT)
     return answer_loss(cross_entropy, params, cfg, *inputs, start_B=batch.start_B, remat=remat)

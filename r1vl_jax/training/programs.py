@@ -25,9 +25,10 @@ from jax.sharding import Mesh
 from r1vl_kernels.step_group_advantage import step_group_advantage
 
 from r1vl_jax.config import Config
+from r1vl_jax.model.answers import answer_logprobs
 from r1vl_jax.model.config import ModelConfig
 from r1vl_jax.model.fused import fuse, fused_shardings
-from r1vl_jax.model.qwen2_vl import answer_logprobs, cast
+from r1vl_jax.model.qwen2_vl import cast
 from r1vl_jax.model.spec import param_spec
 from r1vl_jax.parallel.sharding import ROLLOUT_RULES, param_shardings, per_shard
 from r1vl_jax.rollout.generate import decode, prefill

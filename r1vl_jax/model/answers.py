@@ -1,0 +1,142 @@
+"""Answers to prompts: their hidden states, their log-probabilities, a loss of them. What training and scoring run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from r1vl_jax.model import text
+from r1vl_jax.model.config import ModelConfig
+from r1vl_jax.model.head import TokenLoss, head_loss, token_logprobs
+from r1vl_jax.model.qwen2_vl import embed_prompts, embed_tokens, lengths, prefill, right_padded, take_places
+from r1vl_jax.types import Prompts
+
+
+def answer_hidden(
+    params: Any, cfg: ModelConfig, prompts: Prompts, tokens_BGT: jax.Array, *, shared: bool = True, remat: str = "none"
+) -> jax.Array:
+    """The hidden states (B, G, T, D) that predict the answer tokens: the prompt's last, then all but the answer's last.
+
+    Args:
+      shared: run the prompt once and let its answers attend to it; False runs it once an answer. Both compute the same.
+    """
+    if not shared:
+        return _unshared_hidden(params, cfg, prompts, tokens_BGT, remat=remat)
+    _, last_BD, kv = prefill(params, cfg, prompts, remat=remat)
+    # The state of the answer's last token is not used. The token runs all the same: kernels want even lengths.
+    x = embed_tokens(params, tokens_BGT)
+    hidden_BGTD = text.extend(params["text"], cfg, x, prompts.next_position_B, kv, lengths(prompts), remat=remat)
+    B, G, _ = tokens_BGT.shape
+    first_BG1D = jnp.broadcast_to(last_BD[:, None, None], (B, G, 1, last_BD.shape[-1]))
+    return jnp.concatenate([first_BG1D, hidden_BGTD[:, :, :-1]], axis=2)
+
+
+def _unshared_hidden(
+    params: Any, cfg: ModelConfig, prompts: Prompts, tokens_BGT: jax.Array, *, remat: str
+) -> jax.Array:
+    """`answer_hidden` with one causal row for each answer: the prompt's embeddings, then directly the answer's."""
+    prompts, _ = right_padded(prompts)
+    (B, G, T), length_B1 = tokens_BGT.shape, lengths(prompts)[:, None]
+    x_prompt, x_answer = embed_prompts(params, cfg, prompts, remat=remat), embed_tokens(params, tokens_BGT)
+    places_S = jnp.arange(prompts.mask_BT.shape[1] + T)
+    in_prompt_BS = places_S < length_B1
+    from_prompt_BS = jnp.minimum(places_S, length_B1 - 1)
+    from_answer_BS = jnp.clip(places_S - length_B1, 0, T - 1)
+    x_BGSD = jnp.where(
+        in_prompt_BS[:, None, :, None],
+        take_places(x_prompt, from_prompt_BS)[:, None],
+        jnp.take_along_axis(x_answer, from_answer_BS[:, None, :, None], axis=2),
+    )
+    positions_3BS = jnp.where(
+        in_prompt_BS,
+        jax.vmap(lambda row: jnp.take_along_axis(row, from_prompt_BS, axis=1))(prompts.positions_3BT),
+        prompts.next_position_B[:, None] + from_answer_BS,
+    )
+    x_RSD, positions_3RS = x_BGSD.reshape(B * G, *x_BGSD.shape[2:]), jnp.repeat(positions_3BS, G, axis=1)
+    hidden_RSD, _ = text.prefill(params["text"], cfg, x_RSD, positions_3RS, remat=remat)
+    places_RT = jnp.repeat(length_B1, G, axis=0) - 1 + jnp.arange(T)
+    return take_places(hidden_RSD, places_RT).reshape(B, G, T, -1)
+
+
+def joined_hidden(
+    params: Any, cfg: ModelConfig, rows: Prompts, start_B: jax.Array, T: int, *, remat: str = "none"
+) -> jax.Array:
+    """`answer_hidden` (B, 1, T, D) for rows that hold one answer each, after start_B tokens of prompt."""
+    hidden_BTD, _, _ = prefill(params, cfg, rows, remat=remat)
+    places_BT = jnp.minimum(start_B[:, None] - 1 + jnp.arange(T), hidden_BTD.shape[1] - 1)
+    return take_places(hidden_BTD, places_BT)[:, None]
+
+
+def answer_logprobs(
+    params: Any,
+    cfg: ModelConfig,
+    prompts: Prompts,
+    tokens_BGT: jax.Array,
+    *,
+    start_B: jax.Array | None = None,
+    temperature: float = 1.0,
+    forbidden: tuple[int, ...] = (),
+    shared: bool = True,
+    remat: str = "none",
+) -> tuple[jax.Array, jax.Array]:
+    """log softmax(z / temperature) of the given answer tokens, and the entropy of the distribution of each.
+
+    Args:
+      tokens_BGT: answers, padded at their ends with any id.
+      start_B: if `prompts` also hold the answers (G = 1): the number of tokens before each answer.
+      temperature: the sampling temperature; 0 is treated as 1, so greedy answers are scored at 1.
+      forbidden: ids removed from the distribution, as in sampling.
+      shared: see `answer_hidden`.
+      remat: what layers keep for the backward pass, see layers.recomputed.
+    Returns:
+      fp32 (logprobs_BGT, entropy_BGT); values after an answer's end have no meaning.
+    """
+    hidden_BGTD = _hidden(params, cfg, prompts, tokens_BGT, start_B, shared, remat)
+    return token_logprobs(
+        hidden_BGTD,
+        text.head(params["text"]),
+        tokens_BGT,
+        temperature=temperature,
+        forbidden=forbidden,
+        chunk=cfg.logit_rows,
+    )
+
+
+def answer_loss(
+    token_loss: TokenLoss,
+    params: Any,
+    cfg: ModelConfig,
+    prompts: Prompts,
+    tokens_BGT: jax.Array,
+    values: Any,
+    *,
+    start_B: jax.Array | None = None,
+    temperature: float = 1.0,
+    forbidden: tuple[int, ...] = (),
+    shared: bool = True,
+    remat: str = "none",
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(loss, metrics): `token_loss` summed over all answer tokens, with one pass over the logits.
+
+    Args: as for `answer_logprobs`; token_loss, values: as for model.head.head_loss.
+    """
+    hidden_BGTD = _hidden(params, cfg, prompts, tokens_BGT, start_B, shared, remat)
+    return head_loss(
+        token_loss, hidden_BGTD, text.head(params["text"]), tokens_BGT, values, temperature, forbidden, cfg.logit_rows
+    )
+
+
+def _hidden(
+    params: Any,
+    cfg: ModelConfig,
+    prompts: Prompts,
+    tokens_BGT: jax.Array,
+    start_B: jax.Array | None,
+    shared: bool,
+    remat: str,
+) -> jax.Array:
+    if start_B is None:
+        return answer_hidden(params, cfg, prompts, tokens_BGT, shared=shared, remat=remat)
+    return joined_hidden(params, cfg, prompts, start_B, tokens_BGT.shape[2], remat=remat)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import socket
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from helpers.server import Server, chat, free_port
 
 from r1vl_jax.common.endpoint import (
     MAX_FAILURES_AT_FIRST,
@@ -23,51 +20,6 @@ from r1vl_jax.common.endpoint import (
 HELLO = [{"role": "user", "content": "hello"}]
 
 
-def chat(text, finish="stop"):
-    """The body of a reply that says `text`."""
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
-    return {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
-
-
-class Server:
-    """An endpoint whose `answer(request, n)` gives status, headers and body (an object, or bytes) of its n-th reply."""
-
-    def __init__(self, answer):
-        self.requests, self.headers, self.lock = [], [], threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer.lock:
-                    outer.requests.append(request)
-                    outer.headers.append(self.headers)
-                    number = len(outer.requests)
-                status, headers, body = answer(request, number)
-                data = body if isinstance(body, bytes) else json.dumps(body).encode()
-                headers = {"Content-Type": "application/json", "Content-Length": str(len(data))} | headers
-                with contextlib.suppress(OSError):  # the client may have given up
-                    self.send_response(status)
-                    for name, value in headers.items():
-                        self.send_header(name, value)
-                    self.end_headers()
-                    self.wfile.write(data)
-
-            def log_message(self, *_):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
-
-    def __enter__(self):
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.http.shutdown()
-        self.http.server_close()
-
-
 def says(text, **options):
     return lambda request, number: (200, {}, chat(text, **options))
 
@@ -75,12 +27,6 @@ def says(text, **options):
 def in_turn(*replies):
     """The n-th reply, and the last one ever after."""
     return lambda request, number: replies[min(number, len(replies)) - 1]
-
-
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 OK = (200, {}, chat("fine"))

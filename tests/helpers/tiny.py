@@ -137,6 +137,21 @@ def hf_gradients(model, folder: Path, cfg) -> Any:
     return load_hf(folder, cfg)
 
 
+def relative_errors(ours, theirs):
+    """Per parameter: largest difference over the largest value of transformers' gradient."""
+    errors = {}
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+        top, difference = np.abs(b).max(), np.abs(np.asarray(a) - b).max()
+        errors[jax.tree_util.keystr(path)] = difference / top if top else difference
+    return errors
+
+
+def check_gradients(ours, model, folder, cfg):
+    errors = relative_errors(ours, hf_gradients(model, folder, cfg))
+    print(f"gradients {max(errors.values()):.1e}")
+    assert not {path: error for path, error in errors.items() if not error < 1e-3}
+
+
 @dataclasses.dataclass
 class Row:
     """One row: pieces are a number of text tokens, or ("image" | "video", (t, h, w))."""

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 
 import pytest
-from test_endpoint import Server, chat, free_port
+from helpers.server import Server, chat, free_port
 
 from r1vl_jax.keysteps.__main__ import main
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import tiny
-from helpers.tiny import Row, hf_inputs, hf_positions, make_prompts, tiny_hf, to_jax
+from helpers.tiny import Row, check_gradients, hf_inputs, hf_positions, make_prompts, tiny_hf, to_jax
 
 from r1vl_jax.model import qwen2_vl
 
@@ -47,21 +47,6 @@ def model_of(**shape):
 def padded(rows, side, per_row, model):
     images = any(row.grids for row in rows)
     return make_prompts(model, rows, side, per_row, SHAPE if images else (*SHAPE[:2], 0, 0))
-
-
-def relative_errors(ours, theirs):
-    """Per parameter: largest difference over the largest value of transformers' gradient."""
-    errors = {}
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
-        top, difference = np.abs(b).max(), np.abs(np.asarray(a) - b).max()
-        errors[jax.tree_util.keystr(path)] = difference / top if top else difference
-    return errors
-
-
-def check_gradients(ours, model, folder, cfg):
-    errors = relative_errors(ours, tiny.hf_gradients(model, folder, cfg))
-    print(f"gradients {max(errors.values()):.1e}")
-    assert not {path: error for path, error in errors.items() if not error < 1e-3}
 
 
 @partial(jax.jit, static_argnums=1)

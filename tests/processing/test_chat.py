@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from helpers.paths import GEOMETRY
-from helpers.tiny_tokenizer import make_tokenizer, write_checkpoint
+from helpers.tiny_tokenizer import QWEN2_VL_TEMPLATE, make_tokenizer, write_checkpoint
 from PIL import Image
 
 from r1vl_jax.data.sources import JsonSource
@@ -20,24 +20,6 @@ from r1vl_jax.processing.processor import Processor
 from r1vl_jax.processing.videos import VideoSpec
 from r1vl_jax.types import Example
 
-# The template in the published Qwen2-VL checkpoints (Apache-2.0), as a fixture.
-QWEN2_VL_TEMPLATE = (
-    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
-    "{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}"
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    "<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
-    "{% for content in message['content'] %}"
-    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
-    "{% set image_count.value = image_count.value + 1 %}"
-    "{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif content['type'] == 'video' or 'video' in content %}"
-    "{% set video_count.value = video_count.value + 1 %}"
-    "{% if add_vision_id %}Video {{ video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>"
-    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 TEXT_TEMPLATE = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}{% endfor %}"
 VISION = {
     "image": "<|vision_start|><|image_pad|><|vision_end|>",

@@ -23,10 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import tiny
-from helpers.tiny_tokenizer import make_tokenizer
+from helpers.tiny_tokenizer import QWEN2_VL_TEMPLATE, make_tokenizer
 from PIL import Image, ImageOps
-from test_chat import QWEN2_VL_TEMPLATE
-from test_parity import check_gradients
 
 from r1vl_jax.checkpoint.hf import load_hf
 from r1vl_jax.config import SourceSection
@@ -565,7 +563,7 @@ def test_loss_and_gradients(world, tmp_path):
     gradients, metrics = loss(ours.params, batch)
     print(f"\nloss {metrics['loss']:.6f}, {abs(metrics['loss'] - expected.item()):.1e} from transformers', ", end="")
     np.testing.assert_allclose(metrics["loss"], expected.item(), rtol=0, atol=1e-5)
-    check_gradients(gradients, model, tmp_path / "gradients", ours.cfg)
+    tiny.check_gradients(gradients, model, tmp_path / "gradients", ours.cfg)
 
 
 # Positions.

@@ -9,11 +9,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 
 import pytest
 from helpers.server import Server, chat, free_port
+from helpers.waiting import HANG_S, wait_until
 
 from r1vl_jax.keysteps.__main__ import main
 
@@ -187,32 +187,31 @@ def start(source, out, url, *more):
     )
 
 
-def wait_for_rows(partial, count):
-    deadline = time.monotonic() + 60
-    while not partial.exists() or partial.read_bytes().count(b"\n") < count + 1:
-        assert time.monotonic() < deadline, "no progress"
-        time.sleep(0.02)
+def wait_for_rows(partial, count, process):
+    there = lambda: partial.exists() and partial.read_bytes().count(b"\n") > count  # noqa: E731 (a header, then rows)
+    wait_until(there, still_possible=lambda: process.poll() is None)
 
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_is_ended_goes_on_where_it_was(tmp_path, stop):
-    """The server answers five rows and then holds the others until the run has ended."""
+    """The server answers five rows and then holds the others until the run has ended, for which it does not wait."""
     source, out = write(tmp_path / "in.jsonl", make_rows(12)), tmp_path / "out.jsonl"
-    partial, ended = tmp_path / "out.jsonl.partial", threading.Event()
+    partial, ended, let_go = tmp_path / "out.jsonl.partial", threading.Event(), []
 
     def answer(request, number):
-        if number > 5:
-            ended.wait(60)
+        if number > 5 and not ended.wait(HANG_S):
+            let_go.append(number)
         return 200, {}, chat(REPLY)
 
     with Server(answer) as server:
         process = start(source, out, server.url, "--concurrency", "2")
         try:
-            wait_for_rows(partial, 5)
+            wait_for_rows(partial, 5, process)
             process.send_signal(stop)
-            _, err = process.communicate(timeout=30)  # Ctrl-C does not wait for the requests under way
+            _, err = process.communicate()
         finally:
             process.kill()
+        assert not let_go  # Ctrl-C does not wait for the requests under way
         ended.set()
         assert process.returncode == (130 if stop == signal.SIGINT else -signal.SIGKILL)
         assert "Traceback" not in err
@@ -271,14 +270,14 @@ def test_a_partial_file_that_is_none(files, capsys):
 def test_one_run_at_a_time(tmp_path, capsys):
     source, out = write(tmp_path / "in.jsonl", make_rows(3)), tmp_path / "out.jsonl"
     ended = threading.Event()
-    with Server(lambda *_: (ended.wait(60), (200, {}, chat(REPLY)))[1]) as server:
+    with Server(lambda *_: (ended.wait(HANG_S), (200, {}, chat(REPLY)))[1]) as server:
         process = start(source, out, server.url)
         try:
-            wait_for_rows(tmp_path / "out.jsonl.partial", 0)
+            wait_for_rows(tmp_path / "out.jsonl.partial", 0, process)
             assert run("extract", source, out, "--url", server.url, "--model", "m", "--overwrite") == 2
             assert "another run" in capsys.readouterr().err
             ended.set()
-            assert process.wait(30) == 0
+            assert process.wait() == 0
         finally:
             process.kill()
             process.stderr.close()

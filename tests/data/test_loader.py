@@ -13,13 +13,14 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import CancelledError
 from itertools import islice
+from multiprocessing import shared_memory
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.waiting import HANG_S, wait_until
 
 from r1vl_jax.data.loader import Loader, Position, read_rows
 from r1vl_jax.errors import RowError
@@ -148,7 +149,7 @@ def test_a_batch_is_made_ahead_in_another_thread():
 
     with loader(make=make, count=2) as rows:
         first = rows.take()
-        assert ready.acquire(timeout=10) and ready.acquire(timeout=10)  # the second is made without being asked for
+        assert ready.acquire(timeout=HANG_S) and ready.acquire(timeout=HANG_S)  # the second without being asked for
         assert rows.position.rows == 2  # and is not counted before it is taken
         assert rows.take() != first and rows.position.rows == 4
     assert all(thread is not threading.current_thread() for thread in made)
@@ -208,7 +209,7 @@ def test_hosts_share_the_order():
 
 KILLED = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {paths!r}
 from test_loader import Numbers, picky, numbers
 from r1vl_jax.data.loader import Loader, Position
 import hashlib, json, os, pathlib, signal
@@ -232,62 +233,72 @@ if __name__ == "__main__":
 def test_killed_processes_go_on(tmp_path, workers):
     """A process that is killed (SIGKILL) after a step, with batches and worker processes ahead of it."""
     script, log = tmp_path / "main.py", tmp_path / "log.jsonl"
-    script.write_text(KILLED.format(tests=str(Path(__file__).parent), log=str(log), workers=workers))
+    here = Path(__file__).parent
+    script.write_text(KILLED.format(paths=[str(here), str(here.parent)], log=str(log), workers=workers))
     for last in (3, 4, 9):
         # The workers hold stderr open: reading it to its end waits until they are gone too.
-        done = subprocess.run([sys.executable, script, str(last)], capture_output=True, timeout=60)
+        done = subprocess.run([sys.executable, script, str(last)], capture_output=True)
         assert done.returncode == -signal.SIGKILL
-    assert subprocess.run([sys.executable, script, "-1"], capture_output=True, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, script, "-1"], capture_output=True).returncode == 0
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     expected = stream(14, host=1, hosts=2)
     assert [(line["rows"], line["digest"]) for line in lines] == [(rows, digest) for rows, digest, _ in expected]
 
 
-def segments():
-    """Shared memory, of every process on this machine."""
-    return set(os.listdir("/dev/shm"))
+@dataclasses.dataclass
+class Named:
+    """Encodes as `picky`, in a process whose shared memory has names of its own: others use this machine too."""
+
+    prefix: str
+
+    def __call__(self, example):
+        shared_memory._SHM_NAME_PREFIX = f"/{self.prefix}"
+        return picky(example)
+
+    def segments(self):
+        return [name for name in os.listdir("/dev/shm") if name.startswith(self.prefix)]
 
 
 def test_threads_processes_and_shared_memory_end():
-    before = segments()
-    with loader(picky, workers=1, count=4) as rows:
+    named = Named(f"ld{os.getpid():x}_")
+    with loader(named, workers=1, count=4) as rows:
         rows.take()
-        assert segments() - before
+        assert named.segments()
         processes = multiprocessing.active_children()
         assert processes
     for child in processes:
-        child.join(timeout=10)
+        child.join(HANG_S)
     assert not any(child.is_alive() for child in processes)
-    left, deadline = segments() - before, time.monotonic() + 10
-    while left and time.monotonic() < deadline:  # grain frees them in a thread of its own, milliseconds later
-        time.sleep(0.01)
-        left &= segments()
-    assert not left
+    wait_until(lambda: not named.segments())  # grain frees them in a thread of its own, a little later
     assert not any(thread.name.startswith("loader") for thread in threading.enumerate())
 
 
 def test_closing_does_not_wait_for_a_batch():
-    """Neither for one that is being read, nor through the rows that cannot be used."""
-    for encode in (slow, slow_and_bad):
-        rows = loader(encode, count=1000)
+    """Neither for one that is being read, nor through rows that cannot be used: a few rows pass, and not thousands."""
+    for use in (encode, refuse):
+        allowed, begun, passed = threading.Semaphore(0), threading.Semaphore(0), 0
+
+        def one_by_one(example, use=use, allowed=allowed, begun=begun):
+            begun.release()
+            allowed.acquire()
+            return use(example)
+
+        rows = Loader(Numbers(20_000), one_by_one, count=20_000, seed=0)
         reader = threading.Thread(target=take_quietly, args=[rows])
         reader.start()
-        time.sleep(0.3)
-        started = time.perf_counter()
-        rows.close()
-        assert time.perf_counter() - started < 2
-        reader.join(timeout=5)
-        assert not reader.is_alive()
-
-
-def slow(example):
-    time.sleep(0.05)
-    return encode(example)
-
-
-def slow_and_bad(example):
-    time.sleep(0.05)
-    raise RowError("bad")
+        for _ in range(100):
+            allowed.release()
+            assert begun.acquire(timeout=HANG_S)
+        closing = threading.Thread(target=rows.close)
+        closing.start()
+        while closing.is_alive() and passed < 2000:
+            allowed.release()
+            passed += 1
+            closing.join(0.01)
+        allowed.release(10**6)  # for whatever still reads
+        closing.join(HANG_S)
+        reader.join(HANG_S)
+        assert passed < 2000 and not reader.is_alive()
 
 
 def take_quietly(rows):

@@ -4,14 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers.paths import GOLDEN, ROOT
 
 from r1vl_jax import score
 from r1vl_jax.reward_lab import scoring
 
-GOLDEN = Path(__file__).parents[1].parent / "shared" / "golden" / "released_rewards.jsonl"
 GOOD = {
     "id": 7,
     "completion": "### Image Description: d\n### Rationales: r\n### Step 1: one\n### The final answer is: 3",
@@ -150,7 +149,7 @@ def test_golden_rows_through_the_command_and_pipes():
         input=b"".join(lines),
         capture_output=True,
         check=True,
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
     )
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rows) == 40

@@ -1,0 +1,99 @@
+"""The benchmarks run at toy size, in processes as users start them, and say what they should."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from helpers.paths import SCRIPTS
+
+pytest.importorskip("torch")
+
+
+def run(script: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPTS / script), "--size", "tiny", "--repeats", "1", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    print(done.stdout, done.stderr)
+    assert done.returncode == code
+    return done
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+
+def test_flops(scripts):
+    """The count of PERFORMANCE.md: TFLOP of a training step on a group, 2B and 7B."""
+    from bench_common import SIZES, training_flops
+
+    assert training_flops(SIZES["2b"], 1) / 1e12 == pytest.approx(75.6, abs=0.1)
+    assert training_flops(SIZES["7b"], 1) / 1e12 == pytest.approx(293.9, abs=0.1)
+    assert training_flops(SIZES["2b"], 16) == 16 * training_flops(SIZES["2b"], 1)
+
+
+def test_cpu(tmp_path):
+    """Ours and torch agree before they are timed."""
+    run("bench_cpu.py", "--json", str(tmp_path / "found.json"))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert max(found["differences"].values()) < 1e-4
+    for row in found["workloads"].values():
+        assert row["ratio"] == row[row["fastest"]]["seconds"] / row["ours"]["seconds"] > 0
+
+
+def test_gpu(tmp_path):
+    """Every way to measure; no floors and targets, which are of another size."""
+    names = "R2,S,torch,T2,K,R3"
+    done = run("bench_gpu.py", "--only", names, "--json", str(tmp_path / "found.json"))
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert set(rows) == {*names.split(","), "torch rollout", "torch step"} - {"torch"}
+    assert all(row["value"] > 0 and row["repeats"] == 1 and "error" not in row for row in rows.values())
+    assert set(rows["S"]["phases"]) == {"rollout", "reference", "score", "update"}
+    assert "R2 against torch" in done.stdout
+
+
+def test_gpu_without_time(tmp_path):
+    """What no longer fits is named, and nothing is started."""
+    done = run("bench_gpu.py", "--budget", "0", "--json", str(tmp_path / "found.json"), code=1)
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert list(rows)[:3] == ["R2", "S", "T1"]
+    assert {row["error"] for row in rows.values()} == {"left out: 0 s were left"}
+    assert "R3: left out: 0 s were left" in done.stdout
+
+
+def test_gpu_failure(scripts, monkeypatch, capsys):
+    """A workload that fails has its error as its row; the next one runs."""
+    import bench_gpu
+    import bench_gpu_worker
+
+    def fail(worker, name, until):
+        raise MemoryError("out of memory\nand more")
+
+    monkeypatch.setitem(bench_gpu_worker.METHODS, "T2", fail)
+    assert bench_gpu.main(["--size", "tiny", "--repeats", "1", "--seconds", "1", "--worker", "T2", "K"]) == 0
+    failed, measured = map(json.loads, capsys.readouterr().out.splitlines())
+    assert failed == {"name": "T2", "error": "MemoryError: out of memory"}
+    assert measured["name"] == "K" and measured["value"] > 0
+
+
+@pytest.mark.parametrize("platform, attention", [("cuda", "xla"), ("tpu", "splash")])
+def test_every_program_of_a_step_lowers(scripts, monkeypatch, platform, attention):
+    """As scripts/hlo_report.py compiles them, short of compiling: with the kernels, for accelerators not there."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    import hlo_report
+    import jax
+    from bench_common import SIZES
+
+    from r1vl_jax.parallel.sharding import make_mesh
+
+    size, mesh = SIZES["tiny"], make_mesh(1, 2, 1, devices=jax.devices()[:2])
+    cfg = size.cfg.with_backend(attention, "pallas")
+    lowered = {}
+    for call in hlo_report.step_calls(cfg, size, mesh, questions=2, micro=2, remat="matmuls"):
+        lowered[call.name] = hlo_report.lower(call, mesh, platform).as_text()
+        assert sum(map(hlo_report.device_bytes, call.beside)) > 0
+    call = {"cuda": "__gpu$xla.gpu.triton", "tpu": "tpu_custom_call"}[platform]
+    with_kernels = {name for name, text in lowered.items() if call in text}
+    expected = {"decode, longest cache", "gradient"} | ({"prefill", "reference"} if attention == "splash" else set())
+    assert with_kernels == expected
+    assert {"rollout_weights", "update"} < set(lowered)

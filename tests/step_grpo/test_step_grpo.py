@@ -409,9 +409,7 @@ def test_prompt_tokens_get_no_sft_loss(setting):
     cfg = tiny_config(tied=False)
     params, batch = random_params(cfg), sft_batch(prompts, tokens)
     grads, _ = gradients(params, batch, warm_up_loss(cfg))
-    hidden = jax.jit(partial(answer_hidden, cfg=cfg))(
-        params, prompts=batch.prompts, tokens_BGT=batch.tokens_BGT
-    )
+    hidden = jax.jit(partial(answer_hidden, cfg=cfg))(params, prompts=batch.prompts, tokens_BGT=batch.tokens_BGT)
     p = jax.nn.softmax(hidden @ params["text"]["head"].T)
     targets = set(batch.tokens_BGT[ANSWER_MASK[:, :1]].tolist())
     asked = [v for v in np.concatenate([q.tokens_T for q in prompts]).tolist() if v not in targets]

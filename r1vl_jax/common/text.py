@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 LIMIT = 80  # characters of a value in a message
 
@@ -21,6 +21,12 @@ def shown(value: object, limit: int = LIMIT) -> str:
 def one_line(value: object, limit: int = 200) -> str:
     """A value's text with every run of white space as one blank, shortened."""
     return shorten(" ".join(str(value).split()), limit)
+
+
+def first_few(texts: Sequence[str], limit: int = 5) -> str:
+    """The texts with commas between them; of a long list the first ones and how many more there are."""
+    more = f" and {len(texts) - limit:,} more" if len(texts) > limit else ""
+    return ", ".join(texts[:limit]) + more
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:

@@ -61,7 +61,7 @@ def load_hf(
     *,
     dtype: Any = None,
     shardings: Any = None,
-    on_tensor: Callable[[str], None] | None = None,
+    on_tensor: Callable[[str], object] | None = None,
 ) -> Any:
     """Reads a checkpoint into the tree of `param_spec(cfg)`.
 
@@ -91,7 +91,7 @@ def load_hf(
 
 
 def _read_leaf(
-    tensors: list[_Tensor], spec: ParamSpec, dtype: Any, on_tensor: Callable[[str], None] | None
+    tensors: list[_Tensor], spec: ParamSpec, dtype: Any, on_tensor: Callable[[str], object] | None
 ) -> np.ndarray:
     """Reads one parameter into a preallocated array, layer by layer."""
     out = np.empty(spec.shape, _DTYPES[tensors[0].dtype] if dtype is None else np.dtype(dtype))
@@ -133,8 +133,10 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> tuple[list[_Tensor], lis
                 tensors.append(_Tensor(file, path, key, tuple(header.get_shape()), header.get_dtype()))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from error
-    held = {(tensor.name, tensor.path.name) for tensor in tensors}
-    absent = [f"{name} (the index places it in {file})" for name, file in indexed.items() if (name, file) not in held]
+    in_files = {(tensor.name, tensor.path.name) for tensor in tensors}
+    absent = [
+        f"{name} (the index places it in {file})" for name, file in indexed.items() if (name, file) not in in_files
+    ]
     return tensors, absent
 
 
@@ -170,11 +172,11 @@ def _check(
         if name in tensors:
             fault("given twice", f"{tensors[name].name} and {tensor.name}")
         tensors[name] = tensor
-        wanted = shapes.get(_EMBED if cfg.tied and name == _HEAD else name)
-        if wanted is None:
+        shape = shapes.get(_EMBED if cfg.tied and name == _HEAD else name)
+        if shape is None:
             fault("unknown", tensor.name)
-        elif tensor.shape != wanted:
-            fault("misshaped", f"{tensor.name} is {list(tensor.shape)}, expected {list(wanted)}")
+        elif tensor.shape != shape:
+            fault("misshaped", f"{tensor.name} is {list(tensor.shape)}, expected {list(shape)}")
         elif tensor.dtype not in _DTYPES:
             fault("of a dtype that is not read", f"{tensor.name} is {tensor.dtype}, expected one of {list(_DTYPES)}")
     for name in shapes:
@@ -218,7 +220,7 @@ def save_hf(
     dtype: Any = None,
     max_shard_bytes: float = 5e9,
     overwrite: bool = False,
-    on_tensor: Callable[[str], None] | None = None,
+    on_tensor: Callable[[str], object] | None = None,
 ) -> None:
     """Writes a checkpoint that transformers 4 and 5 and vLLM load. The folder appears when it is complete.
 

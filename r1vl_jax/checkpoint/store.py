@@ -92,7 +92,7 @@ def load_model(
     *,
     dtype: Any = None,
     shardings: Callable[[ModelConfig], Any] | None = None,
-    on_tensor: Callable[[str], None] | None = None,
+    on_tensor: Callable[[str], object] | None = None,
 ) -> tuple[Any, ModelConfig, Path]:
     """Reads any kind of checkpoint.
 
@@ -154,7 +154,8 @@ def _restore(folder: Path, cfg: ModelConfig, *, dtype: Any, shardings: Any, part
     """
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:
-            stored = ocp.PyTreeCheckpointHandler().metadata(folder).tree
+            # orbax annotates the path class of etils, and takes any.
+            stored = ocp.PyTreeCheckpointHandler().metadata(folder).tree  # pyright: ignore[reportArgumentType]
             stored = stored if part is None else stored[part]
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{folder}: not an orbax checkpoint, or damaged ({error})") from error

@@ -43,7 +43,7 @@ def size_of(prompt: EncodedPrompt, answer: Sequence[int] | np.ndarray = ()) -> S
 
 
 def by_length(rows: Iterable[Row], count: int, size: Callable[[Row], Size]) -> list[list[Row]]:
-    """Rows sorted by length and cut into batches of `count`, which then have little padding. The last may be shorter."""
+    """Rows sorted by length, which keeps padding small, in batches of `count`; the last one may be shorter."""
     ordered = sorted(rows, key=lambda row: size(row).tokens)
     return [ordered[i : i + count] for i in range(0, len(ordered), count)]
 

@@ -84,8 +84,8 @@ def _already_made(out_dir: Path, parameters: dict[str, Any]) -> bool:
     actual = read_object(record)
     if actual != parameters:
         raise FileExistsError(
-            f"{record} was made with other parameters: remove the folder or choose another one.\n"
-            f"  found:  {json.dumps(actual)}\n  wanted: {json.dumps(parameters)}"
+            f"{record} was made with other parameters: remove the folder or choose another one (there: "
+            f"{json.dumps(actual)}; asked for: {json.dumps(parameters)})"
         )
     return True
 

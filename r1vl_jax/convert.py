@@ -1,9 +1,9 @@
-"""Converts checkpoints between the Hugging Face layout and ours (orbax), bit for bit unless a dtype is given.
+"""Converts checkpoints between the Hugging Face layout and orbax, bit for bit unless a dtype is given.
 
     python -m r1vl_jax.convert from-hf Qwen2-VL-2B-Instruct checkpoints/qwen2_vl_2b
     python -m r1vl_jax.convert to-hf checkpoints/qwen2_vl_2b exported --dtype bfloat16
 
-Training and generation read both layouts; ours restores straight onto a mesh, every device its own part.
+Training and generation read both layouts. From an orbax checkpoint, every device of a mesh reads its own part.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import numpy as np
 from tqdm import tqdm
 
 from r1vl_jax.checkpoint.folder import check_destination
-from r1vl_jax.checkpoint.hf import save_hf, tensor_names
+from r1vl_jax.checkpoint.hf import save_hf
 from r1vl_jax.checkpoint.store import find_model, load_model, save_params
+from r1vl_jax.checkpoint.tensors import tensor_names
 from r1vl_jax.errors import CheckpointError
 from r1vl_jax.model.config import ModelConfig, load_config
 from r1vl_jax.model.spec import num_params, param_spec
@@ -31,7 +32,8 @@ DTYPES = {name: np.dtype(getattr(jnp, name)) for name in ("float32", "bfloat16",
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m r1vl_jax.convert", description=__doc__.partition("\n")[0])
+    summary = (__doc__ or "").partition("\n")[0]  # python -OO removes docstrings
+    parser = argparse.ArgumentParser(prog="python -m r1vl_jax.convert", description=summary)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("from-hf", "safetensors to orbax: DST/params and DST/hf (config, tokenizer, processor files)"),
@@ -51,34 +53,37 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def convert(command: str, src: Path, dst: Path, dtype: str | None = None, overwrite: bool = False) -> str:
-    """Runs one conversion and returns a line that sums it up.
+    """Runs one conversion and returns a one-line summary.
 
     Args:
       command: "from-hf" or "to-hf".
-      dtype: a name of DTYPES, or None to keep what is there.
+      dtype: a name of DTYPES; None keeps each parameter's own.
+      overwrite: replace the checkpoint that `dst` holds.
     Raises:
-      CheckpointError where `src` cannot be read or `dst` must not be written.
+      CheckpointError where `src` cannot be read or `dst` may not be written to.
     """
     start = time.monotonic()
     inner, outer = src.resolve(), dst.resolve()
     if inner.is_relative_to(outer) or outer.is_relative_to(inner):
         raise CheckpointError(f"{dst}: source and destination must be separate folders, neither inside the other")
-    found = find_model(src)
-    files = found.files
+    model = find_model(src)
+    files = model.files
     cfg = load_config(files)
     check_destination(dst, overwrite)
-    if found.note:
-        print(found.note, file=sys.stderr)
-    wanted = None if dtype is None else DTYPES[dtype]
+    if model.note:
+        print(model.note, file=sys.stderr)
+    to_dtype = None if dtype is None else DTYPES[dtype]
     if command == "from-hf":
         with _bar("reading", cfg) as bar:
-            params, _, _ = load_model(found, dtype=wanted, on_tensor=lambda _: bar.update())
+            params, _, _ = load_model(model, dtype=to_dtype, on_tensor=lambda _: bar.update())
         save_params(dst, params, files, overwrite=overwrite)
     else:
-        params, _, _ = load_model(found)
+        params, _, _ = load_model(model)
         with _bar("writing", cfg) as bar:
-            save_hf(params, cfg, dst, source=files, dtype=wanted, overwrite=overwrite, on_tensor=lambda _: bar.update())
-    dtypes = Counter(str(wanted or leaf.dtype) for leaf in jax.tree.leaves(params))
+            save_hf(
+                params, cfg, dst, source=files, dtype=to_dtype, overwrite=overwrite, on_tensor=lambda _: bar.update()
+            )
+    dtypes = Counter(str(to_dtype or leaf.dtype) for leaf in jax.tree.leaves(params))
     size = sum(path.stat().st_size for path in dst.rglob("*") if path.is_file())
     return (
         f"{dst}: {num_params(cfg):,} parameters, {' and '.join(sorted(dtypes))}, {size:,} bytes, "
@@ -87,6 +92,7 @@ def convert(command: str, src: Path, dst: Path, dtype: str | None = None, overwr
 
 
 def _bar(what: str, cfg: ModelConfig) -> tqdm:
+    """A progress bar over the tensors of a checkpoint."""
     tensors = sum(len(tensor_names(spec)) for spec in jax.tree.leaves(param_spec(cfg), is_leaf=is_spec))
     return tqdm(total=tensors, desc=what, unit=" tensors", file=sys.stderr)
 
@@ -103,5 +109,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")  # nothing here runs on an accelerator
+    jax.config.update("jax_platforms", "cpu")  # leave accelerators to others: nothing here computes
     sys.exit(main())

@@ -1,11 +1,11 @@
-"""How fast rows and images come: `python scripts/bench_data.py` (about three minutes; --help).
+"""Measures how fast rows and images are read: `python scripts/bench_data.py` (about three minutes; --help).
 
-    index    a Mulberry-shaped JSON array of 260,000 rows: seconds and peak memory to index it, time to read a row;
-             beside json.load of the same file
-    load     images of 400 x 300 from files to padded batches: images a second with threads, and with worker
-             processes; beside the image processor of transformers, which makes patches and no more
+    index    a JSON array like Mulberry-SFT, of 260,000 rows: seconds and peak memory to index it, time to read a row;
+             compared with json.load of the same file
+    load     images of 400 x 300 pixels from files to padded batches: images a second with threads, and with worker
+             processes; compared with the image processor of transformers, which only makes patches
 
-Each measurement is a process of its own. Figures are medians of --repeats.
+Each measurement runs in its own process. The figures are medians of --repeats.
 """
 
 from __future__ import annotations
@@ -26,12 +26,18 @@ import time
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from r1vl_jax.common.arguments import positive_int
+
+if TYPE_CHECKING:
+    from r1vl_jax.data.batching import Size
+    from r1vl_jax.data.loader import Row
+    from r1vl_jax.types import EncodedPrompt, Prompts
 
 WORDS = ("the", "of", "and", "triangle", "circle", "angle", "equal", "length", "figure", "since", "so", "we", "have")
 BATCH, MICRO = 64, 16
@@ -42,7 +48,7 @@ def sentence(rng: random.Random, words: int) -> str:
 
 
 def answer(rng: random.Random) -> str:
-    """As long as Mulberry's are, some 400 tokens, with a character that is not ASCII here and there."""
+    """An answer as long as Mulberry's, about 400 tokens, with a character that is not ASCII."""
     steps = "\n\n".join(f"### Step {k}:\n{sentence(rng, 40)}" for k in range(1, 5))
     return (
         f"### Image Description:\n{sentence(rng, 80)}\n\n### Rationales:\n{sentence(rng, 60)}\n\n"
@@ -50,16 +56,17 @@ def answer(rng: random.Random) -> str:
     )
 
 
-def encoded(image: Image.Image, format: str, **options) -> bytes:
+def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
 
 
 def write_rows(folder: Path, count: int) -> Path:
-    """The published layout: one array, indented, and an image file a row (links to a thousand small ones)."""
+    """The published layout: one indented array, and an image file for each row (links to a thousand small ones)."""
     rng = random.Random(0)
-    pictures = [encoded(Image.new("RGB", (56, 56), tuple(rng.randbytes(3))), "PNG") for _ in range(1000)]
+    colours = [tuple(rng.randbytes(3)) for _ in range(1000)]
+    pictures = [encoded(Image.new("RGB", (56, 56), colour), "PNG") for colour in colours]
     texts = [(sentence(rng, 30), answer(rng)) for _ in range(1000)]
     (folder / "small").mkdir(parents=True)
     for i, picture in enumerate(pictures):
@@ -79,12 +86,13 @@ def write_rows(folder: Path, count: int) -> Path:
 
 
 def write_pictures(folder: Path, count: int, format: str) -> Path:
-    """Rows on different pictures of 400 x 300 that look like photographs: smooth, with some noise."""
+    """Rows with different pictures of 400 x 300 pixels, smooth with some noise, as photographs are."""
     rng, draw = random.Random(1), np.random.default_rng(1)
     folder.mkdir()
     rows = []
     for i in range(count):
-        smooth = Image.fromarray(draw.integers(0, 256, (8, 10, 3), dtype=np.uint8)).resize((400, 300), 3)
+        smooth = Image.fromarray(draw.integers(0, 256, (8, 10, 3), dtype=np.uint8))
+        smooth = smooth.resize((400, 300), Image.Resampling.BICUBIC)
         noisy = np.clip(np.asarray(smooth, np.int16) + draw.integers(-4, 5, (300, 400, 3)), 0, 255).astype(np.uint8)
         name = f"{i}.{format.lower()}"
         (folder / name).write_bytes(encoded(Image.fromarray(noisy), format))
@@ -95,7 +103,7 @@ def write_pictures(folder: Path, count: int, format: str) -> Path:
 
 
 def write_checkpoint(folder: Path) -> Path:
-    """Tokenizer and processor files, no weights."""
+    """A checkpoint folder with tokenizer and processor files, without weights."""
     from r1vl_jax.shapes.tokenizer import train_tokenizer, write_checkpoint_files
 
     rng = random.Random(2)
@@ -103,14 +111,15 @@ def write_checkpoint(folder: Path) -> Path:
     return folder
 
 
-# What is measured; each runs in a process of its own and prints one JSON object.
+# The measurements. Each runs in its own process, which prints one JSON object.
 
 
 def peak_mb() -> float:
+    """The peak memory of this process so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
-def measure_index(path: str) -> dict:
+def measure_index(path: str) -> dict[str, float]:
     from r1vl_jax.data.sources import JsonSource
 
     before, started = peak_mb(), time.perf_counter()
@@ -129,7 +138,7 @@ def measure_index(path: str) -> dict:
     }  # fmt: skip
 
 
-def measure_json_load(path: str) -> dict:
+def measure_json_load(path: str) -> dict[str, float]:
     before, started = peak_mb(), time.perf_counter()
     with open(path, encoding="utf-8") as file:
         rows = json.load(file)
@@ -138,18 +147,18 @@ def measure_json_load(path: str) -> dict:
     }  # fmt: skip
 
 
-def measure_load(path: str, checkpoint: str, workers: int, batches: int) -> dict:
-    """From files to padded batches of images, prompts and answers; what comes before the first batch is left out."""
+def measure_load(path: str, checkpoint: str, workers: int, batches: int) -> dict[str, float]:
+    """Images a second from files to padded batches of images, prompts and answers, after the first batch."""
     from r1vl_jax.data.batching import by_length, collate_pairs, size_of
     from r1vl_jax.data.buckets import Buckets
     from r1vl_jax.data.loader import Loader
     from r1vl_jax.data.sources import JsonSource
     from r1vl_jax.processing.processor import Processor
 
-    def size(pair):
+    def size(pair: tuple[EncodedPrompt, np.ndarray]) -> Size:
         return size_of(*pair)
 
-    def make(rows):
+    def make(rows: list[Row]) -> list[tuple[Prompts, np.ndarray, np.ndarray, np.ndarray]]:
         parts = by_length([pair for _, pair in rows], MICRO, size)
         return [collate_pairs(part, Buckets(128)) for part in parts]
 
@@ -162,8 +171,8 @@ def measure_load(path: str, checkpoint: str, workers: int, batches: int) -> dict
     return {"images_per_second": batches * BATCH / seconds, "patches_per_image": patches / (batches * BATCH)}
 
 
-def measure_peer(path: str, checkpoint: str, images: int) -> dict:
-    """transformers' own image processor, without torch: one image after the other, to patches and no further."""
+def measure_peer(path: str, checkpoint: str, images: int) -> dict[str, float]:
+    """Images a second to patches, one after the other, with the image processor of transformers, without torch."""
     from transformers import AutoImageProcessor
 
     processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
@@ -174,17 +183,18 @@ def measure_peer(path: str, checkpoint: str, images: int) -> dict:
     return {"images_per_second": len(files) / (time.perf_counter() - started)}
 
 
-def measured(name: str, *arguments, repeats: int) -> dict:
-    """Medians of a measurement's figures."""
-    found = []
+def measured(name: str, *arguments: object, repeats: int) -> dict[str, float]:
+    """The medians of a measurement's figures."""
+    results = []
     for _ in tqdm(range(repeats), desc=f"{name} {arguments[-2] if name == 'load' else ''}".strip(), leave=False):
         command = [sys.executable, __file__, "--measure", json.dumps([name, *map(str, arguments)])]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found.append(json.loads(done.stdout.splitlines()[-1]))
-    return {key: statistics.median(each[key] for each in found) for key in found[0]}
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+    return {key: statistics.median(result[key] for result in results) for key in results[0]}
 
 
 def run_measurement(text: str) -> None:
+    """Runs one measurement and prints its figures. `text`: a JSON list of its name and arguments."""
     name, *arguments = json.loads(text)
     measure = {
         "index": measure_index,
@@ -207,33 +217,51 @@ def main() -> None:
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        return run_measurement(arguments.measure)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        rows = write_rows(folder / "mulberry", arguments.rows)
-        size = rows.stat().st_size / 1e6
-        again = partial(measured, repeats=arguments.repeats)
-        index, non_negative_int = again("index", rows), again("json.load", rows)
-        checkpoint = write_checkpoint(folder / "checkpoint")
-        loads = {}
-        for format in ("PNG", "JPEG"):
-            pictures = write_pictures(folder / format, 512, format)
-            found = {"transformers": again("peer", pictures, checkpoint, 200)}
-            for workers in arguments.workers:
-                label = f"{workers} worker{'s'[: workers != 1]}" if workers else "threads"
-                found[label] = again("load", pictures, checkpoint, workers, arguments.batches)
-            loads[format] = found
-    machine = f"{os.cpu_count()} x {platform.machine()}, Python {platform.python_version()}"
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("grain", "pillow", "numpy", "transformers"))
-    about = {"machine": machine, "versions": versions, "date": str(datetime.date.today()), "file_mb": size}
-    if arguments.json:
-        print(json.dumps(about | {"index": index, "json.load": non_negative_int, "load": loads}, indent=1))
+        run_measurement(arguments.measure)
         return
-    print(f"{machine}; {versions}; {about['date']}; medians of {arguments.repeats}\n")
-    print(f"{index['rows']:,.0f} rows, {size:,.0f} MB           seconds   peak MB (before)     a row, ms   99%")
-    for name, found in (("JsonSource", index), ("json.load", non_negative_int)):
-        row = f"{found['row_ms']:13.3f} {found['row_ms_p99']:5.3f}" if "row_ms" in found else ""
-        print(f"{name:32}{found['seconds']:8.1f} {found['peak_mb']:9,.0f} ({found['before_mb']:,.0f}) {row:>22}")
+    with tempfile.TemporaryDirectory() as temporary:
+        results = run_all(Path(temporary), arguments)
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("grain", "pillow", "numpy", "transformers"))
+    about = {
+        "machine": f"{os.cpu_count()} x {platform.machine()}, Python {platform.python_version()}",
+        "versions": versions,
+        "date": str(datetime.date.today()),
+    }
+    if arguments.json:
+        print(json.dumps(about | results, indent=1))
+    else:
+        print(f"{about['machine']}; {versions}; {about['date']}; medians of {arguments.repeats}\n")
+        print_tables(results)
+
+
+def run_all(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Writes the data into `folder` and runs all measurements."""
+    rows = write_rows(folder / "mulberry", arguments.rows)
+    again = partial(measured, repeats=arguments.repeats)
+    results: dict[str, Any] = {
+        "file_mb": rows.stat().st_size / 1e6,
+        "index": again("index", rows),
+        "json.load": again("json.load", rows),
+        "load": {},
+    }
+    checkpoint = write_checkpoint(folder / "checkpoint")
+    for format in ("PNG", "JPEG"):
+        pictures = write_pictures(folder / format, 512, format)
+        load = results["load"][format] = {"transformers": again("peer", pictures, checkpoint, 200)}
+        for workers in arguments.workers:
+            label = f"{workers} worker{'s'[: workers != 1]}" if workers else "threads"
+            load[label] = again("load", pictures, checkpoint, workers, arguments.batches)
+    return results
+
+
+def print_tables(results: dict[str, Any]) -> None:
+    """Prints the figures as two tables."""
+    index, loads = results["index"], results["load"]
+    size = f"{index['rows']:,.0f} rows, {results['file_mb']:,.0f} MB"
+    print(f"{size}           seconds   peak MB (before)     a row, ms   99%")
+    for name, figures in (("JsonSource", index), ("json.load", results["json.load"])):
+        row = f"{figures['row_ms']:13.3f} {figures['row_ms_p99']:5.3f}" if "row_ms" in figures else ""
+        print(f"{name:32}{figures['seconds']:8.1f} {figures['peak_mb']:9,.0f} ({figures['before_mb']:,.0f}) {row:>22}")
     print("\nimages of 400 x 300 a second          PNG    JPEG")
     for label in loads["PNG"]:
         name = "transformers: patches only" if label == "transformers" else f"to batches: {label}"

@@ -1,19 +1,19 @@
-"""config.json in the flat style of the published checkpoints, which transformers 4 and 5 and vLLM read.
+"""Writes config.json in the flat style of the published checkpoints, which transformers 4 and 5 and vLLM read.
 
-Reading either style is model.config's work; this is the way back.
+transformers 5 nests the text model's fields under text_config. model/config.py reads both styles.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from r1vl_jax.common.files import read_object
+from r1vl_jax.common.files import read_object, write_json
 from r1vl_jax.errors import CheckpointError
 from r1vl_jax.model.config import ModelConfig, parse_config
 
-# Fields of a nested text_config that have no place at the top level, or whose value there is the whole model's.
+# Fields of a nested text_config that are not copied to the top level: the flat style does not have them, or the top
+# level's own value is the one that counts.
 _NOT_FLAT = frozenset(
     ("model_type", "architectures", "dtype", "torch_dtype", "rope_parameters", "layer_types", "transformers_version")
     + ("vision_config", "tie_word_embeddings", "image_token_id", "video_token_id")
@@ -22,7 +22,10 @@ _NOT_FLAT = frozenset(
 
 
 def write_flat_config(source: Path, destination: Path, cfg: ModelConfig, dtype: str) -> None:
-    """Writes `source`, flat or nested, in the flat published style; a file that says it all already stays as it is."""
+    """Writes the config.json `source`, flat or nested, in the flat style. A file that is flat already is copied.
+
+    Raises: CheckpointError where the flat file would not describe the model `cfg`.
+    """
     raw = read_object(source)
     flat = flat_config(raw, cfg, dtype)
     if parse_config(flat, destination) != cfg:
@@ -30,14 +33,14 @@ def write_flat_config(source: Path, destination: Path, cfg: ModelConfig, dtype: 
     if flat == raw:
         destination.write_bytes(source.read_bytes())
     else:
-        destination.write_text(json.dumps(flat, indent=2, ensure_ascii=False) + "\n")
+        write_json(destination, flat)
 
 
 def flat_config(raw: dict[str, Any], cfg: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The dictionary of a config.json, flat or nested, in the published style of transformers 4.
+    """The contents of a config.json, flat or nested, in the flat style of transformers 4.
 
-    Text fields move to the top level, `rope_parameters` become `rope_theta` and `rope_scaling`, `dtype` becomes
-    `torch_dtype`; keys that only transformers 5 knows go.
+    Text fields move to the top level, `rope_parameters` becomes `rope_theta` and `rope_scaling`, `dtype` becomes
+    `torch_dtype`. Keys that only transformers 5 knows are left out.
     """
     flat = {key: value for key, value in raw.items() if key not in ("text_config", "rope_parameters", "dtype")}
     for key, value in (raw.get("text_config") or {}).items():

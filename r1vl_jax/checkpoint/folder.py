@@ -1,8 +1,4 @@
-"""Checkpoint folders: written whole or not at all, and the files that travel with the weights.
-
-A folder is filled under a temporary name beside its place and renamed at the end, so a run that dies leaves the old
-folder or none.
-"""
+"""Checkpoint folders: which files travel with the weights, and which folders may be written to."""
 
 from __future__ import annotations
 
@@ -11,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from r1vl_jax.common.files import atomic_folder
 from r1vl_jax.errors import CheckpointError
 
 _COMPANIONS = (".json", ".jinja", ".txt", ".model")
@@ -29,14 +26,16 @@ def copy_companions(source: str | Path, destination: Path) -> None:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder looks like a checkpoint: a config.json at its top, or params/ and hf/."""
+    """Whether a folder looks like a checkpoint: it has a config.json, or the folders params/ and hf/."""
     return (folder / "config.json").is_file() or ((folder / "params").is_dir() and (folder / "hf").is_dir())
 
 
 def check_destination(destination: str | Path, overwrite: bool = False) -> Path:
-    """The rule for writing: a new or empty folder always; an old checkpoint with `overwrite`; nothing else.
+    """Checks that a checkpoint may be written to `destination`, and returns it as an absolute path.
 
-    Raises CheckpointError naming the folder.
+    A new or empty folder may always be written to, a folder that holds a checkpoint only with `overwrite`.
+
+    Raises: CheckpointError naming the folder, where it may not.
     """
     destination = Path(destination).absolute()
     if not destination.exists():
@@ -54,22 +53,9 @@ def check_destination(destination: str | Path, overwrite: bool = False) -> Path:
 
 @contextlib.contextmanager
 def new_folder(destination: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yields a temporary folder that takes the place of `destination` when the block ends well, and is removed if not.
+    """Yields a temporary folder that becomes `destination` when the block ends without an error.
 
-    Raises CheckpointError where `check_destination` does.
+    Raises: CheckpointError where `check_destination` does.
     """
-    destination = check_destination(destination, overwrite)
-    temporary = destination.with_name(f".{destination.name}.partial")
-    replaced = destination.with_name(f".{destination.name}.replaced")
-    for leftover in (temporary, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with atomic_folder(check_destination(destination, overwrite)) as temporary:
         yield temporary
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if destination.exists():
-        destination.rename(replaced)
-    temporary.rename(destination)
-    shutil.rmtree(replaced, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""Weights in the layout of Hugging Face: safetensors, one or sharded, beside config.json and the tokenizer's files.
+"""Weights in the Hugging Face layout: one or several safetensors files beside config.json and the tokenizer's files.
 
-Reading accepts the published names (`visual.*`, `model.layers.N.*`) and those that transformers 5 uses in memory
-(`model.visual.*`, `model.language_model.*`); writing gives the published ones, which transformers 4 and 5 and vLLM
-read. Which tensor becomes which parameter is said once, in model.spec.
+Reading accepts the published tensor names (`visual.*`, `model.layers.N.*`) and those that transformers 5 uses in memory
+(`model.visual.*`, `model.language_model.*`). Writing uses the published names, which transformers 4 and 5 and vLLM
+read. model/spec.py says which tensor becomes which parameter.
 
 Tensors are read one by one from the memory-mapped files into preallocated stacked arrays, and written shard by shard.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,7 +25,9 @@ from safetensors.numpy import save_file
 
 from r1vl_jax.checkpoint.flat_config import write_flat_config
 from r1vl_jax.checkpoint.folder import copy_companions, new_folder
-from r1vl_jax.common.files import read_object
+from r1vl_jax.checkpoint.tensors import cast, published_name, tensor_names, transpose_into
+from r1vl_jax.common.files import read_object, write_json
+from r1vl_jax.common.text import first_few
 from r1vl_jax.errors import CheckpointError
 from r1vl_jax.model.config import ModelConfig, load_config
 from r1vl_jax.model.spec import param_spec
@@ -40,9 +41,9 @@ _HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """One tensor of a checkpoint: where it lies, under which name, and what its header says."""
+    """One tensor of a checkpoint: its open file, its name there, and the shape and dtype in the file's header."""
 
-    file: Any
+    file: Any  # what safetensors.safe_open returns; it has no public type
     path: Path
     name: str
     shape: tuple[int, ...]
@@ -55,39 +56,27 @@ class _Tensor:
             raise CheckpointError(f"{self.path}: {self.name}: cannot be read ({error})") from error
 
 
-def published_name(name: str) -> str:
-    """The published name of a tensor that may carry the name transformers 5 gives it in memory."""
-    for prefix, published in (("model.visual.", "visual."), ("model.language_model.", "model.")):
-        if name.startswith(prefix):
-            return published + name.removeprefix(prefix)
-    return name
-
-
-def tensor_names(spec: ParamSpec) -> list[str]:
-    """The published names of a parameter's tensors: one for each layer where it is stacked."""
-    return [spec.hf_name.format(layer) for layer in range(spec.shape[0])] if spec.stacked else [spec.hf_name]
-
-
 def load_hf(
     folder: str | Path,
     cfg: ModelConfig,
     *,
     dtype: Any = None,
     shardings: Any = None,
-    on_tensor: Callable[[str], None] | None = None,
+    on_tensor: Callable[[str], object] | None = None,
 ) -> Any:
     """Reads a checkpoint into the tree of `param_spec(cfg)`.
 
     Args:
       folder: holds model.safetensors, or model.safetensors.index.json and the shards that it names.
-      dtype: what to convert to; None keeps each parameter's own.
-      shardings: a tree of NamedSharding; each leaf is placed and its host copy freed before the next is read.
+      dtype: the dtype to convert to; None keeps each parameter's own.
+      shardings: a tree of NamedSharding. Each leaf is put on the devices, and its host copy freed, before the next one
+        is read.
       on_tensor: called with the name of every tensor that has been read.
     Returns:
-      jax arrays where shardings are given, else host NumPy arrays.
+      jax arrays where shardings are given, else NumPy arrays.
     Raises:
-      CheckpointError naming the file that is missing or damaged, or every tensor that is unknown, missing, misshaped
-      or of an unreadable dtype, all of them in one message.
+      CheckpointError naming the file that is missing or damaged, or in one message all kinds of faults of tensors:
+      unknown, missing, of a wrong shape or an unreadable dtype.
     """
     specs, treedef = jax.tree.flatten(param_spec(cfg), is_leaf=is_spec)
     places = [None] * len(specs) if shardings is None else treedef.flatten_up_to(shardings)
@@ -102,13 +91,15 @@ def load_hf(
     return treedef.unflatten(leaves)
 
 
-def _read_leaf(tensors: list[_Tensor], spec: ParamSpec, dtype: Any, on_tensor) -> np.ndarray:
+def _read_leaf(
+    tensors: list[_Tensor], spec: ParamSpec, dtype: Any, on_tensor: Callable[[str], object] | None
+) -> np.ndarray:
     """Reads one parameter into a preallocated array, layer by layer."""
     out = np.empty(spec.shape, _DTYPES[tensors[0].dtype] if dtype is None else np.dtype(dtype))
     parts = out if spec.stacked else out[None]
     for part, tensor in zip(parts, tensors, strict=True):
         value = cast(tensor.read(), out.dtype, tensor.name)
-        if spec.transpose:  # (out, in...) there, (in..., out...) here: the transpose of the matrix (out, in)
+        if spec.transpose:  # stored as (out, in...), used as (in..., out...): the transpose of the matrix (out, in)
             matrix = value.reshape(value.shape[0], -1)
             transpose_into(part.reshape(matrix.shape[::-1]), matrix)
         else:
@@ -118,25 +109,8 @@ def _read_leaf(tensors: list[_Tensor], spec: ParamSpec, dtype: Any, on_tensor) -
     return out
 
 
-def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """The array in another dtype. Raises CheckpointError where float16 cannot hold a value."""
-    if array.dtype == dtype:
-        return array
-    with np.errstate(over="ignore"):
-        out = array.astype(dtype)
-    if dtype == np.float16 and not np.array_equal(np.isinf(out), np.isinf(array)):
-        raise CheckpointError(f"{name}: has values beyond float16's range (65504); convert to bfloat16 instead")
-    return out
-
-
-def transpose_into(out: np.ndarray, matrix: np.ndarray, block: int = 128) -> None:
-    """out = matrix.T by blocks of rows that fit a cache: five to ten times faster than in one go."""
-    for row in range(0, matrix.shape[0], block):
-        out[:, row : row + block] = matrix[row : row + block].T
-
-
 def _open(folder: Path, stack: contextlib.ExitStack) -> tuple[list[_Tensor], list[str]]:
-    """Opens a checkpoint's files. Returns what their headers list and the faults of the index."""
+    """Opens a checkpoint's files. Returns the tensors in their headers, and those that only the index names."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; expected a Qwen2-VL checkpoint")
     indexed: dict[str, str] = {}
@@ -149,7 +123,7 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> tuple[list[_Tensor], lis
         raise CheckpointError(f"{folder}: holds neither {WEIGHTS} nor {INDEX}; only safetensors are read")
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
-        raise CheckpointError(f"{folder / INDEX}: names files that are not there: {', '.join(absent)}")
+        raise CheckpointError(f"{folder / INDEX}: names files that are not there: {first_few(absent)}")
     tensors = []
     for name in names:
         path = folder / name
@@ -160,12 +134,15 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> tuple[list[_Tensor], lis
                 tensors.append(_Tensor(file, path, key, tuple(header.get_shape()), header.get_dtype()))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from error
-    held = {(tensor.name, tensor.path.name) for tensor in tensors}
-    faults = [f"{name} (the index places it in {file})" for name, file in indexed.items() if (name, file) not in held]
-    return tensors, faults
+    in_files = {(tensor.name, tensor.path.name) for tensor in tensors}
+    absent = [
+        f"{name} (the index places it in {file})" for name, file in indexed.items() if (name, file) not in in_files
+    ]
+    return tensors, absent
 
 
 def _read_index(path: Path) -> dict[str, str]:
+    """The index's table: the file of each tensor."""
     try:
         table = read_object(path).get("weight_map")
     except ValueError as error:
@@ -176,9 +153,14 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _check(
-    folder: Path, specs: list[ParamSpec], cfg: ModelConfig, found: list[_Tensor], absent: list[str]
+    folder: Path, specs: list[ParamSpec], cfg: ModelConfig, stored: list[_Tensor], absent: list[str]
 ) -> dict[str, _Tensor]:
-    """The tensors by published name. Raises one CheckpointError that lists every fault."""
+    """The tensors by published name. Raises one CheckpointError that lists the faults of every kind.
+
+    Args:
+      stored: the tensors in the files.
+      absent: texts about tensors that the index names and no file holds.
+    """
     shapes = {name: spec.hf_shape for spec in specs for name in tensor_names(spec)}
     tensors: dict[str, _Tensor] = {}
     faults: dict[str, list[str]] = {"missing": absent}
@@ -186,16 +168,16 @@ def _check(
     def fault(kind: str, text: str) -> None:
         faults.setdefault(kind, []).append(text)
 
-    for tensor in found:
+    for tensor in stored:
         name = published_name(tensor.name)
         if name in tensors:
             fault("given twice", f"{tensors[name].name} and {tensor.name}")
         tensors[name] = tensor
-        wanted = shapes.get(_EMBED if cfg.tied and name == _HEAD else name)
-        if wanted is None:
+        shape = shapes.get(_EMBED if cfg.tied and name == _HEAD else name)
+        if shape is None:
             fault("unknown", tensor.name)
-        elif tensor.shape != wanted:
-            fault("misshaped", f"{tensor.name} is {list(tensor.shape)}, expected {list(wanted)}")
+        elif tensor.shape != shape:
+            fault("misshaped", f"{tensor.name} is {list(tensor.shape)}, expected {list(shape)}")
         elif tensor.dtype not in _DTYPES:
             fault("of a dtype that is not read", f"{tensor.name} is {tensor.dtype}, expected one of {list(_DTYPES)}")
     for name in shapes:
@@ -205,13 +187,13 @@ def _check(
     for text in [] if faults else _content_faults(specs, cfg, tensors):
         fault("inconsistent", text)
     if faults:
-        lists = "; ".join(f"{kind}: {', '.join(texts)}" for kind, texts in faults.items())
+        lists = "; ".join(f"{kind}: {first_few(texts)}" for kind, texts in faults.items())
         raise CheckpointError(f"{folder}: weights are not those that its config.json describes; {lists}")
     return tensors
 
 
 def _content_faults(specs: list[ParamSpec], cfg: ModelConfig, tensors: dict[str, _Tensor]) -> Iterator[str]:
-    """Faults between tensors that are each well formed."""
+    """Contradictions between tensors that each have a right name, shape and dtype."""
     for spec in specs:
         dtypes = {tensors[name].dtype for name in tensor_names(spec)}
         if len(dtypes) > 1:
@@ -223,6 +205,7 @@ def _content_faults(specs: list[ParamSpec], cfg: ModelConfig, tensors: dict[str,
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
+    """The array's bits as unsigned integers, so that NaN equals NaN."""
     return array.view(f"u{array.dtype.itemsize}")
 
 
@@ -238,21 +221,21 @@ def save_hf(
     dtype: Any = None,
     max_shard_bytes: float = 5e9,
     overwrite: bool = False,
-    on_tensor: Callable[[str], None] | None = None,
+    on_tensor: Callable[[str], object] | None = None,
 ) -> None:
-    """Writes a checkpoint that transformers 4 and 5 and vLLM load, as a whole or not at all.
+    """Writes a checkpoint that transformers 4 and 5 and vLLM load. The folder appears when it is complete.
 
     Args:
       params: the tree of `param_spec(cfg)`, host or device arrays, sharded or not.
-      folder: new or empty; with `overwrite` an old checkpoint too (see checkpoint.folder).
-      source: a folder with the config.json, tokenizer, processor and template files to take along; config.json is
-        written in the flat, published style.
-      dtype: what to convert to; None keeps each parameter's own.
-      max_shard_bytes: a file holds at most this much, but at least one tensor; one shard is in host memory at a time.
+      folder: new or empty; with `overwrite` it may also hold an older checkpoint (see checkpoint/folder.py).
+      source: a folder whose config.json, tokenizer, processor and template files are copied; config.json is written in
+        the flat, published style.
+      dtype: the dtype to convert to; None keeps each parameter's own.
+      max_shard_bytes: the most that a file holds, unless one tensor is larger. One shard at a time is in host memory.
       on_tensor: called with the name of every tensor that has been written.
     Raises:
-      CheckpointError where `params` is not the tree of `cfg`, `source` is not of the same model, or the destination
-      may not be written.
+      CheckpointError where `params` is not the tree of `cfg`, `source` describes another model, or `folder` may not be
+      written to.
     """
     specs, treedef = jax.tree.flatten(param_spec(cfg), is_leaf=is_spec)
     leaves = _flatten_checked(params, specs, treedef)
@@ -273,15 +256,18 @@ def save_hf(
                 tensors[name] = _to_hf(np.asarray(array), specs[leaf], dtypes[leaf])
                 weight_map[name] = file
             save_file(tensors, temporary / file, metadata={"format": "pt"})
-            shutil.copymode(temporary / "config.json", temporary / file)  # safetensors lets nobody else read it
-            for name in tensors if on_tensor else ():
-                on_tensor(name)
+            # safetensors makes its files readable for their owner alone.
+            shutil.copymode(temporary / "config.json", temporary / file)
+            for name in tensors:
+                if on_tensor:
+                    on_tensor(name)
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            write_json(temporary / INDEX, index)
 
 
-def _flatten_checked(params: Any, specs: list[ParamSpec], treedef) -> list:
+def _flatten_checked(params: Any, specs: list[ParamSpec], treedef: Any) -> list[Any]:
+    """The leaves of `params` in the order of `specs`. Raises CheckpointError on another structure or shape."""
     try:
         leaves = treedef.flatten_up_to(params)
     except ValueError as error:
@@ -292,17 +278,22 @@ def _flatten_checked(params: Any, specs: list[ParamSpec], treedef) -> list:
         if tuple(np.shape(leaf)) != spec.shape
     ]
     if wrong:
-        raise CheckpointError(f"misshaped parameters: {', '.join(wrong)}")
+        raise CheckpointError(f"misshaped parameters: {first_few(wrong)}")
     return leaves
 
 
-def _plan_shards(specs, dtypes, max_bytes: float) -> list[list[tuple[str, int, int | None]]]:
-    """(tensor name, leaf, layer) in the order of writing, layer by layer, cut into files."""
+def _plan_shards(
+    specs: list[ParamSpec], dtypes: list[np.dtype], max_bytes: float
+) -> list[list[tuple[str, int, int | None]]]:
+    """The tensors of each file, in the order of writing, layer by layer.
+
+    Returns: for each file (tensor name, index in `specs`, layer) of its tensors; layer is None where not stacked.
+    """
     entries = []
     for leaf, spec in enumerate(specs):
         for layer, name in enumerate(tensor_names(spec)):
             entries.append((spec.stacked, layer, leaf, name))
-    shards, size = [[]], 0
+    shards, size = [[]], 0  # size: bytes of the last shard
     for stacked, layer, leaf, name in sorted(entries):
         bytes_ = int(np.prod(specs[leaf].hf_shape)) * dtypes[leaf].itemsize
         if shards[-1] and size + bytes_ > max_bytes:
@@ -314,7 +305,7 @@ def _plan_shards(specs, dtypes, max_bytes: float) -> list[list[tuple[str, int, i
 
 
 def _to_hf(array: np.ndarray, spec: ParamSpec, dtype: np.dtype) -> np.ndarray:
-    """One tensor as the checkpoint holds it; contiguous, since safetensors writes the memory as it lies."""
+    """One tensor as the checkpoint stores it. Contiguous: safetensors ignores strides."""
     array = cast(array, dtype, spec.hf_name)
     if not spec.transpose:
         return np.ascontiguousarray(array).reshape(spec.hf_shape)
@@ -325,4 +316,5 @@ def _to_hf(array: np.ndarray, spec: ParamSpec, dtype: np.dtype) -> np.ndarray:
 
 
 def _commonest(dtypes: list[np.dtype]) -> str:
+    """The name of the dtype that occurs most often: config.json has room for one."""
     return Counter(dtype.name for dtype in dtypes).most_common(1)[0][0]

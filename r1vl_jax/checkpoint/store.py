@@ -1,12 +1,12 @@
-"""Converted checkpoints in orbax, and one door for every kind of checkpoint folder.
+"""Converted checkpoints in orbax, and `load_model`, which reads every kind of checkpoint folder.
 
 Layout of a converted checkpoint:
 
-    FOLDER/params/   the parameter tree, written by orbax; restores straight onto a mesh
-    FOLDER/hf/       config.json, tokenizer, processor and template files of the checkpoint it came from
+    FOLDER/params/   the parameter tree, written by orbax; each device of a mesh reads its own part
+    FOLDER/hf/       config.json, tokenizer, processor and template files of the checkpoint it was made from
 
-`load_model` also takes a Hugging Face folder, and the folder of a training run: the one under export/, or, while the
-run has none, the parameters of its newest training state (see checkpoint.state), optimizer moments left on disk.
+`load_model` also reads a Hugging Face folder, and the folder of a training run: its export/, or, while there is none,
+the parameters in the newest training state (see checkpoint/state.py). The optimizer's moments there are not read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import orbax.checkpoint as ocp
 import yaml
 
 from r1vl_jax.checkpoint.folder import copy_companions, new_folder
-from r1vl_jax.checkpoint.hf import cast, load_hf
+from r1vl_jax.checkpoint.hf import load_hf
+from r1vl_jax.checkpoint.tensors import cast
+from r1vl_jax.common.text import first_few
 from r1vl_jax.errors import CheckpointError
 from r1vl_jax.model.config import ModelConfig, load_config
 from r1vl_jax.model.spec import param_spec
@@ -31,12 +33,12 @@ from r1vl_jax.types import is_spec
 
 @dataclasses.dataclass(frozen=True)
 class ModelFolder:
-    """Where a checkpoint's parts lie.
+    """Where the parts of a checkpoint are.
 
     Attributes:
       weights: the folder with the safetensors ("hf"), with params/ ("converted"), or of a TrainState ("state").
       files: the folder with config.json, tokenizer and processor files.
-      note: what people should know about the choice; "" where there was none.
+      note: a line to show to the user about which weights were chosen; mostly empty.
     """
 
     weights: Path
@@ -45,18 +47,18 @@ class ModelFolder:
     note: str = ""
 
 
-_STAGES = ("sft", "step_grpo")  # in the order in which a run takes them
+_STAGES = ("sft", "step_grpo")  # in the order in which a run trains them
 
 
 def find_model(folder: str | Path) -> ModelFolder:
-    """Recognises a checkpoint folder of any kind. Raises CheckpointError that says what was expected."""
+    """Finds out which kind of checkpoint a folder holds. Raises CheckpointError saying what was expected."""
     folder = Path(folder).absolute()
     if (folder / "params").is_dir() and (folder / "hf" / "config.json").is_file():
         return ModelFolder(folder, folder / "hf", "converted")
     for place in (folder, folder / "export"):
         if (place / "config.json").is_file():
             return ModelFolder(place, place, "hf")
-    states = [found for stage in _STAGES if (found := _newest_state(folder / "checkpoints" / stage))]
+    states = [state for stage in _STAGES if (state := _newest_state(folder / "checkpoints" / stage))]
     if states and (folder / "config.yaml").is_file():
         stage, step = states[-1].parts[-3:-1]
         note = f"{folder}: this run has not finished; the parameters are those of {stage} step {step}"
@@ -69,17 +71,17 @@ def find_model(folder: str | Path) -> ModelFolder:
 
 
 def _newest_state(folder: Path) -> Path | None:
-    """The TrainState of a stage's newest step: orbax gives a step its bare number as name when it is complete."""
+    """The TrainState of a stage's newest step. orbax names a step's folder by its number once it is complete."""
     steps = [int(path.name) for path in folder.glob("[0-9]*") if path.name.isdecimal() and (path / "state").is_dir()]
     return folder / str(max(steps)) / "state" if steps else None
 
 
 def _files_of_run(config: Path) -> Path:
-    """The files that a run's parameters go with: those of the checkpoint it started from."""
+    """The folder with config.json and tokenizer for a run's parameters: that of the checkpoint it started from."""
     try:
         start = Path(yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["path"])
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{config}: says no model.path, expected the configuration of a run ({error})") from error
+        raise CheckpointError(f"{config}: has no model.path, expected the configuration of a run ({error})") from error
     try:
         return find_model(start).files
     except CheckpointError as error:
@@ -91,38 +93,38 @@ def load_model(
     *,
     dtype: Any = None,
     shardings: Callable[[ModelConfig], Any] | None = None,
-    on_tensor: Callable[[str], None] | None = None,
+    on_tensor: Callable[[str], object] | None = None,
 ) -> tuple[Any, ModelConfig, Path]:
     """Reads any kind of checkpoint.
 
     Args:
       folder: see `find_model`; or what that returned.
-      dtype: what to convert to; None keeps each parameter's own.
-      shardings: gives the tree of NamedSharding for a config, for example
-        `lambda cfg: param_shardings(param_spec(cfg), mesh)`; without it the arrays are NumPy's and on the host.
+      dtype: the dtype to convert to; None keeps each parameter's own.
+      shardings: returns the tree of NamedSharding for a config, for example
+        `lambda cfg: param_shardings(param_spec(cfg), mesh)`; without it the arrays are NumPy's.
       on_tensor: called with the name of every tensor that has been read (Hugging Face folders only).
     Returns:
       (params, cfg, the folder with config.json and the tokenizer's files).
     Raises:
       CheckpointError, see `find_model`, `load_config`, `load_hf` and `load_params`.
     """
-    found = folder if isinstance(folder, ModelFolder) else find_model(folder)
-    cfg = load_config(found.files)
+    model = folder if isinstance(folder, ModelFolder) else find_model(folder)
+    cfg = load_config(model.files)
     places = None if shardings is None else shardings(cfg)
-    if found.kind == "converted":
-        return load_params(found.weights, cfg, dtype=dtype, shardings=places), cfg, found.files
-    if found.kind == "state":
-        return _restore(found.weights, cfg, dtype=dtype, shardings=places, part="params"), cfg, found.files
-    return load_hf(found.weights, cfg, dtype=dtype, shardings=places, on_tensor=on_tensor), cfg, found.files
+    if model.kind == "converted":
+        return load_params(model.weights, cfg, dtype=dtype, shardings=places), cfg, model.files
+    if model.kind == "state":
+        return _restore(model.weights, cfg, dtype=dtype, shardings=places, part="params"), cfg, model.files
+    return load_hf(model.weights, cfg, dtype=dtype, shardings=places, on_tensor=on_tensor), cfg, model.files
 
 
 def save_params(folder: str | Path, params: Any, source: str | Path, *, overwrite: bool = False) -> None:
-    """Writes a converted checkpoint, as a whole or not at all; dtypes stay as they are.
+    """Writes a converted checkpoint; dtypes are kept. The folder appears when it is complete.
 
     Args:
-      folder: new or empty; with `overwrite` an old checkpoint too (see checkpoint.folder).
+      folder: new or empty; with `overwrite` it may also hold an older checkpoint (see checkpoint/folder.py).
       params: the tree of `param_spec`, host or device arrays, sharded or not.
-      source: a folder with the config.json, tokenizer, processor and template files to take along, byte for byte.
+      source: a folder whose config.json, tokenizer, processor and template files are copied, byte for byte.
     """
     with new_folder(folder, overwrite) as temporary:
         (temporary / "hf").mkdir()
@@ -136,20 +138,25 @@ def load_params(folder: str | Path, cfg: ModelConfig, *, dtype: Any = None, shar
 
     Args:
       folder: written by `save_params`.
-      dtype: what to convert to; None keeps each parameter's own.
-      shardings: a tree of NamedSharding: every device reads its own part; None gives NumPy arrays.
+      dtype: the dtype to convert to; None keeps each parameter's own.
+      shardings: a tree of NamedSharding: every device reads its own part; None returns NumPy arrays.
     Raises:
-      CheckpointError where orbax cannot read the folder, or naming every parameter that is unknown, missing or
-      misshaped.
+      CheckpointError where orbax cannot read the folder, or naming the parameters that are unknown, missing or of a
+      wrong shape.
     """
     return _restore(Path(folder).absolute() / "params", cfg, dtype=dtype, shardings=shardings)
 
 
 def _restore(folder: Path, cfg: ModelConfig, *, dtype: Any, shardings: Any, part: str | None = None) -> Any:
-    """The parameters in an orbax folder that holds their tree, or holds it as one `part` of a larger one."""
+    """Reads the parameters in an orbax folder.
+
+    Args:
+      part: the key under which the folder's tree holds the parameters; None: they are the whole tree.
+    """
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:
-            stored = ocp.PyTreeCheckpointHandler().metadata(folder).tree
+            # orbax annotates the path class of etils, and takes any.
+            stored = ocp.PyTreeCheckpointHandler().metadata(folder).tree  # pyright: ignore[reportArgumentType]
             stored = stored if part is None else stored[part]
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{folder}: not an orbax checkpoint, or damaged ({error})") from error
@@ -157,12 +164,12 @@ def _restore(folder: Path, cfg: ModelConfig, *, dtype: Any, shardings: Any, part
         args = jax.tree.map(lambda meta: _restore_args(meta, None, dtype), stored)
         if shardings is not None:
             args = jax.tree.map(lambda meta, place: _restore_args(meta, place, dtype), stored, shardings)
-        wanted = {"restore_args": args}
-        if part is not None:  # what `item` leaves out stays on disk
+        options: dict[str, Any] = {"restore_args": args}
+        if part is not None:  # orbax does not read what `item` leaves out
             shapes = jax.tree.map(lambda meta: jax.ShapeDtypeStruct(meta.shape, meta.dtype), stored)
-            wanted = {"item": {part: shapes}, "restore_args": {part: args}, "partial_restore": True}
+            options = {"item": {part: shapes}, "restore_args": {part: args}, "partial_restore": True}
         try:
-            params = checkpointer.restore(folder, args=ocp.args.PyTreeRestore(**wanted))
+            params = checkpointer.restore(folder, args=ocp.args.PyTreeRestore(**options))
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{folder}: cannot be read ({error})") from error
     params = params if part is None else params[part]
@@ -173,7 +180,8 @@ def _restore(folder: Path, cfg: ModelConfig, *, dtype: Any, shardings: Any, part
     return params
 
 
-def _restore_args(meta, place, dtype):
+def _restore_args(meta: Any, place: jax.sharding.Sharding | None, dtype: Any) -> ocp.RestoreArgs:
+    """How orbax restores one array. `meta`: orbax's metadata of it."""
     dtype = meta.dtype if dtype is None else np.dtype(dtype)
     if place is None:
         return ocp.RestoreArgs(restore_type=np.ndarray, dtype=meta.dtype)
@@ -181,20 +189,22 @@ def _restore_args(meta, place, dtype):
 
 
 def _check(folder: Path, stored: Any, cfg: ModelConfig) -> None:
-    def by_path(tree, is_leaf=None):
-        leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    """Raises CheckpointError where the stored tree (metadata of arrays) is not that of `param_spec(cfg)`."""
+
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_spec)
         return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}
 
-    found, wanted = by_path(stored, lambda node: hasattr(node, "shape")), by_path(param_spec(cfg), is_spec)
+    actual, expected = shapes(stored), shapes(param_spec(cfg))
     faults = {
-        "missing": sorted(wanted.keys() - found.keys()),
-        "unknown": sorted(found.keys() - wanted.keys()),
+        "missing": sorted(expected.keys() - actual.keys()),
+        "unknown": sorted(actual.keys() - expected.keys()),
         "misshaped": [
-            f"{path} is {list(found[path])}, expected {list(wanted[path])}"
-            for path in sorted(found.keys() & wanted.keys())
-            if found[path] != wanted[path]
+            f"{path} is {list(actual[path])}, expected {list(expected[path])}"
+            for path in sorted(actual.keys() & expected.keys())
+            if actual[path] != expected[path]
         ],
     }
-    lists = "; ".join(f"{kind}: {', '.join(texts)}" for kind, texts in faults.items() if texts)
+    lists = "; ".join(f"{kind}: {first_few(texts)}" for kind, texts in faults.items() if texts)
     if lists:
         raise CheckpointError(f"{folder}: parameters are not those that config.json describes; {lists}")

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -76,6 +77,45 @@ def atomic_write(path: Path | str, *, replace: bool = True) -> Iterator[TextIO]:
             os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path | str, *, replace: bool = True) -> Iterator[Path]:
+    """Yields a new folder that is renamed to `path` when the block ends, and removed where the block raises.
+
+    Args:
+      replace: an older folder at `path` is replaced, and what a killed process left of an earlier try is removed. With
+        False several processes may make the same folder at once: the first to finish wins, the others raise OSError,
+        as they do where `path` is a folder that is not empty.
+    """
+    target = Path(path).absolute()
+    temporary = target.with_name(f".{target.name}.partial" if replace else f".{target.name}.{os.getpid()}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if not replace:
+            temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if replace:
+        replace_folder(temporary, target)
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Renames the complete folder `new` to `target`; an older folder there is kept until then, and removed."""
+    replaced = target.with_name(f".{target.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if target.exists():
+        target.rename(replaced)
+    new.rename(target)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_json(path: Path | str, value: object, indent: int = 2) -> None:
+    """Writes a value as indented JSON in UTF-8, with a line end at the end."""
+    Path(path).write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 class ParsedRow(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 LIMIT = 80  # characters of a value in a message
 
@@ -26,6 +26,12 @@ def one_line(value: object, limit: int = 200) -> str:
 def nearest(name: object, known: Iterable[str]) -> str | None:
     """The known name that is nearest to a wrong one; None where none is near."""
     return next(iter(difflib.get_close_matches(str(name), list(known), n=1)), None)
+
+
+def first_few(texts: Sequence[str], limit: int = 5) -> str:
+    """The texts with commas between them; of a long list the first ones and how many more there are."""
+    more = f" and {len(texts) - limit:,} more" if len(texts) > limit else ""
+    return ", ".join(texts[:limit]) + more
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:

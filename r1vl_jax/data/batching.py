@@ -1,33 +1,34 @@
-"""Encoded questions and answers as one padded batch, its images packed.
+"""Encoded questions and answers as one padded batch, with their images packed into vision rows.
 
-Several small images share a vision row, and the frames of one video may lie in several; where a batch has no image
-there are no rows.
+Attention in the vision tower stays inside a frame, so several frames share a vision row. The frames of one video may be
+in different rows. A batch without images has no vision rows.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
 from r1vl_jax.data.buckets import Buckets, Shape, plan
 from r1vl_jax.types import EncodedPrompt, Prompts
 
-Grid = tuple[int, int, int]
-Row = Any
+Grid = tuple[int, int, int]  # (t, h, w) in patches
+Row = TypeVar("Row")
 PLANNED_ROWS = 512  # the shapes of a stage's batches are planned from its first rows
-LENGTHS = (1, 1.25, 1.5, 2, 3, 4)  # of vision rows that `plan_shapes` tries, in the largest frame
-HEAD_COST = 0.2  # work of the loss head on a token over that of the rest; 2B: 0.233 / 1.31
-ATTENTION_PATCHES = 7680  # row length where attention costs as much as the rest: 6 * the tower's width of 1280
+LENGTHS = (1, 1.25, 1.5, 2, 3, 4)  # lengths of a vision row that `plan_shapes` tries, in units of the largest frame
+HEAD_COST = 0.2  # the loss head's work on a token over that of all other layers; 2B: 0.233 / 1.31
+ATTENTION_PATCHES = 7680  # the row length at which attention costs as much as the rest: 6 * the tower's width of 1280
 
 
 class Size(NamedTuple):
-    """What a row takes.
+    """The size of a row.
 
     Attributes:
-      tokens: of the prompt, and of the answer where that stands behind it.
-      answer: of the answer alone; 0 without one.
+      tokens: tokens of the prompt; with those of the answer where both are in one row (SFT).
+      answer: tokens of the answer; 0 without one.
       grids: (t, h, w) of its images and videos, in patches.
     """
 
@@ -37,24 +38,28 @@ class Size(NamedTuple):
 
 
 def size_of(prompt: EncodedPrompt, answer: Sequence[int] | np.ndarray = ()) -> Size:
+    """The size of a question, or of a question with its answer in one row."""
     return Size(len(prompt.tokens_T) + len(answer), len(answer), prompt.grids)
 
 
 def by_length(rows: Iterable[Row], count: int, size: Callable[[Row], Size]) -> list[list[Row]]:
-    """Rows in batches of `count`, alike in length: such batches hold little padding. The last one may be shorter."""
+    """Rows sorted by length, which keeps padding small, in batches of `count`; the last one may be shorter."""
     ordered = sorted(rows, key=lambda row: size(row).tokens)
     return [ordered[i : i + count] for i in range(0, len(ordered), count)]
 
 
 def in_micro_batches(sizes: Sequence[Size], update: int, count: int) -> list[list[Size]]:
-    """A sample's rows as updates of so many, and those as micro-batches of `count`."""
+    """The sizes of rows in training's micro-batches: `update` rows an update, sorted by length, `count` a micro-batch.
+
+    Micro-batches of fewer than `count` rows are left out, unless there are no others.
+    """
     parts = [by_length(sizes[i : i + update], count, lambda size: size) for i in range(0, len(sizes), update)]
-    whole = [part for update in parts for part in update if len(part) == count]
-    return whole or [part for update in parts for part in update]
+    full = [part for update in parts for part in update if len(part) == count]
+    return full or [part for update in parts for part in update]
 
 
 def need_of(sizes: Sequence[Size], buckets: Buckets) -> Shape:
-    """What a batch needs at least: its longest row and answer, and the vision rows that its images fill."""
+    """The smallest shape for a batch: its longest row and answer, and the vision rows that its images fill."""
     frames = [frame for size in sizes for frame in _frames(size.grids)]
     length = buckets.row_length(max(frames, default=0))
     return Shape(
@@ -66,33 +71,35 @@ def need_of(sizes: Sequence[Size], buckets: Buckets) -> Shape:
 
 
 def plan_shapes(batches: Sequence[Sequence[Size]], *, count: int, multiple: int, merge: int, shards: int) -> Buckets:
-    """At most `count` shapes, chosen from a sample of batches of one size; for the rest see `Buckets`."""
+    """At most `count` shapes, chosen for a sample of batches. `multiple`, `merge`, `shards`: see `Buckets`."""
     largest = max((max(_frames(size.grids), default=0) for batch in batches for size in batch), default=0)
-    best = min(
-        (_vision_work(batches, Buckets(multiple, merge, shards, patches=int(largest * times))) for times in LENGTHS),
-        key=lambda found: found[0],
-    )
-    buckets, needs = best[1:]
+    costs = (_vision_cost(batches, Buckets(multiple, merge, shards, patches=int(largest * times))) for times in LENGTHS)
+    _, buckets, needs = min(costs, key=lambda item: item[0])
     batch = max(map(len, batches), default=1)
     return plan(buckets, needs, count=count, batch=batch, answer_cost=HEAD_COST)
 
 
-def _vision_work(batches: Sequence[Sequence[Size]], buckets: Buckets) -> tuple[float, Buckets, list[Shape]]:
-    """What vision rows of this length cost: long ones hold little padding, but attention grows with their length."""
+def _vision_cost(batches: Sequence[Sequence[Size]], buckets: Buckets) -> tuple[float, Buckets, list[Shape]]:
+    """The vision tower's work with vision rows of this length, with `buckets` and each batch's need.
+
+    Long rows have little padding, but the cost of attention grows with their length.
+    """
     needs = [need_of(batch, buckets) for batch in batches]
     shapes = [buckets.rounded(need) for need in needs]
     return sum(s.rows * s.patches * (1 + s.patches / ATTENTION_PATCHES) for s in shapes), buckets, needs
 
 
 def collate_prompts(prompts: Sequence[EncodedPrompt], buckets: Buckets) -> Prompts:
-    """B questions in the shape that holds them."""
+    """B questions, padded to the shape that `buckets` has for them."""
     return pad_prompts(prompts, buckets.fit(need_of([*map(size_of, prompts)], buckets)), buckets)
 
 
-def collate_pairs(pairs: Sequence[tuple[EncodedPrompt, np.ndarray]], buckets: Buckets):
-    """B questions, with the answer to each behind it, in the shape that holds them.
+def collate_pairs(
+    pairs: Sequence[tuple[EncodedPrompt, np.ndarray]], buckets: Buckets
+) -> tuple[Prompts, np.ndarray, np.ndarray, np.ndarray]:
+    """B questions, each with its answer after it in the same row, padded to the shape that `buckets` has for them.
 
-    Returns (prompts, start_B, tokens_BGT, mask_BGT): rows of question and answer, where the answers begin in them, and
+    Returns (prompts, start_B, tokens_BGT, mask_BGT): the rows, the index in each row at which the answer begins, and
     the answers alone, G = 1.
     """
     shape = buckets.fit(need_of([size_of(*pair) for pair in pairs], buckets))
@@ -101,96 +108,108 @@ def collate_pairs(pairs: Sequence[tuple[EncodedPrompt, np.ndarray]], buckets: Bu
     return rows, start_B, *pad_answers([[answer] for _, answer in pairs], shape.answer)
 
 
-def _joined(prompt: EncodedPrompt, answer: np.ndarray) -> EncodedPrompt:
-    """Question and answer as one text."""
-    count = len(answer)
-    positions = np.broadcast_to(prompt.next_position + np.arange(count, dtype=np.int32), (3, count))
-    return prompt.replace(
-        tokens_T=np.concatenate([prompt.tokens_T, answer]),
-        positions_3T=np.concatenate([prompt.positions_3T, positions], axis=1),
-        image_slot_T=np.concatenate([prompt.image_slot_T, np.full(count, -1, np.int32)]),
-        next_position=prompt.next_position + count,
+def _joined(prompt: EncodedPrompt, answer_T: np.ndarray) -> EncodedPrompt:
+    """A question and its answer as one text."""
+    T = len(answer_T)
+    positions_3T = np.broadcast_to(prompt.next_position + np.arange(T, dtype=np.int32), (3, T))
+    return dataclasses.replace(
+        prompt,
+        tokens_T=np.concatenate([prompt.tokens_T, answer_T]),
+        positions_3T=np.concatenate([prompt.positions_3T, positions_3T], axis=1),
+        image_slot_T=np.concatenate([prompt.image_slot_T, np.full(T, -1, np.int32)]),
+        next_position=prompt.next_position + T,
     )
 
 
 def pad_prompts(prompts: Sequence[EncodedPrompt], shape: Shape, buckets: Buckets) -> Prompts:
-    """Pads B questions on the right and packs their images. `shape`: at least what `need_of` gives."""
-    B, T, R, P, merge = len(prompts), shape.prompt, shape.rows, shape.patches, buckets.merge
-    tokens, slots = np.zeros((B, T), np.int32), np.full((B, T), -1, np.int32)
-    mask, positions = np.zeros((B, T), bool), np.zeros((3, B, T), np.int32)
+    """Pads B questions on the right and packs their images. `shape`: at least `need_of` the questions.
+
+    Raises: ValueError where some prompts have pixels (uint8) and others normalised patches (floats).
+    """
+    B, T, W, P, merge = len(prompts), shape.prompt, shape.rows, shape.patches, buckets.merge
+    tokens_BT, image_slot_BT = np.zeros((B, T), np.int32), np.full((B, T), -1, np.int32)
+    mask_BT, positions_3BT = np.zeros((B, T), bool), np.zeros((3, B, T), np.int32)
     first, *others = [prompt.patches_PC for prompt in prompts]
-    if any(patches.dtype != first.dtype for patches in others):  # pixels, or normalised already: the dtype says which
+    if any(patches_PC.dtype != first.dtype for patches_PC in others):
         raise ValueError(f"patches of one batch are {sorted({str(p.patches_PC.dtype) for p in prompts})}; expected one")
-    patches, hw = np.zeros((R, P, first.shape[1]), first.dtype), np.zeros((R, P, 2), np.int32)
-    segments, frames_in_row = np.full((R, P), -1, np.int32), np.zeros(R, np.int32)
+    patches_WPC, patch_hw_WP2 = np.zeros((W, P, first.shape[1]), first.dtype), np.zeros((W, P, 2), np.int32)
+    segment_WP, frames_W = np.full((W, P), -1, np.int32), np.zeros(W, np.int32)  # frames_W: frames in each vision row
     frames = [frame for prompt in prompts for frame in _frames(prompt.grids)]
-    spots = iter(_pack(frames, buckets.row_length(max(frames, default=0))))
+    places = iter(_pack(frames, buckets.row_length(max(frames, default=0))))
     for b, prompt in enumerate(prompts):
         n = len(prompt.tokens_T)
-        tokens[b, :n], mask[b, :n], positions[:, b, :n] = prompt.tokens_T, True, prompt.positions_3T
-        start, features = 0, [np.zeros(0, np.int32)]
+        tokens_BT[b, :n], mask_BT[b, :n], positions_3BT[:, b, :n] = prompt.tokens_T, True, prompt.positions_3T
+        start, slots = 0, [np.zeros(0, np.int32)]  # slots: indices of this prompt's features among those of all rows
         for grid in prompt.grids:
-            coordinates = patch_coordinates((1, *grid[1:]), merge)
+            coordinates_P2 = patch_coordinates((1, *grid[1:]), merge)
             for size in _frames([grid]):
-                row, offset = next(spots)
+                row, offset = next(places)
                 here = slice(offset, offset + size)
-                patches[row, here] = prompt.patches_PC[start : start + size]
-                hw[row, here] = coordinates
-                segments[row, here] = frames_in_row[row]
-                frames_in_row[row] += 1
-                features.append((row * P + offset) // merge**2 + np.arange(size // merge**2, dtype=np.int32))
+                patches_WPC[row, here] = prompt.patches_PC[start : start + size]
+                patch_hw_WP2[row, here] = coordinates_P2
+                segment_WP[row, here] = frames_W[row]
+                frames_W[row] += 1
+                slots.append((row * P + offset) // merge**2 + np.arange(size // merge**2, dtype=np.int32))
                 start += size
         is_image_T = prompt.image_slot_T >= 0
-        slots[b, :n][is_image_T] = np.concatenate(features)[prompt.image_slot_T[is_image_T]]
-    next_position = np.array([prompt.next_position for prompt in prompts], np.int32)
-    return Prompts(tokens, mask, positions, slots, next_position, patches, hw, segments)
+        image_slot_BT[b, :n][is_image_T] = np.concatenate(slots)[prompt.image_slot_T[is_image_T]]
+    next_position_B = np.array([prompt.next_position for prompt in prompts], np.int32)
+    # The fields are annotated as jax arrays, which these arrays become when the batch is put on the device.
+    return cast(Any, Prompts)(
+        tokens_BT, mask_BT, positions_3BT, image_slot_BT, next_position_B, patches_WPC, patch_hw_WP2, segment_WP
+    )
 
 
 def pad_answers(answers: Sequence[Sequence[np.ndarray]], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pads B groups of G token arrays on the right to `length`: (tokens_BGT, mask_BGT)."""
-    tokens = np.zeros((len(answers), len(answers[0]), length), np.int32)
-    mask = np.zeros(tokens.shape, bool)
+    """Pads B groups of G answers on the right to `length` tokens. Returns (tokens_BGT, mask_BGT)."""
+    tokens_BGT = np.zeros((len(answers), len(answers[0]), length), np.int32)
+    mask_BGT = np.zeros(tokens_BGT.shape, bool)
     for b, group in enumerate(answers):
-        for g, answer in enumerate(group):
-            tokens[b, g, : len(answer)], mask[b, g, : len(answer)] = answer, True
-    return tokens, mask
+        for g, answer_T in enumerate(group):
+            tokens_BGT[b, g, : len(answer_T)], mask_BGT[b, g, : len(answer_T)] = answer_T, True
+    return tokens_BGT, mask_BGT
 
 
 def padding(prompts: Sequence[Prompts], masks_BGT: Sequence[np.ndarray] = ()) -> dict[str, float]:
-    """Share of the tokens and of the patches of some batches that is padding."""
+    """The share of padding among the tokens and among the patches of some batches.
+
+    Args:
+      masks_BGT: True at the tokens of answers that are not in the rows of `prompts`.
+    """
 
     def share(masks: list[np.ndarray]) -> float:
         places = sum(mask.size for mask in masks)
         return 1 - sum(int(mask.sum()) for mask in masks) / places if places else 0.0
 
-    tokens = [batch.mask_BT for batch in prompts] + list(masks_BGT)
-    return {"padding/tokens": share(tokens), "padding/patches": share([batch.segment_WP >= 0 for batch in prompts])}
+    tokens = [np.asarray(batch.mask_BT) for batch in prompts] + list(masks_BGT)
+    patches = [np.asarray(batch.segment_WP) >= 0 for batch in prompts]
+    return {"padding/tokens": share(tokens), "padding/patches": share(patches)}
 
 
 def _frames(grids: Iterable[Grid]) -> list[int]:
-    """Patches of each frame: what attention stays inside of."""
+    """The number of patches of each frame."""
     return [h * w for t, h, w in grids for _ in range(t)]
 
 
 def _pack(sizes: Sequence[int], length: int) -> list[tuple[int, int]]:
-    """(row, offset) of each frame: the first row of `length` that has room."""
+    """(vision row, offset) of each frame: each goes into the first row of `length` patches that has room for it."""
     used: list[int] = []
-    spots = []
+    places = []
     for size in sizes:
         row = next((r for r, u in enumerate(used) if u + size <= length), len(used))
         if row == len(used):
             used.append(0)
-        spots.append((row, used[row]))
+        places.append((row, used[row]))
         used[row] += size
-    return spots
+    return places
 
 
 def patch_coordinates(grid: Grid, merge: int) -> np.ndarray:
-    """(h, w) of each patch of a (t, h, w) grid, in merge order (h/2, w/2, 2, 2); (t*h*w, 2)."""
+    """(h, w) of each patch of a (t, h, w) grid, shape (t*h*w, 2), in the order (t, h/merge, w/merge, merge, merge)."""
     t, h, w = grid
     rows, columns = np.meshgrid(np.arange(h), np.arange(w), indexing="ij")
 
-    def merged(a):
-        return a.reshape(h // merge, merge, w // merge, merge).swapaxes(1, 2).reshape(-1)
+    def merged(index_hw: np.ndarray) -> np.ndarray:
+        return index_hw.reshape(h // merge, merge, w // merge, merge).swapaxes(1, 2).reshape(-1)
 
     return np.tile(np.stack([merged(rows), merged(columns)], axis=-1), (t, 1))

@@ -1,10 +1,10 @@
-"""python -m r1vl_jax.data.build: builds a TFDS data set (r1vl_jax.data.builders.build)."""
+"""python -m r1vl_jax.data.build: builds a TFDS data set (r1vl_jax/data/builders/command.py)."""
 
 from __future__ import annotations
 
 import sys
 
-from r1vl_jax.data.builders.build import main
+from r1vl_jax.data.builders.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,10 +1,10 @@
-"""python -m r1vl_jax.data.check: reports what is in the data of a configuration (r1vl_jax.data_check.check)."""
+"""python -m r1vl_jax.data.check: reports what is in the data of a configuration (r1vl_jax/data_check/command.py)."""
 
 from __future__ import annotations
 
 import sys
 
-from r1vl_jax.data_check.check import main
+from r1vl_jax.data_check.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

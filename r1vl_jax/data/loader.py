@@ -1,9 +1,9 @@
-"""From a source to batches of encoded rows, endlessly: shuffled, sharded by host, read ahead, and resumable.
+"""From a source to batches of encoded rows, without end: shuffled, a share for each host, read ahead, resumable.
 
-Flow: source -> grain (order, host's share, threads or worker processes) -> encode -> rows that can be used -> make.
+Flow: source -> grain (order, this host's share, threads or worker processes) -> encode -> usable rows -> make.
 
-grain keeps the order whatever reads ahead, so that one number, the host's position in its endless order, fixes all
-that follows, in how many worker processes ever.
+grain keeps the order, whatever reads ahead. So one number, the host's position in its endless order, determines all
+rows that follow, with any number of worker processes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from types import TracebackType
 from typing import Any
 
 import grain
@@ -26,21 +27,21 @@ from r1vl_jax.data.sources import Source
 from r1vl_jax.errors import RowError
 from r1vl_jax.types import Example
 
-THREADS = 4  # of each process that reads rows; decoding and resizing images leave Python's lock
+THREADS = 4  # in each process that reads rows; decoding and resizing images release Python's lock
 READ_AHEAD = 32  # rows, over all workers
-SHARED_MEMORY = 512 << 20  # bytes that workers need: twice what is read ahead, at 4 MB a row, and a margin
+SHARED_MEMORY = 512 << 20  # bytes that workers need: twice READ_AHEAD rows of 4 MB, and a margin
 
-Row = tuple[Example, Any]
+Row = tuple[Example, Any]  # an example, and what `encode` returned for it
 
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """Where a loader stands.
+    """How far a loader has read.
 
     Attributes:
-      rows: how many of its host's share have been read.
+      rows: how many rows of its host's share have been read.
       dropped: the names of those that could not be used.
-      fingerprint: that of the source, by which one that was changed is known.
+      fingerprint: the source's; another one means that the rows have changed.
     """
 
     rows: int = 0
@@ -65,14 +66,15 @@ def read_rows(
     hosts: int = 1,
     workers: int = 0,
 ) -> grain.DatasetIterator:
-    """Rows as (name, (example, encoded) or the RowError that `encode` raised).
+    """Reads rows as (name, (example, encoded)), or (name, the RowError that reading or `encode` raised).
 
     Args:
-      encode: runs in threads, or in worker processes, where it must pickle.
-      seed: an endless order, in which each epoch has every row once; None: the rows once, as they lie.
-      start: how many rows of this host's share are passed over.
-      host, hosts: the share is every `hosts`-th row of the whole order, from `host` on.
-      workers: processes; 0 reads in threads of this one.
+      encode: called in threads, or in worker processes; then it must pickle.
+      seed: of an endless shuffled order, in which each epoch has every row once. None: every row once, in the order of
+        the source.
+      start: how many rows of this host's share are skipped.
+      host, hosts: the share is every `hosts`-th row of the order, from `host` on.
+      workers: processes that read; with 0, threads of this process read.
     """
     data = grain.MapDataset.source(_Encoded(source, encode))
     if seed is not None:
@@ -82,7 +84,7 @@ def read_rows(
     rows = data[host::hosts][start:].to_iter_dataset(options)
     if workers:
         _check_shared_memory()
-        if not flags.FLAGS.is_parsed():  # grain reads a flag of its own, and r1vl_jax has no absl command line
+        if not flags.FLAGS.is_parsed():  # grain reads an absl flag, and no command here parses absl's flags
             flags.FLAGS.mark_as_parsed()
         processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
         rows = rows.mp_prefetch(processes, worker_init_fn=_end_with_parent)
@@ -90,7 +92,7 @@ def read_rows(
 
 
 def _check_shared_memory() -> None:
-    """Rows come from workers in shared memory; one that finds none dies of a signal, which says nothing."""
+    """Raises OSError where shared memory is short: a worker would be killed by a signal, without a message."""
     if os.path.isdir("/dev/shm") and (free := shutil.disk_usage("/dev/shm").free) < SHARED_MEMORY:
         raise OSError(
             f"data.workers: {free >> 20} MB of shared memory (/dev/shm) are free, expected {SHARED_MEMORY >> 20}; give "
@@ -99,11 +101,13 @@ def _check_shared_memory() -> None:
 
 
 def _end_with_parent(index: int, count: int) -> None:
-    """A worker ends with the process that it works for, if that is killed too, and not by a Ctrl-C of its own."""
+    """Makes a worker end when its parent process does, even if that is killed, and not on Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # grain calls this in workers alone
 
     def watch() -> None:
-        multiprocessing.parent_process().join()
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -111,7 +115,7 @@ def _end_with_parent(index: int, count: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Encoded:
-    """A source whose rows are encoded; a row that cannot be is the error that says why."""
+    """The encoded rows of a source, by index. A row that cannot be used is the RowError that says why."""
 
     source: Source
     encode: Callable[[Example], Any]
@@ -125,20 +129,20 @@ class _Encoded:
             example = self.source[int(index)]
             name = example.name
             encoded = self.encode(example)
-            return name, (dataclasses.replace(example, image_bytes=None), encoded)  # files are not needed any more
+            return name, (dataclasses.replace(example, image_bytes=None), encoded)  # the images are encoded now
         except RowError as error:
             return name, error
 
 
 class Loader:
-    """Batches of usable rows, one of them made ahead in a thread.
+    """Batches of usable rows. A thread makes the next batch while the caller uses the last one.
 
     Args:
       source, encode, seed, host, hosts, workers: see `read_rows`.
       count: rows in a batch of this host.
-      make: what becomes of a batch, in the thread: collation, say, and the way to the device.
-      position: where to go on; a loader goes on as the one would have that `position` was taken from.
-      on_drop: is told of each row that cannot be used, once.
+      make: makes a batch of its rows, in the thread: pads them and puts them on the device, for example.
+      position: where to start: the `position` of an earlier loader, which this one continues.
+      on_drop: called with the error of each row that cannot be used, once a row.
     """
 
     def __init__(
@@ -154,56 +158,59 @@ class Loader:
         hosts: int = 1,
         workers: int = 0,
         on_drop: Callable[[RowError], None] = lambda error: None,
-    ):
+    ) -> None:
         self.position = position or Position()
         if self.position.rows and self.position.fingerprint != source.fingerprint:
-            raise RowError(f"{source.name}: has changed since this run began; a run goes on with the same rows")
+            raise RowError(f"{source.name}: has changed since this run began; a run continues on the same rows only")
         self._source, self._count, self._make, self._on_drop = source, count, make, on_drop
         start = self.position.rows
         self._open = lambda: read_rows(source, encode, seed=seed, start=start, host=host, hosts=hosts, workers=workers)
-        self._rows: Iterator | None = None
+        self._rows: grain.DatasetIterator | None = None
         self._closed = threading.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._next: Future | None = None
 
     def take(self) -> Any:
-        """The next batch, as `make` gave it. Raises RowError where a whole epoch has no usable row."""
+        """The next batch, as `make` returned it. Raises RowError where a whole epoch has no usable row."""
         pending = self._next or self._thread.submit(self._read, self.position)
-        made, self.position = pending.result()
+        batch, self.position = pending.result()
         self._next = self._thread.submit(self._read, self.position)
-        return made
+        return batch
 
     @property
     def dropped(self) -> int:
-        """Rows that could not be used so far, those that could not be read among them."""
+        """How many rows could not be used so far, those that the source could not read included."""
         return len(self._source.errors) + len(self.position.dropped)
 
     def close(self) -> None:
-        """Ends threads and worker processes."""
+        """Ends the thread and the worker processes."""
         self._closed.set()
         self._thread.shutdown(wait=True, cancel_futures=True)
         if self._rows is not None:
             self._rows.close()
         self._rows = self._next = None
-        gc.collect()  # grain's iterators are cycles, and hold rows from workers in shared memory
+        gc.collect()  # grain's iterators are in reference cycles, and hold the workers' shared memory
 
     def __enter__(self) -> Loader:
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _read(self, position: Position) -> tuple[Any, Position]:
+        """Reads and makes the batch after `position`. Returns it with the position after it."""
         if self._rows is None:
             self._rows = self._open()
-        rows, seen, dropped, failures = [], position.rows, set(position.dropped), 0
+        rows, count, dropped, failures = [], position.rows, set(position.dropped), 0
         while len(rows) < self._count:
-            if failures >= 2 * len(self._source):  # in a row, wherever an epoch starts: a whole one is among them
+            if failures >= 2 * len(self._source):  # a run of failures of that length contains a whole epoch
                 raise RowError(f"no usable row among the {len(self._source)} that were read; see the messages above")
-            if self._closed.is_set():  # nobody waits for this batch
+            if self._closed.is_set():  # `close` waits for this thread, and nobody for the batch
                 raise CancelledError
             name, row = next(self._rows)
-            seen += 1
+            count += 1
             if isinstance(row, RowError):
                 failures += 1
                 if name not in dropped:
@@ -212,4 +219,4 @@ class Loader:
             else:
                 failures = 0
                 rows.append(row)
-        return self._make(rows), Position(seen, frozenset(dropped), self._source.fingerprint)
+        return self._make(rows), Position(count, frozenset(dropped), self._source.fingerprint)

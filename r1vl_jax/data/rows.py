@@ -1,19 +1,21 @@
-"""One row of a file to `Example`s: the schemas of R1-VL-10K (RL) and ShareGPT (SFT). Nothing is decoded.
+"""One row of a file to `Example`s: the schemas of R1-VL-10K (RL) and ShareGPT (SFT). No image is opened.
 
-As published with R1-VL (arXiv 2503.12937) and Mulberry-SFT (arXiv 2412.18319):
+The schemas, as published with R1-VL (arXiv 2503.12937) and Mulberry-SFT (arXiv 2412.18319):
 
     {"image_path": "a.png", "problem": "...", "solution": "...", "key_steps": {"Steps": [["a", "or b"], "c"]}}
     {"messages": [{"role": "user", "content": "<image>..."}, {"role": "assistant", "content": "..."}],
      "images": "a.png"}
 
-Both may have "videos": the path of a video file, a list of them, or a list of lists of frames. A conversation may have
-a system turn and several turns; each answer is an `Example`.
+Both may have "videos": the path of a video file, a list of paths, or a list of lists of frames. A conversation may
+have a system turn and several question and answer turns; each answer becomes one `Example`.
 """
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
+from r1vl_jax.common.text import shown
 from r1vl_jax.errors import RowError
 from r1vl_jax.types import Example
 
@@ -21,10 +23,10 @@ IMAGE, VIDEO = "<image>", "<video>"
 
 
 def parse_row(row: object, *, source: str, number: int, image_root: str) -> list[Example]:
-    """One row of either schema; as many `Example`s as it has answers.
+    """The `Example`s of one row of either schema, one for each answer.
 
     Args:
-      source, number: what the row is called.
+      source, number: the file's name and the row's number, for errors.
       image_root: the folder that relative paths start from.
     Raises: RowError naming file, row and field.
     """
@@ -45,50 +47,48 @@ def parse_row(row: object, *, source: str, number: int, image_root: str) -> list
         )
     questions = [question for question, _ in turns]
     if field not in row and "videos" not in row and (field == "image_path" or IMAGE in "".join(questions)):
-        # A misspelt key would train on questions about pictures that nobody sees.
+        # Most likely the key is misspelt, and the model would be trained without the image.
         raise RowError(f"{name}, {field}: missing; expected a path, a list of paths, or null for a text-only question")
     images = _images(row.get(field), f"{name}, {field}", image_root)
     videos = _videos(row.get("videos"), f"{name}, videos", image_root)
-    questions[0] = _in_front(questions, VIDEO, len(videos), f"{name}, videos")
-    questions[0] = _in_front(questions, IMAGE, len(images), f"{name}, {field}")
+    questions[0] = _with_placeholders(questions, VIDEO, len(videos), f"{name}, videos")
+    questions[0] = _with_placeholders(questions, IMAGE, len(images), f"{name}, {field}")
     examples = []
     for i, (_, answer) in enumerate(turns):
-        seen = "".join(questions[: i + 1])
+        text = "".join(questions[: i + 1])
         history = tuple((question, earlier) for question, (_, earlier) in zip(questions[:i], turns[:i], strict=True))
         examples.append(
             Example(
-                source, number, images[: seen.count(IMAGE)], questions[i], answer, key_steps,
-                videos=videos[: seen.count(VIDEO)], system=system, history=history,
+                source, number, images[: text.count(IMAGE)], questions[i], answer, key_steps,
+                videos=videos[: text.count(VIDEO)], system=system, history=history,
             )
         )  # fmt: skip
     return examples
 
 
-def short(value: object) -> str:
-    """A value as error messages show it."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _with_placeholders(questions: list[str], placeholder: str, files: int, name: str) -> str:
+    """The first question; `files` placeholders are put before it where no question has one.
 
-
-def _in_front(questions: list[str], placeholder: str, given: int, name: str) -> str:
-    """The first question, with placeholders in front where the conversation has none at all."""
-    asked = sum(question.count(placeholder) for question in questions)
-    if asked not in (0, given):
+    Raises: RowError where the questions have another number of placeholders than `files`.
+    """
+    count = sum(question.count(placeholder) for question in questions)
+    if count not in (0, files):
         kind = placeholder.strip("<>") + "s"
-        raise RowError(f"{name}: {given} {kind} for {asked} {placeholder} in the question; expected as many")
-    return questions[0] if asked else placeholder * given + questions[0]
+        raise RowError(f"{name}: {files} {kind} for {count} {placeholder} in the question; expected as many")
+    return questions[0] if count else placeholder * files + questions[0]
 
 
-def _text(row: dict, field: str, name: str) -> str:
+def _text(row: dict[str, Any], field: str, name: str) -> str:
+    """A field's text. Raises RowError where it is empty or not text."""
     value = row.get(field)
     if not isinstance(value, str) or not value.strip():
-        raise RowError(f"{name}, {field}: {short(value)}; expected a text that is not empty")
+        raise RowError(f"{name}, {field}: {shown(value)}; expected a text that is not empty")
     _check_unicode(value, f"{name}, {field}")
     return value
 
 
 def _check_unicode(text: str, name: str) -> None:
-    """JSON can spell half of a surrogate pair, which no tokenizer takes."""
+    """Raises RowError on half of a surrogate pair: JSON can contain one, and tokenizers do not accept it."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -98,13 +98,13 @@ def _check_unicode(text: str, name: str) -> None:
 def _conversation(messages: object, name: str) -> tuple[str | None, list[tuple[str, str]]]:
     """The system turn (None: the default one) and the (question, answer) turns."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise RowError(f"{name}: {short(messages)}; expected a list of {{role, content}}")
+        raise RowError(f"{name}: {shown(messages)}; expected a list of {{role, content}}")
     roles = [message.get("role") for message in messages]
     first = int(roles[:1] == ["system"])
     turns = len(roles[first:]) // 2
     if turns == 0 or roles[first:] != ["user", "assistant"] * turns:
         raise RowError(
-            f"{name}: roles are {short(roles)}; expected user and assistant in turns, to end with assistant, behind "
+            f"{name}: roles are {shown(roles)}; expected user and assistant in turns, ending with assistant, after "
             "at most one system"
         )
     texts = [_text(message, "content", f"{name}[{i}]") for i, message in enumerate(messages)]
@@ -112,47 +112,48 @@ def _conversation(messages: object, name: str) -> tuple[str | None, list[tuple[s
 
 
 def _path(value: object, name: str, root: str) -> str:
+    """The absolute path of a file. Raises RowError where the value is not a path, or is a URL."""
     if not isinstance(value, str) or not value.strip() or "\0" in value or "://" in value or value.startswith("data:"):
-        raise RowError(f"{name}: {short(value)}; expected the path of a file, or a list of them")
+        raise RowError(f"{name}: {shown(value)}; expected the path of a file, or a list of them")
     _check_unicode(value, name)
     return os.path.abspath(os.path.join(root, value))
 
 
 def _images(value: object, name: str, root: str) -> tuple[str, ...]:
-    """Absolute paths; none for null and an empty list."""
+    """Absolute paths of a path or a list of paths; empty for null."""
     paths = [] if value is None else value if isinstance(value, list) else [value]
     return tuple(_path(path, name, root) for path in paths)
 
 
 def _videos(value: object, name: str, root: str) -> tuple[str | tuple[str, ...], ...]:
-    """Absolute paths of files, and of frames where a video is a list of those."""
+    """Absolute paths of the video files; for a video that is a list of frames, a tuple of their paths."""
     videos = [] if value is None else value if isinstance(value, list) else [value]
-    found = []
+    paths = []
     for i, video in enumerate(videos):
         field = f"{name}[{i}]"
         if video == []:
             raise RowError(f"{field}: no frames; expected the path of a video file or of at least one frame")
-        found.append(_images(video, field, root) if isinstance(video, list) else _path(video, field, root))
-    return tuple(found)
+        paths.append(_images(video, field, root) if isinstance(video, list) else _path(video, field, root))
+    return tuple(paths)
 
 
 def _key_steps(value: object, name: str) -> tuple[tuple[str, ...], ...] | None:
-    """Groups of alternatives; a group that is one text becomes a group of one. None for null, {} and a missing field.
+    """The groups of alternatives in {"Steps": [...]}, or in the list alone. None for null, {} and a missing field.
 
-    The groups may also be given without the object around them.
+    A group may be one text, which is the same as a list of that text.
     """
     if isinstance(value, dict) and value:
         if "Steps" not in value:
-            raise RowError(f'{name}: {short(value)}; expected {{"Steps": [...]}} or a list of groups')
+            raise RowError(f'{name}: {shown(value)}; expected {{"Steps": [...]}} or a list of groups')
         name, value = f"{name}.Steps", value["Steps"]
     if value is None or value == {}:
         return None
     if not isinstance(value, list):
-        raise RowError(f"{name}: {short(value)}; expected a list of groups")
+        raise RowError(f"{name}: {shown(value)}; expected a list of groups")
     groups = []
     for i, group in enumerate(value):
         alternatives = [group] if isinstance(group, str) else group
         if not isinstance(alternatives, list) or not all(isinstance(text, str) for text in alternatives):
-            raise RowError(f"{name}[{i}]: {short(group)}; expected a text or a list of texts")
+            raise RowError(f"{name}[{i}]: {shown(group)}; expected a text or a list of texts")
         groups.append(tuple(alternatives))
     return tuple(groups)

@@ -1,8 +1,9 @@
-"""Where rows come from: `Source` gives the i-th usable `Example` of a file, which is indexed and never held in memory.
+"""`Source`: random access to the usable `Example`s of a data set. A JSON file is indexed, not kept in memory.
 
-Flow: data (here) -> processing. `open_source` takes a configuration's section to a JSON file or to a TFDS dataset.
+Flow: data (here) -> processing. `open_source` opens what a section of the configuration names: a JSON file, or a TFDS
+data set.
 
-    file.json -> scan: (bytes of row, row) -> parse_row, drop_matching -> index: where each example lies -> source[i]
+    file.json -> scan: each row and where it is -> parse_row, drop_matching -> index of the examples -> source[i]
 """
 
 from __future__ import annotations
@@ -13,28 +14,29 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
+from r1vl_jax.common.text import shown
 from r1vl_jax.config import SourceSection
-from r1vl_jax.data.rows import parse_row, short
+from r1vl_jax.data.rows import parse_row
 from r1vl_jax.errors import RowError
 from r1vl_jax.types import Example
 
 CHUNK = 1 << 20  # bytes read at once
-MAX_ROW = 256 << 20  # characters; what is longer is no row but a bracket that nothing closes
+MAX_ROW = 256 << 20  # characters; a longer "row" is one whose closing bracket is missing
 
 
 class Source(Protocol):
-    """Random access to the usable rows of a data set; grain reads it, in worker processes too.
+    """Random access to the usable rows of a data set. grain reads it, in threads and in worker processes.
 
     Attributes:
-      name: what messages call it: a path.
-      errors: a RowError for each row that cannot be used, as far as that shows without opening images.
-      filtered: rows left out by `drop_matching`.
-      fingerprint: another one means that rows have changed.
+      name: its path, for messages.
+      fingerprint: changes when the rows do.
+      errors: a RowError for each row that cannot be used, as far as can be known without opening images.
+      filtered: the number of rows left out by `drop_matching`.
     """
 
     name: str
@@ -59,7 +61,7 @@ def open_source(section: SourceSection) -> Source:
 
 
 def check_source(section: SourceSection) -> None:
-    """Looks at what takes no time: is it there, and does it begin like rows? Raises RowError."""
+    """Checks what takes no time: that the data set exists and begins with rows. Raises RowError where not."""
     if section.tfds:
         open_source(section)
     else:
@@ -67,14 +69,14 @@ def check_source(section: SourceSection) -> None:
 
 
 class JsonSource:
-    """A JSON array or JSONL file. Reading it once checks every row and leaves an index of 24 bytes an example.
+    """A JSON array or JSONL file. It is read once, to check every row and to make an index of 24 bytes an example.
 
     Args:
-      path: a JSON array, or one JSON object a line. The schema is seen from each row's keys.
+      path: a JSON array, or one JSON object a line. Each row's keys say which schema it has.
       image_root: the folder that image paths are relative to; None: the folder of `path`.
       drop_matching: rows with one of these texts in an answer are left out and counted in `filtered`.
-    Raises: RowError if the file is missing, empty or not JSON: it has no usable row. Reading an example raises OSError
-      where the file has changed since.
+    Raises: RowError where the file is missing, empty or not JSON. Reading an example raises OSError where the file has
+      changed since it was indexed.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class JsonSource:
         *,
         image_root: str | os.PathLike | None = None,
         drop_matching: tuple[str, ...] = (),
-    ):
+    ) -> None:
         self.name = os.fspath(path)
         self._path = os.path.abspath(self.name)
         self._root = os.path.abspath(os.path.dirname(self.name) if image_root is None else image_root)
@@ -107,16 +109,17 @@ class JsonSource:
             raise OSError(f"{self.name}: the file has changed since it was indexed; start again")
         return self._parse(json.loads(os.pread(descriptor, length, start)), number)[turn]
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the open file, which does not pickle."""
         return {key: value for key, value in self.__dict__.items() if key != "_file"}
 
     @functools.cached_property
     def _file(self) -> BinaryIO:
-        """The open file, one for each process."""
-        return open(self._path, "rb")  # noqa: SIM115 (open as long as the source is)
+        """The open file; each process opens its own."""
+        return open(self._path, "rb")  # noqa: SIM115 (open as long as the source exists)
 
     def _index(self, drop_matching: tuple[str, ...]) -> Iterator[tuple[int, int, int, int]]:
-        """(start, length, row number, turn) of each usable example; bad rows go to `errors`."""
+        """(first byte, bytes, row number, turn) of each usable example. Adds the other rows to `errors`, `filtered`."""
         digest = hashlib.blake2b(digest_size=8)
         for number, start, length, row in _scan(self.name, digest.update):
             if isinstance(row, RowError):
@@ -138,23 +141,27 @@ class JsonSource:
 
 
 def _check_file(path: str) -> None:
+    """Raises RowError where `path` is not a file."""
     if not os.path.isfile(path):
         problem = "a folder" if os.path.isdir(path) else "no such file"
         raise RowError(f"{path}: {problem}; expected a JSON array or JSONL file")
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:
+    """Size and time of change: by these a file that has changed is recognised."""
     return status.st_size, status.st_mtime_ns
 
 
-# A row as `_scan` finds it: its number, its first byte, how many bytes, and what it holds or why it cannot be read.
+# (row number, first byte, bytes, the row's JSON value or a RowError that says why it cannot be read)
 Row = tuple[int, int, int, object]
 
 
-def _scan(path: str, see: Callable[[bytes], None] = lambda data: None) -> Iterator[Row]:
-    """The rows of a file, read once from front to end; `see` gets its bytes.
+def _scan(path: str, on_bytes: Callable[[bytes], None] = lambda data: None) -> Iterator[Row]:
+    """The rows of a file, which is read once from start to end.
 
-    Raises RowError where it is no JSON array and no JSONL.
+    Args:
+      on_bytes: called with all bytes that are read.
+    Raises: RowError where the file is neither a JSON array nor JSONL.
     """
     _check_file(path)
     with open(path, "rb") as file:
@@ -167,16 +174,16 @@ def _scan(path: str, see: Callable[[bytes], None] = lambda data: None) -> Iterat
         size, label = os.path.getsize(path), f"reading {os.path.basename(path)}"
         with tqdm(total=size, unit="B", unit_scale=True, desc=label, delay=2, leave=False) as bar:
             rows = _scan_array if head.lstrip().startswith(b"[") else _scan_lines
-            for row in rows(file, path, begin, see):
+            for row in rows(file, path, begin, on_bytes):
                 yield row
                 bar.update(row[1] + row[2] - bar.n)
 
 
-def _scan_lines(file: BinaryIO, path: str, at: int, see: Callable[[bytes], None]) -> Iterator[Row]:
-    """JSONL: a row's number is its line's. Lines end with a line feed and with nothing else that Unicode has."""
+def _scan_lines(file: BinaryIO, path: str, at: int, on_bytes: Callable[[bytes], None]) -> Iterator[Row]:
+    """The rows of JSONL. A row's number is that of its line. Only a line feed ends a line."""
     first = True
     for number, line in enumerate(file):
-        see(line)
+        on_bytes(line)
         if line.strip():
             problem, row = None, None
             try:
@@ -185,69 +192,73 @@ def _scan_lines(file: BinaryIO, path: str, at: int, see: Callable[[bytes], None]
                 problem = f"not UTF-8 text ({error})"
             except (ValueError, RecursionError) as error:
                 problem = f"not JSON ({error})"
-            if first and not isinstance(row, dict):  # a table, a picture, an object over many lines
-                problem = problem or f"not JSON of rows (line {number} holds {short(row)})"
+            if first and not isinstance(row, dict):  # another kind of file, or one object over many lines
+                problem = problem or f"not JSON of rows (line {number} holds {shown(row)})"
                 raise RowError(f"{path}: {problem}; expected a JSON array, or one JSON object a line")
             yield number, at, len(line), RowError(f"{path}, row {number}: {problem}") if problem else row
             first = False
         at += len(line)
 
 
-def _scan_array(file: BinaryIO, path: str, at: int, see: Callable[[bytes], None]) -> Iterator[Row]:
-    """A JSON array, parsed row by row."""
-    text, number = _Window(file, at, see), 0
+def _scan_array(file: BinaryIO, path: str, at: int, on_bytes: Callable[[bytes], None]) -> Iterator[Row]:
+    """The rows of a JSON array, parsed one by one."""
+    text, number = _Window(file, at, on_bytes), 0
 
     def fail(problem: object) -> RowError:
         return RowError(f"{path}: not JSON ({problem}; row {number}, byte {text.at}); expected one array of objects")
 
-    text.mark()  # the bracket
+    text.take_mark()  # the opening bracket
     if text.peek() == "]":
-        text.mark()
+        text.take_mark()
     else:
         mark = ","
         while mark == ",":
             text.peek()
             try:
-                start, row = text.at, text.value()
+                start, row = text.at, text.take_value()
             except json.JSONDecodeError as error:
-                raise fail(error.msg) from error  # without its place, which is one in the window
+                raise fail(error.msg) from error  # not its position, which counts from the start of the window
             except (ValueError, RecursionError) as error:
                 raise fail(error) from error
             yield number, start, text.at - start, row
-            mark = text.mark()
+            mark = text.take_mark()
             number += 1
         if mark != "]":
             raise fail(f"expected a comma or the closing bracket, found {mark!r}")
     if rest := text.peek():
-        raise fail(f"expected nothing behind the array, found {rest!r}")
+        raise fail(f"expected nothing after the array, found {rest!r}")
 
 
 class _Window:
-    """The part of a file that is being parsed; `at` is the place in bytes, from the file's start.
+    """The part of a file that is being parsed.
 
-    Bytes that are no UTF-8 become lone surrogates: the row that they stand in is refused, and no other.
+    Bytes that are not UTF-8 become lone surrogates, so that only the row that contains them cannot be used.
+
+    Attributes:
+      at: the position in the file, in bytes.
     """
 
-    def __init__(self, file: BinaryIO, at: int, see: Callable[[bytes], None]):
-        self._file, self._see, self.at = file, see, at
+    def __init__(self, file: BinaryIO, at: int, on_bytes: Callable[[bytes], None]) -> None:
+        self._file, self._on_bytes, self.at = file, on_bytes, at
         self._decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
         self._parse = json.JSONDecoder().raw_decode
         self._text, self._place, self._complete = "", 0, False
 
     def _advance(self, place: int) -> None:
+        """Moves to a place in the text."""
         self.at += len(self._text[self._place : place].encode("utf-8", "surrogateescape"))
         self._place = place
 
     def _more(self) -> None:
-        """Reads on: at least as much again as there is, so that a long row is not parsed too often."""
+        """Reads more of the file: at least as much as is left in the window, so that a long row is parsed few times."""
         rest = self._text[self._place :]
         data = self._file.read(max(CHUNK, len(rest)))
-        self._see(data)
+        self._on_bytes(data)
         self._complete = not data
         self._text, self._place = rest + self._decode(data, final=self._complete), 0
 
     def peek(self) -> str:
-        """Goes to the next character that is no white space and gives it; "" at the end of the file."""
+        """Moves to the next character that is not white space, and returns it; "" at the end of the file."""
         while True:
             place = self._place
             while place < len(self._text) and self._text[place] in " \t\r\n":
@@ -257,14 +268,14 @@ class _Window:
                 return self._text[place : place + 1]
             self._more()
 
-    def mark(self) -> str:
-        """Takes the next character that is no white space."""
+    def take_mark(self) -> str:
+        """Returns the next character that is not white space, and moves after it."""
         mark = self.peek()
         self._advance(self._place + len(mark))
         return mark
 
-    def value(self) -> object:
-        """Takes the JSON value that stands here. Raises ValueError or RecursionError where none does."""
+    def take_value(self) -> object:
+        """Returns the JSON value here, and moves after it. Raises ValueError or RecursionError where there is none."""
         while True:
             try:
                 value, end = self._parse(self._text, self._place)
@@ -272,7 +283,7 @@ class _Window:
                 if self._complete or len(self._text) - self._place > MAX_ROW:
                     raise
             else:
-                if end < len(self._text) or self._complete:  # a number could go on behind what has been read
+                if end < len(self._text) or self._complete:  # else a number might continue in what has not been read
                     self._advance(end)
                     return value
             self._more()

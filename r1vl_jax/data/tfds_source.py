@@ -1,7 +1,7 @@
-"""Questions from a TFDS data set in ArrayRecord, made by data/build.py: the other `Source` beside JsonSource.
+"""`TfdsSource`: questions from a TFDS data set in ArrayRecord, made by r1vl_jax.data.build.
 
-Flow: as_data_source of TFDS (random access, no TensorFlow) -> to_example -> source[i]. Such a data set holds the usable
-rows in the order of the file it was made from, images included: source[i] is what that file's JsonSource gives.
+Flow: as_data_source of TFDS (random access, no TensorFlow) -> to_example -> source[i]. The data set holds the usable
+rows of a JSON file in the file's order, images included: source[i] is what that file's JsonSource returns.
 """
 
 from __future__ import annotations
@@ -10,25 +10,27 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import constants
 
+from r1vl_jax.common.text import first_few
 from r1vl_jax.data.builders.record import features, to_example
 from r1vl_jax.errors import RowError
 from r1vl_jax.types import Example
 
 
 class TfdsSource:
-    """The rows of one split; a `Source`. It pickles, and opens its files where it is read.
+    """The rows of one split; a `Source`. It pickles; each process opens the files itself.
 
     Args:
-      name: NAME, of which the newest version is taken, or NAME:VERSION.
+      name: NAME for the newest version, or NAME:VERSION.
       data_dir: the folder of TFDS data sets; None: TFDS_DATA_DIR or ~/tensorflow_datasets.
-      split: as TFDS names it, parts such as "train[:1000]" too.
+      split: a TFDS split, such as "train" or "train[:1000]".
       drop_matching: reading a row with one of these texts in an answer raises RowError.
-    Raises: RowError where the data set is not there, not complete or not of this kind, saying what is there.
+    Raises: RowError where the data set does not exist, is not complete, or was not made by r1vl_jax.data.build. It
+      names the data sets that exist.
     """
 
     def __init__(
@@ -38,7 +40,7 @@ class TfdsSource:
         data_dir: str | os.PathLike | None = None,
         split: str = "train",
         drop_matching: tuple[str, ...] = (),
-    ):
+    ) -> None:
         folder = _find(name, Path(data_dir or constants.DATA_DIR).expanduser().absolute())
         self.name = os.path.join(folder, split)
         self.errors: list[RowError] = []
@@ -68,23 +70,23 @@ class TfdsSource:
 
 
 def _find(name: str, root: Path) -> Path:
-    """The folder of a data set's version."""
+    """The folder of the version that `name` asks for, in the folder `root` of data sets."""
     match = re.fullmatch(r"([A-Za-z]\w*)(?::(\d+\.\d+\.\d+))?", name)
     if not match:
         raise RowError(f"{name!r}: not the name of a TFDS data set; expected NAME or NAME:VERSION")
-    dataset, wanted = match.groups()
+    dataset, version = match.groups()
     versions = _versions(root / dataset)
-    if wanted in versions or (versions and wanted is None):
-        return root / dataset / (wanted or versions[-1])
-    unfinished = sorted((root / dataset).glob(f"{wanted or '*'}.incomplete"))
+    if version in versions or (versions and version is None):
+        return root / dataset / (version or versions[-1])
+    unfinished = sorted((root / dataset).glob(f"{version or '*'}.incomplete"))
     if unfinished:
         raise RowError(
             f"{unfinished[-1]}: this data set is not complete; the r1vl_jax.data.build command that began it goes on "
-            "with it"
+            "where it stopped"
         )
-    there = [f"{path.name}:{version}" for path in sorted(root.glob("*/")) for version in _versions(path)]
+    complete = [f"{path.name}:{each}" for path in sorted(root.glob("*/")) for each in _versions(path)]
     raise RowError(
-        f"{root}: no TFDS data set {name}; found {', '.join(there) or 'none'}. r1vl_jax.data.build makes one, and "
+        f"{root}: no TFDS data set {name}; found {first_few(complete) or 'none'}. r1vl_jax.data.build makes one, and "
         "tfds_dir says where it is"
     )
 
@@ -96,26 +98,30 @@ def _versions(folder: Path) -> list[str]:
 
 
 def _open(folder: Path, split: str) -> tuple[Any, str]:
-    """Random access to the records of a split, as dictionaries; and what changes when its files do."""
+    """Random access to the records of a split, as dictionaries; and a fingerprint of the split's files."""
     try:
         builder = tfds.builder_from_directory(folder)
     except Exception as error:  # TFDS raises what its parsers raise
         raise RowError(f"{folder}: cannot be read as a TFDS data set ({error})") from error
     info = builder.info
-    ours, theirs = (fields.get_tensor_info() for fields in (features(), info.features))
-    lacking = sorted(field for field in ours if field not in theirs or theirs[field] != ours[field])
-    if lacking:
+    # TFDS annotates the tensors of any structure of features; those of a FeaturesDict are in a dictionary.
+    expected = cast(dict[str, Any], features().get_tensor_info())
+    actual = cast(dict[str, Any], info.features.get_tensor_info() if info.features else {})
+    missing = sorted(field for field in expected if field not in actual or actual[field] != expected[field])
+    if missing:
         raise RowError(
-            f"{folder}: no field {', '.join(lacking)} as r1vl_jax.data.build stores it; found {', '.join(theirs)}"
+            f"{folder}: no field {', '.join(missing)} as r1vl_jax.data.build stores it; found {', '.join(actual)}"
         )
     if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-        raise RowError(f"{folder}: its files are {info.file_format.value}; expected array_record")
+        kind = info.file_format.value if info.file_format else "of an unknown format"
+        raise RowError(f"{folder}: its files are {kind}; expected array_record")
     try:
         files = [part.filename for part in info.splits[split].file_instructions]
     except (KeyError, ValueError) as error:
         raise RowError(f"{folder}: no split {split!r}; there are {', '.join(info.splits)}") from error
-    missing = [path for path in files if not os.path.isfile(path)]
-    if missing:
-        raise RowError(f"{missing[0]}: no such file, and {len(missing) - 1} more; the data set is not whole")
+    lost = [path for path in files if not os.path.isfile(path)]
+    if lost:
+        raise RowError(f"{lost[0]}: no such file, and {len(lost) - 1} more; files of the data set are missing")
     sizes = "".join(f"{os.path.basename(path)} {os.path.getsize(path)}\n" for path in files)
-    return builder.as_data_source(split), hashlib.blake2b(sizes.encode(), digest_size=8).hexdigest()
+    records = builder.as_data_source(split)  # pyright: ignore[reportCallIssue] (a decorator hides the parameters)
+    return records, hashlib.blake2b(sizes.encode(), digest_size=8).hexdigest()

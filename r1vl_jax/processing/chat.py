@@ -1,7 +1,7 @@
-"""The question as chat text, ready to be tokenized: system turn, user turn, assistant header.
+"""A question as chat text: system turn, user turn, assistant header.
 
 Flow: data -> processing (here) -> rollout. The checkpoint's own chat template is used where it has one, since its
-weights were trained with it; else the format of Qwen2-VL (arXiv 2409.12191, section 2.2.1), which is ChatML:
+weights were trained with it. Otherwise the format is that of Qwen2-VL (arXiv 2409.12191, section 2.2.1), ChatML:
 
     <|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n
     <|im_start|>user\\n<|vision_start|><|image_pad|><|vision_end|>Find x.<|im_end|>\\n
@@ -29,20 +29,21 @@ PLACEHOLDERS = {"<image>": "image", "<video>": "video"}
 def split_questions(questions: Sequence[str], *, images: int, videos: int = 0) -> list[list[dict[str, str]]]:
     """Cuts the user's turns at their placeholders into the parts of chat messages.
 
-    Where none of them has a placeholder, the first gets them all in front, images first.
+    Where no turn has a placeholder, the first turn gets all of them at its start, images before videos.
+
     Args:
-      questions: texts with "<image>" and "<video>" where those stand.
-      images, videos: how many of each there are.
+      questions: texts with "<image>" and "<video>" as placeholders.
+      images, videos: how many images and videos the row has.
     Returns: for each turn {"type": "text", "text": ...}, {"type": "image"} and {"type": "video"}, in order.
-    Raises: ValueError if the placeholders do not match what there is.
+    Raises: ValueError where the numbers of placeholders and of images or videos differ.
     """
     turns = [re.split(f"({'|'.join(PLACEHOLDERS)})", question) for question in questions]
     if all(len(pieces) == 1 for pieces in turns):
         turns[0] = ["<image>"] * images + ["<video>"] * videos + turns[0]
-    for placeholder, given in (("<image>", images), ("<video>", videos)):
-        asked = sum(pieces.count(placeholder) for pieces in turns)
-        if asked != given:
-            raise ValueError(f"the text has {asked} {placeholder} and the row has {given}; expected as many")
+    for placeholder, files in (("<image>", images), ("<video>", videos)):
+        count = sum(pieces.count(placeholder) for pieces in turns)
+        if count != files:
+            raise ValueError(f"the text has {count} {placeholder} and the row has {files}; expected as many")
     return [
         [
             {"type": PLACEHOLDERS[piece]} if piece in PLACEHOLDERS else {"type": "text", "text": piece}
@@ -54,11 +55,12 @@ def split_questions(questions: Sequence[str], *, images: int, videos: int = 0) -
 
 
 def find_chat_template(folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The checkpoint's chat template, None where it has none.
+    """The checkpoint's chat template; None where it has none.
 
-    The processor's (`chat_template.jinja`, `chat_template.json`) goes before the tokenizer's, which may be that of the
-    text-only model it was taken from.
-    Raises: ValueError that names the file and the key that it lacks.
+    The processor's template (chat_template.jinja, chat_template.json) is preferred to the tokenizer's: the tokenizer
+    may come from a text-only model.
+
+    Raises: ValueError naming the file and the missing key.
     """
     jinja, as_json = Path(folder) / "chat_template.jinja", Path(folder) / "chat_template.json"
     if jinja.is_file():
@@ -80,38 +82,40 @@ def render_chat(
     vision: Mapping[str, str],
     template: str | None = None,
 ) -> str:
-    """The chat text up to and with the assistant header.
+    """The chat text up to and including the assistant header.
 
     Args:
-      turns: {"role", "content"}, the last one the user's; contents are texts, or parts from `split_questions`. Without
+      turns: {"role", "content"}, the last one the user's. Contents are texts, or parts from `split_questions`. Without
         a system turn the text gets the default one.
-      vision: what stands for an "image" and a "video" in the text, used where there is no template.
-      template: Jinja text; None takes the format at the top of this file.
-    Raises: ValueError, naming the checkpoint, if the template is no Jinja, takes text alone, or does not open the
-      assistant's turn as Qwen2-VL does.
+      vision: the text of an "image" and of a "video" part; used where there is no template.
+      template: Jinja text; None: the format at the top of this file.
+    Raises: ValueError, naming the checkpoint, where the template is not Jinja, cannot take images, or does not open
+      the assistant's turn as Qwen2-VL does.
     """
     if template is None:
         if turns[0]["role"] != "system":
             turns = [{"role": "system", "content": SYSTEM}, *turns]
-        texts = ((turn["role"], _plain(turn["content"], vision)) for turn in turns)
-        return "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in texts) + ASSISTANT_HEADER
+        pairs = ((turn["role"], _plain(turn["content"], vision)) for turn in turns)
+        return "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in pairs) + ASSISTANT_HEADER
     name = tokenizer.name_or_path
     try:
         text = tokenizer.apply_chat_template(
-            list(turns), chat_template=template, tokenize=False, add_generation_prompt=True
+            [dict(turn) for turn in turns], chat_template=template, tokenize=False, add_generation_prompt=True
         )
     except jinja2.TemplateError as error:
         raise ValueError(f"{name}: the chat template cannot be used ({error}); expected Qwen2-VL's") from error
-    except TypeError as error:  # Jinja adds a list to a text
+    except TypeError as error:  # a template for texts alone adds the list of parts to a text
         raise ValueError(
             f"{name}: the chat template takes no message with images ({error}); expected Qwen2-VL's"
         ) from error
+    assert isinstance(text, str)  # with tokenize=False
     if not text.endswith(ASSISTANT_HEADER):
         raise ValueError(f"{name}: the chat template ends a prompt with {text[-40:]!r}; expected {ASSISTANT_HEADER!r}")
     return text
 
 
 def _plain(content: str | Sequence[Mapping[str, str]], vision: Mapping[str, str]) -> str:
+    """A message's content as text."""
     if isinstance(content, str):
         return content
     return "".join(part["text"] if part["type"] == "text" else vision[part["type"]] for part in content)

@@ -1,11 +1,15 @@
-"""Image files to the rows of patches that the vision tower reads.
+"""Image files to the patches that the vision tower reads.
 
-Flow: data -> processing (here) -> rollout. The rule is the Qwen2-VL image processor's (arXiv 2409.12191; transformers
-`Qwen2VLImageProcessorPil`): both sides become multiples of patch_size * merge_size inside a pixel budget, bicubic;
-then the image is cut into patches of (channel, frame, y, x), the rows ordered (t, h/merge, w/merge, merge, merge), so
-that the patches that the merger joins stand next to each other. A still image is temporal_patch_size equal frames.
-Patches stay uint8, a quarter of what floats would take on the way to the device: the model normalises them there,
-with the spec's mean and std.
+Flow: data -> processing (here) -> rollout. The rule is that of Qwen2-VL's image processor (arXiv 2409.12191;
+transformers `Qwen2VLImageProcessorPil`):
+
+- Both sides are resized, bicubic, to multiples of patch_size * merge_size inside a pixel budget.
+- The image is cut into patches of (channel, frame, y, x). Patches are ordered (t, h/merge, w/merge, merge, merge), so
+  that those that the merger joins into one token are next to each other.
+- A still image counts as temporal_patch_size equal frames.
+
+Patches are uint8, a quarter of the bytes of floats on the way to the device. The model normalises them there with the
+spec's mean and std.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import warnings
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from einops import rearrange
@@ -30,9 +34,9 @@ from r1vl_jax.common.files import inner_object, read_object
 
 MAX_ASPECT_RATIO = 200
 MAX_IMAGE_PIXELS = 178_956_970  # PIL's own limit: half a GiB of RGB
-# Formats that PIL may try. EPS, for one, would run an external program on a file from a data set.
+# Formats that PIL may try. Others are unsafe: for EPS, PIL would run an external program on a file from a data set.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-# What PIL's decoders raise on damaged files (warnings too, where Python is told to raise them): see `load_image`.
+# What PIL's decoders raise on damaged files (warnings, where Python is told to raise them); see `load_image`.
 DECODE_ERRORS = (
     OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError,
     struct.error, zlib.error, Warning,
@@ -40,19 +44,19 @@ DECODE_ERRORS = (
 
 
 class UnusableImage(ValueError):
-    """An image that can be decoded and yet not be used. The message says why and what was expected."""
+    """An image that can be decoded but not used. The message says why and what was expected."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSpec:
-    """How images are resized, cut and normalised. Defaults: those of Qwen2-VL where its folder has no such file.
+    """How images are resized, cut and normalised. The defaults are Qwen2-VL's, for a folder without such a file.
 
     Attributes:
       patch_size: side of a patch, in pixels.
       temporal_patch_size: frames in a patch.
       merge_size: patches on a side of one image token.
       min_pixels, max_pixels: budget for height * width after resizing.
-      mean, std: per channel (RGB), of pixels in [0, 1]; for the model, which normalises.
+      mean, std: for each channel (R, G, B), of pixels in [0, 1]; the model normalises with them.
     """
 
     patch_size: int = 14
@@ -63,7 +67,7 @@ class ImageSpec:
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels"):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -82,7 +86,7 @@ class ImageSpec:
 
     @property
     def factor(self) -> int:
-        """Side of one image token in pixels; the sides of a resized image are multiples of it."""
+        """Pixels on a side of one image token; the sides of a resized image are multiples of it."""
         return self.patch_size * self.merge_size
 
     @classmethod
@@ -93,7 +97,7 @@ class ImageSpec:
 
         Args:
           min_pixels, max_pixels: replace the file's budget where given.
-        Raises: ValueError that names the file and the field that cannot be served.
+        Raises: ValueError naming the file and the field that is not supported.
         """
         path, fields = _read_image_fields(Path(folder))
         size = inner_object(fields, "size", path)
@@ -101,25 +105,27 @@ class ImageSpec:
             "min_pixels": (min_pixels, fields.get("min_pixels"), size.get("min_pixels"), size.get("shortest_edge")),
             "max_pixels": (max_pixels, fields.get("max_pixels"), size.get("max_pixels"), size.get("longest_edge")),
         }
-        values = {key: next((v for v in given if v is not None), None) for key, given in budget.items()}
+        values: dict[str, Any] = {
+            key: next((value for value in options if value is not None), None) for key, options in budget.items()
+        }
         values |= {key: fields.get(key) for key in ("patch_size", "temporal_patch_size", "merge_size")}
         try:
             values |= {key: tuple(fields.get(f"image_{key}") or ()) or None for key in ("mean", "std")}
             return cls(**{key: value for key, value in values.items() if value is not None})
-        except (TypeError, ValueError) as error:  # TypeError: a number where a list belongs
+        except (TypeError, ValueError) as error:  # TypeError: mean or std is a number
             raise ValueError(f"{path}: {error}") from error
 
 
 def _read_image_fields(folder: Path) -> tuple[Path, dict]:
-    """The image processor's fields and where they stand; refuses steps that this module does not do."""
+    """The image processor's file and its fields. Raises ValueError where they ask for a step not supported here."""
     path, fields = folder / "preprocessor_config.json", {}
     if path.is_file():
         fields = read_object(path)
     elif (folder / "processor_config.json").is_file():  # where transformers 5 writes it
         path = folder / "processor_config.json"
         fields = inner_object(read_object(path), "image_processor", path)
-    served = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": int(Image.Resampling.BICUBIC)}
-    for key, expected in served.items():
+    supported = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": int(Image.Resampling.BICUBIC)}
+    for key, expected in supported.items():
         if fields.get(key, expected) != expected:
             raise ValueError(f"{path}: {key} is {fields[key]!r}; only {expected!r} is supported")
     scale = fields.get("rescale_factor", 1 / 255)
@@ -132,24 +138,24 @@ def load_image(source: str | os.PathLike | bytes, *, name: str | None = None) ->
     """Reads an image file as upright 8-bit RGB: EXIF orientation applied, transparency over white, first frame.
 
     Args:
-      source: the path of an image file, or the bytes of one.
-      name: what errors call it; default: the path, "image file of N bytes" for bytes.
-    Raises: ValueError that names the file and what was expected, for one that is missing, of another kind, damaged,
-      cut short, over MAX_IMAGE_PIXELS, or over 200 times as long as wide. The size is checked before pixels are
-      decoded.
+      source: the path of an image file, or its bytes.
+      name: the file's name in errors; default: the path, "image file of N bytes" for bytes.
+    Raises: ValueError naming the file and what was expected, for a file that is missing, not an image of FORMATS,
+      damaged, cut short, over MAX_IMAGE_PIXELS, or over 200 times as long as wide. The size is checked before pixels
+      are decoded.
     """
-    held = isinstance(source, bytes)
     if name is None:
-        name = f"image file of {len(source)} bytes" if held else os.fspath(source)
-    if not held and not os.path.isfile(source):
+        name = f"image file of {len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
+    if not isinstance(source, bytes) and not os.path.isfile(source):
         raise ValueError(f"{name}: no such image file")
     try:
-        with io.BytesIO(source) if held else open(source, "rb") as file, _read_header(file) as image:
+        file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115 (closed below)
+        with file, _read_header(file) as image:
             _check_size(*image.size)
             with _no_bomb_warning(*image.size):
                 image.load()
             return to_rgb(ImageOps.exif_transpose(image))
-    except (UnusableImage, Image.DecompressionBombError) as error:  # WebP's decoder checks the size by itself
+    except (UnusableImage, Image.DecompressionBombError) as error:  # WebP's decoder checks the size itself
         raise ValueError(f"{name}: {error}") from error
     except DECODE_ERRORS as error:
         raise ValueError(
@@ -159,16 +165,16 @@ def load_image(source: str | os.PathLike | bytes, *, name: str | None = None) ->
 
 
 def _read_header(file: BinaryIO) -> Image.Image:
-    """The image that a file holds, with its pixels not decoded yet.
+    """The image in a file, its pixels not decoded yet.
 
-    `Image.open` would do, but for its own check of the size: it warns where nothing is wrong, and refuses before the
-    size is known here. Its limits are settings of the whole process, which are not ours to change.
+    Not `Image.open`: that has its own check of the size, which warns of sizes that are allowed here and raises before
+    the size is known here. Its limit is a setting of the whole process, which a library must not change.
     """
-    Image.init()  # loads the decoders that PIL loads late
+    Image.init()  # registers all decoders
     start = file.read(16)
     for name in FORMATS:
-        decoder, accepts = Image.OPEN.get(name, (None, None))  # a PIL may be built without one
-        if decoder and accepts(start) is True:  # a text: why it is not supported
+        decoder, accepts = Image.OPEN.get(name, (None, None))  # PIL may be built without this format
+        if decoder and accepts and accepts(start) is True:  # it may also return a text: why the file is not supported
             file.seek(0)
             return decoder(file, "")
     raise ValueError("the file begins like none of these")
@@ -192,9 +198,9 @@ def _check_sides(width: int, height: int) -> None:
 
 
 def _no_bomb_warning(width: int, height: int) -> contextlib.AbstractContextManager:
-    """Silences PIL where one of its decoders would warn of an image that `_check_size` has let pass.
+    """Silences the warning of PIL's decoders about an image that is large and yet allowed by `_check_size`.
 
-    Only there: filters of warnings belong to the whole process, and other threads may be at work.
+    Only for such images: warning filters apply to the whole process, in which other threads may be running.
     """
     if width * height <= (Image.MAX_IMAGE_PIXELS or math.inf):
         return contextlib.nullcontext()
@@ -202,9 +208,12 @@ def _no_bomb_warning(width: int, height: int) -> contextlib.AbstractContextManag
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as 8-bit RGB: 16-bit gray scaled, transparent pixels over white. UnusableImage if it cannot be."""
+    """Any PIL image as 8-bit RGB: 16-bit gray is scaled, transparent pixels are put over white.
+
+    Raises: UnusableImage where the range of the pixel values is not known.
+    """
     if image.mode == "I" or image.mode.startswith("I;16"):
-        # PIL's own conversion clips at 255 and so turns most 16-bit images white.
+        # PIL's own conversion clips at 255, which turns most 16-bit images white.
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise UnusableImage(f"gray values from {values.min()} to {values.max()}; expected 0 to 65535")
@@ -220,12 +229,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """(height, width) in pixels as multiples of `factor` inside the budget, the aspect ratio kept as well as it can.
+    """The size to resize an image to: multiples of `factor` inside the pixel budget, nearly of the same aspect ratio.
 
-    Sides are rounded as Python rounds (half to even). Over the budget both are scaled by one number and floored,
-    never below one factor; under it they are scaled and ceiled. The factor wins over the budget: a very long image can
-    end a little above max_pixels, since a side cannot be less than one factor.
-    Raises: UnusableImage (a ValueError) on a side of 0, or a longer side over 200 times the shorter.
+    Sides are rounded to multiples of `factor` (half to even). Where that is over max_pixels, both sides are scaled by
+    one number and rounded down, to at least one factor; below min_pixels they are scaled and rounded up. A very long
+    image can therefore be a little over max_pixels.
+
+    Returns: (height, width) in pixels.
+    Raises: UnusableImage (a ValueError) where a side is 0, or the longer side is over 200 times the shorter.
     """
     _check_sides(width, height)
     new_height, new_width = (round(side / factor) * factor for side in (height, width))
@@ -244,8 +255,8 @@ def image_patches(image: Image.Image, spec: ImageSpec) -> tuple[np.ndarray, tupl
     Args:
       image: any PIL image.
     Returns:
-      (P, 3 * temporal_patch_size * patch_size**2) uint8, values of R, G and B not normalised, and its grid (1, h, w)
-      in patches, P = h * w. It becomes h * w / merge_size**2 tokens.
+      patches_PC uint8 (C = 3 * temporal_patch_size * patch_size**2; values of R, G and B, not normalised) and the grid
+      (1, h, w) in patches, P = h * w. The image becomes h * w / merge_size**2 tokens.
     Raises: ValueError on an extreme aspect ratio.
     """
     return video_patches([image], spec)
@@ -254,7 +265,8 @@ def image_patches(image: Image.Image, spec: ImageSpec) -> tuple[np.ndarray, tupl
 def video_patches(frames: Sequence[Image.Image], spec: ImageSpec) -> tuple[np.ndarray, tuple[int, int, int]]:
     """Frames of one size as patches; the last frame is repeated up to a multiple of temporal_patch_size.
 
-    The pixel budget holds for each frame.
+    The pixel budget is that of each frame.
+
     Returns: patches as in `image_patches` and the grid (t, h, w), t = frames / temporal_patch_size.
     Raises: ValueError on no frames, on frames of different size, on an extreme aspect ratio.
     """
@@ -268,10 +280,10 @@ def video_patches(frames: Sequence[Image.Image], spec: ImageSpec) -> tuple[np.nd
         height, width, factor=spec.factor, min_pixels=spec.min_pixels, max_pixels=spec.max_pixels
     )
     resized = [to_rgb(frame).resize((new_width, new_height), Image.Resampling.BICUBIC) for frame in frames]
-    # Channels go first here and not in `rearrange`: rows of pixels are then cut in runs, three times as fast.
+    # Channels are moved first here, not in `rearrange`, which then copies longer runs of pixels: three times as fast.
     pixels = [np.ascontiguousarray(np.moveaxis(np.asarray(frame), -1, 0)) for frame in resized]
     pixels += [pixels[-1]] * (-len(pixels) % spec.temporal_patch_size)
-    patches = rearrange(
+    patches_PC = rearrange(
         np.stack(pixels),
         "(t T) c (h mh ph) (w mw pw) -> (t h w mh mw) (c T ph pw)",
         T=spec.temporal_patch_size,
@@ -281,4 +293,4 @@ def video_patches(frames: Sequence[Image.Image], spec: ImageSpec) -> tuple[np.nd
         pw=spec.patch_size,
     )
     grid = (len(pixels) // spec.temporal_patch_size, new_height // spec.patch_size, new_width // spec.patch_size)
-    return patches, grid
+    return patches_PC, grid

@@ -1,10 +1,14 @@
-"""M-RoPE positions: three rows (t, h, w) of indices for a prompt of text and image or video blocks.
+"""M-RoPE positions: three rows (t, h, w) of indices for a prompt of text, images and videos.
 
-Flow: data -> processing (here) -> rollout, which continues with `next_position`. Rule: Qwen2-VL, section 2.1 of arXiv
-2409.12191. Text counts up alike in all rows. A block of grid (t, h, w) takes its indices over
-(t, h/merge_size, w/merge_size), plus the running position. The text after it starts at the block's maximum over all
-three rows + 1. transformers 5.23 leaves the t row out of that maximum and so gives positions twice after a video with
-t > max(h, w)/merge_size; the published weights were trained with the maximum over all rows, as here.
+Flow: data -> processing (here) -> rollout, whose answers start at `next_position`. The rule is in section 2.1 of
+Qwen2-VL (arXiv 2409.12191):
+
+- A text token has the running position in all three rows.
+- A token of an image or a video has the running position plus its index (t, h, w) in the block of tokens.
+- The text after a block starts at the block's maximum over all three rows + 1.
+
+transformers 5.23 leaves the t row out of that maximum, so positions repeat after a video with
+t > max(h, w)/merge_size. The published weights were trained with the maximum over all rows, which is used here.
 """
 
 from __future__ import annotations
@@ -15,14 +19,15 @@ import numpy as np
 
 
 def mrope_positions(segments: Iterable[int | tuple[int, int, int]], merge_size: int) -> tuple[np.ndarray, int]:
-    """Positions of a prompt, given what stands in it, in order.
+    """Positions of a prompt.
 
     Args:
-      segments: a number of text tokens, or the (t, h, w) grid, in patches, of an image or a video.
+      segments: the prompt's parts in order: a number of text tokens, or the (t, h, w) grid of an image or a video in
+        patches.
       merge_size: patches on a side of one image token.
     Returns:
-      positions_3T (3, T) int32 and the position of the first token that follows.
-    Raises: ValueError on a grid that merge_size does not divide.
+      positions_3T (3, T) int32 and the position of the first token after the prompt.
+    Raises: ValueError where h or w is not a multiple of merge_size.
     """
     blocks = [np.zeros((3, 0), np.int32)]
     position = 0

@@ -1,23 +1,25 @@
-"""One question to one `EncodedPrompt`: the whole of processing behind one object.
+"""`Processor`: one question to one `EncodedPrompt`, one answer to tokens.
 
 Flow: data (`Example`) -> processing (here) -> rollout and training (`EncodedPrompt`). Each image placeholder becomes
-t*h*w / merge_size**2 tokens (Qwen2-VL, arXiv 2409.12191), and `image_slot_T` says which row of the merged image
-features stands where: features are placed by prompt position, never by looking for a token id. A prompt is never cut:
-one that is over its budget is an error that names the row, for the caller to drop and count.
+t*h*w / merge_size**2 tokens (Qwen2-VL, arXiv 2409.12191). `image_slot_T` says which image feature each token gets, so
+that the model never looks for a token id. A prompt is never truncated: one over its budget raises a RowError, and the
+caller drops and counts the row.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from r1vl_jax.common.files import inner_object, read_object
 from r1vl_jax.config import RLSection, SFTSection, VideoSection
@@ -26,11 +28,9 @@ from r1vl_jax.processing.chat import find_chat_template, render_chat, split_ques
 from r1vl_jax.processing.images import ImageSpec, image_patches, load_image, video_patches
 from r1vl_jax.processing.positions import mrope_positions
 from r1vl_jax.processing.spans import decode, token_at
+from r1vl_jax.processing.tokenizer import IM_END, SpecialIds, read_tokenizer, special_ids
 from r1vl_jax.processing.videos import VideoSpec, load_video, pick_frames
 from r1vl_jax.types import EncodedPrompt, Example
-
-IM_END = "<|im_end|>"
-END_OF_TEXT = "<|endoftext|>"
 
 ImageLike = str | os.PathLike | bytes | Image.Image
 VideoLike = str | os.PathLike | Sequence[ImageLike]
@@ -38,28 +38,16 @@ Grid = tuple[int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
-class SpecialIds:
-    """Token ids with a meaning of their own, all read from the checkpoint's files."""
-
-    image: int
-    video: int
-    vision_start: int
-    vision_end: int
-    im_end: int
-    end_of_text: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Processor:
-    """Everything that turns questions into prompts and answers into tokens, and back.
+    """Turns questions into prompts, answers into tokens, and tokens into text.
 
     Attributes:
-      tokenizer: the checkpoint's.
+      tokenizer: the checkpoint's tokenizer.
       ids: its special ids.
       image_spec: how images are resized and cut.
-      video_spec: which frames of a video are taken, and their size.
-      chat_template: Jinja text; None: the format of Qwen2-VL itself.
-      reserved: texts that the tokenizer reads as one special token; a question or an answer may not hold them.
+      video_spec: which frames of a video are sampled, and their size.
+      chat_template: Jinja text; None: the format in chat.py.
+      reserved: texts that the tokenizer reads as one special token; questions and answers may not contain them.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -77,7 +65,7 @@ class Processor:
 
         Args:
           min_pixels, max_pixels: replace the checkpoint's pixel budget for one image where given.
-        Raises: ValueError that names the file and the key that is missing or does not fit.
+        Raises: ValueError naming the file and the key that is missing or wrong.
         """
         folder = Path(folder)
         config = read_object(folder / "config.json")
@@ -90,10 +78,10 @@ class Processor:
                     f"{folder / 'config.json'}: vision_config.{key} is {vision[key]}, the image processor's {field} is "
                     f"{getattr(spec, field)}; expected the same"
                 )
-        text = inner_object(config, "text_config", folder / "config.json")  # transformers 5 nests its fields
-        tokenizer = _read_tokenizer(folder)
-        ids = _special_ids(folder, text | config, tokenizer)
-        # The structural tokens too: a tokenizer that was saved again may no longer mark them as special.
+        text = inner_object(config, "text_config", folder / "config.json")  # transformers 5 nests the text fields
+        tokenizer = read_tokenizer(folder)
+        ids = special_ids(folder, text | config, tokenizer)
+        # `ids` too: a tokenizer that was loaded and saved again may no longer mark its tokens as special.
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         special |= set(tokenizer.convert_ids_to_tokens(list(dataclasses.astuple(ids))))
         processor = cls(
@@ -104,22 +92,22 @@ class Processor:
             chat_template=find_chat_template(folder, tokenizer),
             reserved=tuple(sorted(special)),
         )
-        # A template that does not serve shows here, before a run has begun.
+        # A template that cannot be used raises here, before a run has begun.
         processor._render([{"role": "user", "content": [{"type": "image"}]}])
         return processor
 
     def for_stage(self, stage: SFTSection | RLSection, video: VideoSection) -> Processor:
-        """The same processor with a stage's pixel budget and a configuration's sampling of videos."""
+        """The same processor with a stage's pixel budget and the configuration's sampling of videos."""
         spec = dataclasses.replace(self.image_spec, min_pixels=stage.min_pixels, max_pixels=stage.max_pixels)
         return dataclasses.replace(self, image_spec=spec, video_spec=VideoSpec(**dataclasses.asdict(video)))
 
     @property
     def stop_ids(self) -> tuple[int, int]:
-        """Either of these ends an answer."""
+        """The tokens that end an answer: <|im_end|> and <|endoftext|>."""
         return self.ids.im_end, self.ids.end_of_text
 
     def encode_prompt(self, example: Example, *, max_tokens: int | None = None) -> EncodedPrompt:
-        """Encodes the question of a row, with all before it; see `encode_question`. RowError names file, row, field."""
+        """Encodes a row's question and all turns before it; see `encode_question`. RowErrors name file, row, field."""
         return self.encode_question(
             example.question, example.image_bytes or example.images,
             videos=example.videos, system=example.system, history=example.history, name=example.name,
@@ -129,7 +117,7 @@ class Processor:
     def encode_pair(
         self, example: Example, *, max_tokens: int | None = None, max_answer_tokens: int | None = None
     ) -> tuple[EncodedPrompt, np.ndarray]:
-        """Encodes question and answer of a row. Raises RowError, also where one is longer than it may be."""
+        """Encodes a row's question and answer. Raises RowError, also where either is longer than its limit."""
         answer = self.encode_answer(example.answer, name=f"{example.name}, answer")
         if max_answer_tokens is not None and len(answer) > max_answer_tokens:
             raise RowError(f"{example.name}, answer: {len(answer)} tokens, expected at most {max_answer_tokens}")
@@ -147,18 +135,20 @@ class Processor:
         image_names: Sequence[str] = (),
         max_tokens: int | None = None,
     ) -> EncodedPrompt:
-        """Encodes a question up to and with the assistant header.
+        """Encodes a question up to and including the assistant header.
 
         Args:
-          question: text with "<image>" and "<video>" where those stand; with none, all are put in front.
+          question: text with "<image>" and "<video>" as placeholders. Where there are none, all images and videos are
+            put before the text.
           images: paths, image files as bytes, or PIL images, in the order of their placeholders.
-          videos: paths of video files, or lists of frames, likewise.
+          videos: paths of video files, or lists of frames, in the order of their placeholders.
           system: the system turn; None: the default one.
           history: earlier turns (question, answer); their images and videos come first.
-          name: what errors call this question; `image_names`: and its images, where those are bytes.
-          max_tokens: budget for the prompt; None: no limit. A prompt over it is an error; it is never cut.
+          name: the question's name in errors.
+          image_names: the images' names in errors, for images that are bytes.
+          max_tokens: the most tokens of the prompt; None: no limit. A longer prompt raises RowError.
         Returns: the prompt; patches and grids in the order of the placeholders.
-        Raises: RowError, with `name` and the field in its message; ValueError if the chat template does not serve.
+        Raises: RowError, with `name` and the field in its message; ValueError where the chat template cannot be used.
         """
         questions = [*(earlier for earlier, _ in history), question]
         answers = [answer for _, answer in history]
@@ -170,12 +160,12 @@ class Processor:
         except ValueError as error:
             raise RowError(f"{name}, question: {error}") from error
         named = zip_longest(images, image_names)
-        stills = (self._still(f"{name}, images[{i}]", image, label) for i, (image, label) in enumerate(named))
-        clips = (self._clip(f"{name}, videos[{i}]", video) for i, video in enumerate(videos))
+        stills = (self._image(f"{name}, images[{i}]", image, label) for i, (image, label) in enumerate(named))
+        clips = (self._video(f"{name}, videos[{i}]", video) for i, video in enumerate(videos))
         kinds = [part["type"] for turn in parts for part in turn if part["type"] != "text"]
         blocks = [next(stills if kind == "image" else clips) for kind in kinds]
         grids = tuple(grid for _, grid in blocks)
-        turns = [] if system is None else [{"role": "system", "content": system}]
+        turns: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
         for turn, answer in zip_longest(parts, answers):
             turns.append({"role": "user", "content": turn})
             if answer is not None:
@@ -191,23 +181,23 @@ class Processor:
         return prompt
 
     def encode_answer(self, text: str, *, name: str = "answer") -> np.ndarray:
-        """int32 tokens of an answer and its closing "<|im_end|>\\n", the targets of SFT.
+        """int32 tokens of an answer and of the "<|im_end|>\\n" after it: the targets of SFT.
 
-        Raises: RowError, with `name` in its message, if the text holds a special token.
+        Raises: RowError, with `name` in its message, where the text contains a special token.
         """
         self._check_text(text, name)
         return self._tokenize(f"{text}{IM_END}\n")
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """The text of tokens, special ones left out."""
+        """The text of tokens, without the special ones."""
         return decode(self.tokenizer, np.asarray(tokens).tolist())
 
     def token_at(self, tokens: Sequence[int] | np.ndarray, text: str, chars: Sequence[int]) -> list[int]:
-        """For each of `chars`, ascending places in the decoded `text`, the index of the token that it comes from."""
+        """The index of the token that each of `chars` (ascending indices into the decoded `text`) comes from."""
         return token_at(self.tokenizer, tokens, text, chars)
 
     def _check_text(self, text: str, name: str) -> None:
-        """A special token in a text would end a turn or ask for image features that do not exist."""
+        """Raises RowError on a special token: it would end a turn, or ask for image features that do not exist."""
         for token in self.reserved:
             if token in text:
                 raise RowError(f"{name}: the text holds the special token {token!r}; expected plain text")
@@ -217,6 +207,7 @@ class Processor:
             raise RowError(f"{name}: the text is not valid Unicode ({error})") from error
 
     def _vision_text(self) -> dict[str, str]:
+        """The chat text of an image and of a video, before the placeholder is repeated."""
         start, image, video, end = self.tokenizer.convert_ids_to_tokens(
             [self.ids.vision_start, self.ids.image, self.ids.video, self.ids.vision_end]
         )
@@ -225,16 +216,16 @@ class Processor:
     def _tokenize(self, text: str) -> np.ndarray:
         return np.asarray(self.tokenizer.encode(text, add_special_tokens=False), np.int32)
 
-    def _render(self, turns: list[dict]) -> str:
+    def _render(self, turns: list[dict[str, Any]]) -> str:
         return render_chat(self.tokenizer, turns, vision=self._vision_text(), template=self.chat_template)
 
-    def _still(self, name: str, image: ImageLike, label: str | None = None) -> tuple[np.ndarray, Grid]:
-        """Patches and grid of one image."""
+    def _image(self, name: str, image: ImageLike, label: str | None = None) -> tuple[np.ndarray, Grid]:
+        """Patches and grid of one image. `label`: the name of an image that is bytes."""
         with _row_errors(name, image if label is None else label):
             return image_patches(_opened(image, label), self.image_spec)
 
-    def _clip(self, name: str, video: VideoLike) -> tuple[np.ndarray, Grid]:
-        """Patches and grid of one video: a file, or its frames."""
+    def _video(self, name: str, video: VideoLike) -> tuple[np.ndarray, Grid]:
+        """Patches and grid of one video, which is a file or a list of frames."""
         limit = min(self.video_spec.max_pixels, self.image_spec.max_pixels)
         spec = dataclasses.replace(self.image_spec, max_pixels=limit, min_pixels=min(self.image_spec.min_pixels, limit))
         with _row_errors(name, video):
@@ -243,29 +234,30 @@ class Processor:
             frames = [_opened(video[i]) for i in pick_frames(len(video), self.video_spec.max_frames)]
             return video_patches(frames, spec)
 
-    def _expand(self, tokens: np.ndarray, kinds: list[str], grids: tuple, name: str) -> np.ndarray:
-        """Repeats each placeholder token as often as its image has tokens."""
-        where = np.flatnonzero(np.isin(tokens, (self.ids.image, self.ids.video)))
-        found = ["image" if token == self.ids.image else "video" for token in tokens[where]]
-        if found != kinds:
-            # A template for text alone drops images, or prints them as text. No row's fault, so no RowError.
-            raise ValueError(f"{name}: the chat template made the placeholders {found} of {kinds}; expected the same")
-        counts = np.ones(len(tokens), np.int64)
-        counts[where] = [t * h * w // self.image_spec.merge_size**2 for t, h, w in grids]
-        return np.repeat(tokens, counts)
+    def _expand(self, tokens_T: np.ndarray, kinds: list[str], grids: tuple[Grid, ...], name: str) -> np.ndarray:
+        """Repeats each placeholder token once for each token of its image or video."""
+        where = np.flatnonzero(np.isin(tokens_T, (self.ids.image, self.ids.video)))
+        made = ["image" if token == self.ids.image else "video" for token in tokens_T[where]]
+        if made != kinds:
+            # A template for texts alone drops images, or prints them as text. The row is right, so no RowError.
+            raise ValueError(f"{name}: the chat template made the placeholders {made} of {kinds}; expected the same")
+        counts_T = np.ones(len(tokens_T), np.int64)
+        counts_T[where] = [t * h * w // self.image_spec.merge_size**2 for t, h, w in grids]
+        return np.repeat(tokens_T, counts_T)
 
-    def _assemble(self, tokens_T: np.ndarray, grids: tuple, patches: list[np.ndarray]) -> EncodedPrompt:
-        """Adds slots and positions to expanded tokens."""
+    def _assemble(self, tokens_T: np.ndarray, grids: tuple[Grid, ...], patches: list[np.ndarray]) -> EncodedPrompt:
+        """The prompt of expanded tokens: adds image slots and positions. `patches`: one PC array an image or video."""
         spec = self.image_spec
         is_image_T = np.isin(tokens_T, (self.ids.image, self.ids.video))
         slot_T = np.where(is_image_T, np.cumsum(is_image_T) - 1, -1).astype(np.int32)
-        segments, begin, slot = [], 0, 0
+        segments: list[int | Grid] = []
+        end, slot = 0, 0  # of the last segment; of the next image's first token
         for grid in grids:
-            at = int(np.flatnonzero(slot_T == slot)[0])
-            size = grid[0] * grid[1] * grid[2] // spec.merge_size**2
-            segments += [at - begin, grid]
-            begin, slot = at + size, slot + size
-        segments.append(len(tokens_T) - begin)
+            start = int(np.flatnonzero(slot_T == slot)[0])
+            size = math.prod(grid) // spec.merge_size**2
+            segments += [start - end, grid]
+            end, slot = start + size, slot + size
+        segments.append(len(tokens_T) - end)
         positions_3T, next_position = mrope_positions(segments, spec.merge_size)
         width = 3 * spec.temporal_patch_size * spec.patch_size**2
         return EncodedPrompt(
@@ -284,47 +276,14 @@ def _opened(image: ImageLike, name: str | None = None) -> Image.Image:
 
 @contextlib.contextmanager
 def _row_errors(name: str, source: object) -> Iterator[None]:
-    """Errors of reading an image or a video as RowErrors with the row's name, and the file's."""
+    """Turns errors of reading an image or a video into RowErrors that name the row and the file.
+
+    Args:
+      name: of the row and its field.
+      source: the image or video; named where it is a path that the error does not name.
+    """
     try:
         yield
-    except (ValueError, OSError) as error:  # OSError: a PIL image whose file is read only now
+    except (ValueError, OSError) as error:  # OSError: a PIL image reads its file only when it is used
         where = f" ({source})" if isinstance(source, (str, os.PathLike)) and str(source) not in str(error) else ""
         raise RowError(f"{name}{where}: {error}") from error
-
-
-def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer. transformers makes an empty one where the vocabulary is missing: checked here."""
-    if not (folder / "tokenizer.json").is_file():
-        for path in (folder / "vocab.json", folder / "merges.txt"):
-            if not path.is_file():
-                raise ValueError(f"{path}: no such file; expected tokenizer.json, or vocab.json and merges.txt")
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # what transformers and tokenizers raise here is a bare Exception, or anything
-        raise ValueError(f"{folder}: the tokenizer or its chat template cannot be read ({error})") from error
-
-
-def _special_ids(folder: Path, config: dict, tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
-    """Vision ids from config.json, stop ids from the tokenizer."""
-    vocabulary = tokenizer.get_vocab()
-
-    def from_config(key: str) -> int:
-        value = config.get(key)
-        if not isinstance(value, int) or value not in known:
-            raise ValueError(f"{folder / 'config.json'}: {key} is {value!r}; expected the id of one of its tokens")
-        return value
-
-    def from_tokenizer(token: str) -> int:
-        if token not in vocabulary:
-            raise ValueError(f"{folder}: the tokenizer (tokenizer.json, tokenizer_config.json) has no {token!r}")
-        return vocabulary[token]
-
-    known = set(vocabulary.values())
-    return SpecialIds(
-        image=from_config("image_token_id"),
-        video=from_config("video_token_id"),
-        vision_start=from_config("vision_start_token_id"),
-        vision_end=from_config("vision_end_token_id"),
-        im_end=from_tokenizer(IM_END),
-        end_of_text=from_tokenizer(END_OF_TEXT),
-    )

@@ -1,4 +1,4 @@
-"""Where characters of a decoded text lie among the tokens it came from: the token spans of per-step credit."""
+"""Finds the token that a character of a decoded answer comes from: the advantage of a step is given to its tokens."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    """The text of tokens, special ones left out."""
-    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    """The text of tokens, without the special ones."""
+    text = tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)  # one row of tokens; for several rows it would be a list
+    return text
 
 
 def token_at(
@@ -19,30 +21,30 @@ def token_at(
 ) -> list[int]:
     """For each of `chars`, the index of the first token that text[char] comes from.
 
-    Sampled tokens need not be those that the tokenizer would make of their text. Where they are, its own offsets say
-    which token holds a character; where not, the shortest run of tokens is searched whose text holds it.
+    Where the tokens are those that the tokenizer makes of the text, its offsets say which token holds a character.
+    Sampled tokens may be others. Then the shortest prefix of the tokens whose text holds the character is searched.
 
     Args:
-      text: what `decode` gives for all of `tokens`.
-      chars: ascending places of whole characters in `text`, never of U+FFFD, which stands for broken bytes.
+      text: `decode` of all of `tokens`.
+      chars: ascending indices of characters of `text`. None may be U+FFFD, which is what broken bytes decode to.
     """
     if not chars:
         return []
     tokens = np.asarray(tokens)
     plain = np.flatnonzero(~np.isin(tokens, tokenizer.all_special_ids))
-    own = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    if own["input_ids"] == tokens[plain].tolist():
-        ends = np.maximum.accumulate([end for _, end in own["offset_mapping"]])
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    if encoded["input_ids"] == tokens[plain].tolist():
+        ends = np.maximum.accumulate([end for _, end in encoded["offset_mapping"]])
         return [int(plain[np.searchsorted(ends, char, side="right")]) for char in chars]
-    found, ids = [], tokens.tolist()
+    indices: list[int] = []
+    ids = tokens.tolist()
     for char in chars:
-        # A run of tokens that ends within a character decodes to U+FFFD there, and so not yet to the text.
-        found.append(
-            bisect_left(
-                range(len(ids)),
-                True,
-                lo=found[-1] if found else 0,
-                key=lambda i: decode(tokenizer, ids[: i + 1])[: char + 1] == text[: char + 1],  # noqa: B023
-            )
+        # A prefix that ends within a character decodes to U+FFFD there, so it does not equal the text yet.
+        index = bisect_left(
+            range(len(ids)),
+            True,
+            lo=indices[-1] if indices else 0,
+            key=lambda i: decode(tokenizer, ids[: i + 1])[: char + 1] == text[: char + 1],  # noqa: B023 (called at once)
         )
-    return found
+        indices.append(index)
+    return indices

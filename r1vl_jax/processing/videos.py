@@ -1,13 +1,15 @@
-"""Video files to a few upright RGB frames, taken at even times.
+"""Video files to a few upright RGB frames, sampled at regular times.
 
-Flow: data -> processing (here) -> rollout; `images.video_patches` cuts the frames. As in Qwen's qwen_vl_utils, two
-frames a second (`fps`) and an even number of them, since a patch spans two; a video with more than `max_frames` gives
-so many, spread over its whole length from the first frame to the last. Where that package counts frames, the times
-that the file gives them are used here, so that a variable frame rate does no harm; and where a video has an odd number
-of sampling times, it gets one more and not one less: that time lies behind the end, and its frame is the last.
+Flow: data -> processing (here) -> rollout; `images.video_patches` cuts the frames into patches. As in Qwen's
+qwen_vl_utils, two frames a second (`fps`) are sampled, an even number of them, since a patch spans two frames. From a
+video with more than that, `max_frames` are sampled, from the first frame to the last at equal distances.
 
-A file is read twice: its packets' times, without decoding, say how long it is; then it is decoded from front to end,
-two frames in memory at a time, the decoder's own, and those that are kept.
+Two things differ from that package. It counts frames; here the times in the file are used, so a variable frame rate is
+sampled correctly. And where the number of sampling times is odd, one time is added, not removed: it is after the end,
+so its frame is the last one.
+
+A file is read twice. First the times of its packets, without decoding, say how long it is. Then it is decoded from
+start to end. In memory are two frames, those inside the decoder, and the sampled ones.
 """
 
 from __future__ import annotations
@@ -30,8 +32,9 @@ from r1vl_jax.processing.images import to_rgb
 
 if TYPE_CHECKING:
     import av
+    from av.container import InputContainer
 
-# Formats that FFmpeg may try. Others (hls, concat) are lists of further files, which it would open and read.
+# Formats that FFmpeg may try. Others (hls, concat) are lists of further files, which FFmpeg would open.
 FORMATS = (
     "mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "mpegvideo", "m4v", "h264", "hevc", "flv", "asf", "ogg",
     "ivf", "mjpeg", "gif", "apng",
@@ -40,19 +43,19 @@ FORMATS = (
 
 @dataclasses.dataclass(frozen=True)
 class VideoSpec:
-    """Which frames of a video are taken.
+    """Which frames of a video are sampled.
 
     Attributes:
       fps: frames a second.
-      max_frames: the most for one video, even; a longer one gives so many, spread over its length.
-      max_pixels: budget for height * width of each frame after resizing; the caller puts it into its ImageSpec.
+      max_frames: the most frames of one video, an even number; those of a longer one are spread over its length.
+      max_pixels: budget for height * width of each frame after resizing; applied by Processor.
     """
 
     fps: float = 2.0
     max_frames: int = 16
     max_pixels: int = 128 * 28 * 28
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.fps, bool) or not isinstance(self.fps, (int, float)) or not 0 < self.fps < math.inf:
             raise ValueError(f"fps is {self.fps!r}; expected a positive number")
         for field, least in (("max_frames", 2), ("max_pixels", 28 * 28)):
@@ -66,21 +69,21 @@ class VideoSpec:
 def load_video(path: str | os.PathLike, spec: VideoSpec) -> list[Image.Image]:
     """Reads the frames of a video file that are nearest to the sampling times: RGB, upright, of one size.
 
-    Rotation is applied as the file asks for it; where frames differ in size, they take that of the first. A file that
-    is damaged or cut short gives what can be decoded, as if it were no longer than that.
+    The file's rotation is applied. Frames of another size than the first are resized to it. Of a file that is damaged
+    or cut short, the part that can be decoded is sampled.
 
-    Returns: an even number of frames, 2 to spec.max_frames. A frame stands twice where it is the nearest to two times,
-      as that of a video with one frame is.
-    Raises: ValueError that names the path and what was expected, for a file that is missing, not a video, or without a
-      frame that can be decoded; or that says that PyAV is missing.
+    Returns: an even number of frames, 2 to spec.max_frames. A frame that is nearest to two times is there twice, as
+      for a video of one frame.
+    Raises: ValueError naming the path and what was expected, for a file that is missing, not a video, or has no frame
+      that can be decoded; also where PyAV is not installed.
     """
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such video file")
     av = _pyav()
     try:
-        announced = _packet_span(path)
-        frames, span = _nearest_frames(path, sample_times(announced, spec))
-        if span != announced:  # packets may be damaged, or cut off by the file's own edit list: sample what is shown
+        packet_span = _packet_span(path)
+        frames, span = _nearest_frames(path, sample_times(packet_span, spec))
+        if span != packet_span:  # packets may be damaged, or hidden by the file's edit list: sample what is shown
             frames, span = _nearest_frames(path, sample_times(span, spec))
     except av.error.FFmpegError as error:
         raise ValueError(
@@ -91,11 +94,14 @@ def load_video(path: str | os.PathLike, spec: VideoSpec) -> list[Image.Image]:
 
 
 def sample_times(span: Fraction, spec: VideoSpec) -> list[Fraction]:
-    """When frames are taken, in seconds after the first frame, for a video whose last one begins `span` after it.
+    """The sampling times, in seconds after the first frame.
 
-    Returns: an even number, ascending: every 1/fps seconds, or max_frames spread from 0 to `span` if those were more.
+    Args:
+      span: seconds from the start of the first frame to the start of the last.
+    Returns: an even number of times, ascending: every 1/fps seconds, or, where those are more than max_frames,
+      max_frames from 0 to `span` at equal distances.
     """
-    fps = Fraction(str(spec.fps))  # as it is written: 0.3, not the float next to it
+    fps = Fraction(str(spec.fps))  # 0.3 exactly, not the float nearest to it
     count = math.floor(span * fps) + 1
     count += count % 2
     if count <= spec.max_frames:
@@ -104,14 +110,14 @@ def sample_times(span: Fraction, spec: VideoSpec) -> list[Fraction]:
 
 
 def pick_frames(count: int, limit: int) -> list[int]:
-    """Which of a video's `count` frames are taken where at most `limit` may be: all, or `limit` from first to last."""
+    """Indices of the frames to sample from `count`: all, or `limit` of them from the first to the last."""
     if count <= limit:
         return list(range(count))
     return np.linspace(0, count - 1, limit).round().astype(int).tolist()
 
 
 def _packet_span(path: str | os.PathLike) -> Fraction:
-    """Seconds from the first to the last frame, from the packets alone; 0 if there is none."""
+    """Seconds from the first to the last frame according to the packets; 0 where there are none."""
     with _open(path) as container:
         stream = _video_stream(container, path)
         times = [_seconds(packet, number, stream) for number, packet in enumerate(_packets(container, stream))]
@@ -119,19 +125,21 @@ def _packet_span(path: str | os.PathLike) -> Fraction:
 
 
 def _nearest_frames(path: str | os.PathLike, times: Sequence[Fraction]) -> tuple[list[Image.Image], Fraction]:
-    """For each of `times`, ascending, the frame nearest to it (of two, the earlier), and the seconds to the last one.
+    """The frame nearest to each of `times`, and the seconds from the first frame to the last.
 
-    Raises: ValueError if no frame can be decoded.
+    Args:
+      times: ascending. Of two frames at the same distance the earlier one is nearest.
+    Raises: ValueError where no frame can be decoded.
     """
     images: list[Image.Image] = []
 
     def take(frame: av.VideoFrame, until: Fraction | float) -> None:
-        """Gives the frame to all times up to `until` that have none."""
+        """Takes the frame for all times up to `until` that have no frame yet."""
         if count := bisect_right(times, until, lo=len(images)) - len(images):
             images.extend([_upright(frame)] * count)
 
-    start = latest = None
-    span = Fraction(0)  # when the latest frame is shown
+    start, span = Fraction(0), Fraction(0)  # span: when `latest` is shown, in seconds after the first frame
+    latest: av.VideoFrame | None = None
     with _open(path) as container:
         stream = _video_stream(container, path)
         stream.thread_type = "AUTO"  # several frames at once
@@ -141,64 +149,63 @@ def _nearest_frames(path: str | os.PathLike, times: Sequence[Fraction]) -> tuple
                 start = seconds
             else:
                 take(latest, until=(span + max(span, seconds - start)) / 2)
-            latest, span = frame, max(span, seconds - start)  # max: in a broken file times may run backwards
+            latest, span = frame, max(span, seconds - start)  # max: in a broken file times may go backwards
         if latest is None:
             raise ValueError(f"{path}: no frame can be decoded; expected a video of at least one")
         take(latest, until=math.inf)
     return images, span
 
 
-def _open(path: str | os.PathLike) -> av.container.InputContainer:
+def _open(path: str | os.PathLike) -> InputContainer:
     return _pyav().open(
-        f"file:{os.fsdecode(path)}",  # without "file:" a name with a colon would be the address of something else
+        f"file:{os.fsdecode(path)}",  # without "file:" FFmpeg takes a name with a colon for a URL
         metadata_errors="replace",
         options={"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"},
     )
 
 
-def _video_stream(container: av.container.InputContainer, path: str | os.PathLike) -> av.VideoStream:
-    """The first video stream that is no cover picture of a piece of music."""
+def _video_stream(container: InputContainer, path: str | os.PathLike) -> av.VideoStream:
+    """The first video stream that is not the cover picture of an audio file."""
     cover = _pyav().stream.Disposition.attached_pic
     for stream in container.streams.video:
         if not stream.disposition & cover:
             return stream
     kinds = ("cover picture" if stream.type == "video" else stream.type for stream in container.streams)
-    found = ", ".join(kinds) or "nothing"
-    raise ValueError(f"{path}: no video stream (found: {found}); expected one")
+    raise ValueError(f"{path}: no video stream (found: {', '.join(kinds) or 'nothing'}); expected one")
 
 
-def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
-    """The stream's packets, up to the end or to where the file cannot be read on."""
+def _packets(container: InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
+    """The stream's packets, up to the end of the file or to the first error in it."""
     with contextlib.suppress(_pyav().error.FFmpegError):
         for packet in container.demux(stream):
-            if packet.size:  # the last one is empty: it asks a decoder for what it still holds
+            if packet.size:  # the last one is empty: it only tells a decoder to return its remaining frames
                 yield packet
 
 
-def _frames(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-    """The stream's frames in the order they are shown; packets that cannot be decoded are passed over."""
+def _frames(container: InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+    """The stream's frames in the order in which they are shown; packets that cannot be decoded are skipped."""
     for packet in itertools.chain(_packets(container, stream), [None]):
         with contextlib.suppress(_pyav().error.FFmpegError):
             yield from stream.decode(packet)
 
 
 def _seconds(item: av.Packet | av.VideoFrame, number: int, stream: av.VideoStream) -> Fraction:
-    """When a frame is shown; raw streams do not say so, and theirs are counted."""
+    """When a frame is shown, in seconds. Raw streams have no times: there the frame's number is used."""
     for ticks in (item.pts, item.dts):
-        if ticks is not None:
+        if ticks is not None and stream.time_base is not None:
             return ticks * stream.time_base
     return number / Fraction(stream.average_rate or 25)
 
 
 def _upright(frame: av.VideoFrame) -> Image.Image:
-    """A decoded frame as RGB, rotated as its file asks for it; the transparent parts of a GIF become white."""
+    """A decoded frame as RGB with the file's rotation applied; the transparent parts of a GIF become white."""
     transparent = any(component.is_alpha for component in frame.format.components)
     image = Image.fromarray(frame.to_ndarray(format="rgba" if transparent else "rgb24"))
     return to_rgb(image).rotate(round(frame.rotation / 90) * 90, expand=True)
 
 
 def _pyav() -> ModuleType:
-    """PyAV, imported only here: whoever has no videos needs no FFmpeg."""
+    """PyAV. Imported when the first video is read: without videos it need not be installed."""
     try:
         import av
     except ImportError as error:

@@ -1,28 +1,27 @@
-"""`python -m r1vl_jax.data.shapes --out DIR`: makes the built-in task by hand (train.py makes it by itself)."""
+"""`python -m r1vl_jax.data.shapes --out DIR`: makes the built-in task (r1vl_jax.train makes it by itself)."""
 
 from __future__ import annotations
 
 import argparse
-import inspect
 from collections.abc import Sequence
 
-from r1vl_jax.shapes.task import make_task
+from r1vl_jax.shapes.task import DEFAULTS, make_task
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    defaults = {name: p.default for name, p in inspect.signature(make_task).parameters.items()}
+    """The command line. Exits with code 1 and a message on standard error where the task cannot be made."""
     parser = argparse.ArgumentParser(
         prog="python -m r1vl_jax.data.shapes",
         description="Make the built-in task: pictures of coloured shapes with questions, step-by-step solutions and "
         "key steps. Writes sft.json (ShareGPT rows), rl.json and heldout.json (R1-VL-10K rows), images/ and "
-        "task.json. A folder that the same parameters made is left as it is.",
+        "task.json. A folder that was made with the same parameters is left as it is.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
-    parser.add_argument("--seed", type=int, default=defaults["seed"], help="every byte follows from it")
-    parser.add_argument("--sft-rows", type=int, default=defaults["sft_rows"], help="rows for the SFT warm-up")
-    parser.add_argument("--rl-rows", type=int, default=defaults["rl_rows"], help="rows for StepGRPO")
-    parser.add_argument("--heldout-rows", type=int, default=defaults["heldout_rows"], help="rows for evaluation")
+    parser.add_argument("--seed", type=int, default=DEFAULTS["seed"], help="determines every byte of the files")
+    parser.add_argument("--sft-rows", type=int, default=DEFAULTS["sft_rows"], help="rows for the SFT warm-up")
+    parser.add_argument("--rl-rows", type=int, default=DEFAULTS["rl_rows"], help="rows for StepGRPO")
+    parser.add_argument("--heldout-rows", type=int, default=DEFAULTS["heldout_rows"], help="rows for evaluation")
     args = parser.parse_args(argv)
     try:
         make_task(

@@ -1,8 +1,9 @@
-"""Scenes of coloured shapes and their pictures: the first step of the built-in task (scene -> questions -> files).
+"""Scenes of coloured shapes and their pictures.
 
-A scene is a few shapes in distinct cells of a grid. With the default sizes a cell is 28 pixels wide and so is one
-merged image token of Qwen2-VL (2x2 patches of 14 pixels): each token sees one whole cell, which lets a very small
-vision tower learn the task from nothing.
+Flow of the built-in task: scene (here) -> question (questions.py) -> files (task.py). A scene is a few shapes in
+different cells of a grid. With the default sizes a cell is 28 pixels wide, as is the part of a picture that one image
+token of Qwen2-VL covers (2x2 patches of 14 pixels). Each token then sees one whole cell, and a very small vision tower
+can learn the task from random weights.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import random
 from PIL import Image, ImageDraw
 
 KINDS = ("circle", "square", "triangle")
-REPEAT = 1 / 3  # how often a shape copies kind and colour of an earlier one, so that counts above 1 are common
+REPEAT = 1 / 3  # probability that a shape copies kind and colour of an earlier one: makes counts above 1 common
 COLOURS = (
     ("red", (222, 32, 38)),
     ("green", (28, 158, 62)),
@@ -24,7 +25,7 @@ COLOURS = (
 
 @dataclasses.dataclass(frozen=True)
 class ShapesConfig:
-    """What pictures look like. Lengths are in pixels.
+    """What pictures and answers look like. Lengths are in pixels.
 
     Attributes:
       picture_size: width and height of the picture.
@@ -32,11 +33,11 @@ class ShapesConfig:
       kinds: names of the shapes, a selection of KINDS.
       colours: (name, (red, green, blue)) pairs.
       min_shapes, max_shapes: number of shapes in a picture, both ends included.
-      careless_share: share of the warm-up answers that leave out the rationale and end in a guess: the flaws of
-        machine-written sets, made large. Warm-up imitates both kinds; StepGRPO has to find out which of them pays.
+      careless_share: share of the warm-up answers that leave out the rationale and end in a guess, like the worst
+        answers in machine-written sets. The warm-up imitates both kinds; StepGRPO has to find out which is rewarded.
       min_size, max_size: width and height of a shape, both ends included; one pixel of the cell stays free around it.
 
-    Raises ValueError, naming the field, where the values cannot be drawn.
+    Raises: ValueError, naming the field, where such pictures cannot be drawn.
     """
 
     picture_size: int = 56
@@ -81,7 +82,7 @@ class ShapesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One shape: what it is, its cell (row-major, from 0), its top left corner in the picture and its width."""
+    """One shape: its kind and colour, its cell (row by row, from 0), its top left corner in the picture, its width."""
 
     kind: str
     colour: str
@@ -92,10 +93,11 @@ class Shape:
 
 
 Scene = tuple[Shape, ...]
+SceneKey = tuple[tuple[str, str, int], ...]  # (kind, colour, cell) of each shape
 
 
 def random_scene(rng: random.Random, cfg: ShapesConfig) -> Scene:
-    """Draws a scene: shapes in distinct cells, in random order."""
+    """A random scene: shapes in different cells, in random order."""
     number = rng.randint(cfg.min_shapes, cfg.max_shapes)
     shapes: list[Shape] = []
     for cell in rng.sample(range(cfg.grid**2), number):
@@ -113,8 +115,8 @@ def random_scene(rng: random.Random, cfg: ShapesConfig) -> Scene:
     return tuple(shapes)
 
 
-def scene_key(scene: Scene) -> tuple[tuple[str, str, int], ...]:
-    """What a scene shows, without the jitter: two pictures are the same picture where this is equal."""
+def scene_key(scene: Scene) -> SceneKey:
+    """What a scene shows, without the exact places and sizes: pictures with equal keys count as the same."""
     return tuple(sorted((shape.kind, shape.colour, shape.cell) for shape in scene))
 
 

@@ -1,7 +1,7 @@
-"""The built-in task with a model to train on it: pictures, questions, a tokenizer and a tiny random Qwen2-VL.
+"""The built-in task with a model to train on it.
 
 DIR/task/    sft.json, rl.json, heldout.json and the pictures
-DIR/model/   a Qwen2-VL of about 1M parameters in Hugging Face layout
+DIR/model/   a random Qwen2-VL of about 1M parameters, with a tokenizer, in Hugging Face layout
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ from r1vl_jax.shapes.tokenizer import task_texts, train_tokenizer, write_checkpo
 
 
 def make_shapes(config: ShapesSection) -> None:
-    """Writes what is not there yet, and anew what other parameters made.
+    """Makes the task and the model in config.dir; what is there already is kept.
 
-    Raises FileExistsError where the folder holds something else.
+    Where the task was made with other parameters, both are removed and made again.
+
+    Raises: FileExistsError where the folder holds something else.
     """
+    assert config.dir is not None  # callers ask for the task by naming a folder
     folder = Path(config.dir)
     task, model = folder / "task", folder / "model"
     rows = {"sft_rows": config.sft_rows, "rl_rows": config.rl_rows, "heldout_rows": config.heldout_rows}

@@ -1,8 +1,9 @@
-"""Questions about a scene with step-by-step solutions and key steps: the second step of the built-in task.
+"""Questions about a scene, with step-by-step solutions and key steps.
 
-A solution has R1-VL's format (image description, rationale, numbered steps, final answer). Each key step is a group
-of alternatives, one of which stands word for word in a step of the solution, so that the reference
-solution earns the full step-wise accuracy reward. Every step has words beside its key step.
+Flow of the built-in task: scene (draw.py) -> question (here) -> files (task.py). A solution has R1-VL's format: image
+description, rationale, numbered steps, final answer. Each key step is a group of alternatives. One of them is part of a
+step of the solution, word for word, so the solution earns the full step-wise accuracy reward. Every step also has words
+that are not part of its key step.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Question:
       problem: the question's text, without an image placeholder.
       solution: the reference solution.
       answer: the final answer alone, digits or yes/no.
-      careless: a worse solution: no rationale, and the answer is a guess that forgets the steps.
+      careless: a worse solution: it has no rationale, and its answer is a guess that ignores the steps.
       key_steps: groups of alternatives.
     """
 
@@ -48,33 +49,35 @@ class Group:
         return f"{self.colour} {noun}" if self.colour else noun
 
     def count(self, scene: Scene) -> int:
+        """How many of the scene's shapes are in the group."""
         return sum(self.colour in (None, shape.colour) and self.kind in (None, shape.kind) for shape in scene)
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A step's text and the key steps that it takes."""
+    """A step's text and the key steps in it."""
 
     body: str
     key_steps: tuple[KeyStep, ...]
 
 
 def make_question(scene: Scene, rng: random.Random, cfg: ShapesConfig) -> Question:
-    """Asks one question about the scene; its kind, wording and objects come from rng."""
+    """A random question about the scene: its type and its groups of shapes are drawn from rng."""
     ask: Callable[..., Question] = rng.choice((_ask_count, _ask_rest, _ask_two))
     return ask(scene, rng, cfg)
 
 
 def _ask_count(scene: Scene, rng: random.Random, cfg: ShapesConfig) -> Question:
-    wanted = _pick_group(scene, rng, cfg, both=True)
-    problem = f"How many {wanted.name()} are there?"
+    """How many shapes of a group there are."""
+    group = _pick_group(scene, rng, cfg, both=True)
+    problem = f"How many {group.name()} are there?"
     return _question(
-        scene, rng, cfg, problem, f"Count the {wanted.name()}.", [_count_step(scene, wanted)], wanted.count(scene)
+        scene, rng, cfg, problem, f"Count the {group.name()}.", [_count_step(scene, group)], group.count(scene)
     )
 
 
 def _ask_rest(scene: Scene, rng: random.Random, cfg: ShapesConfig) -> Question:
-    """Take some shapes away and count the rest: of all shapes, or of one kind or colour."""
+    """How many shapes are left without those of a group: of all shapes, or of one kind or colour."""
     removed = _pick_group(scene, rng, cfg, both=False)
     base = Group()
     if rng.random() < 0.5:
@@ -92,11 +95,11 @@ def _ask_rest(scene: Scene, rng: random.Random, cfg: ShapesConfig) -> Question:
 
 
 def _ask_two(scene: Scene, rng: random.Random, cfg: ShapesConfig) -> Question:
-    """Compare two kinds or two colours, or add them."""
+    """Whether one kind or colour has more shapes than another, or how many both have in total."""
     groups = _simple_groups(cfg, by_kind=rng.random() < 0.5)
     pairs = [(a, b) for a in groups for b in groups if a != b]
     if rng.random() < 0.5:
-        # "yes" and "no" come equally often, or a model learns the more frequent word instead of counting.
+        # "yes" and "no" are equally frequent. Otherwise a model learns the more frequent word instead of counting.
         yes = rng.random() < 0.5
         fitting = [(a, b) for a, b in pairs if (a.count(scene) > b.count(scene)) == yes]
         first, second = rng.choice(fitting or pairs)
@@ -116,18 +119,19 @@ def _ask_two(scene: Scene, rng: random.Random, cfg: ShapesConfig) -> Question:
 
 
 def _simple_groups(cfg: ShapesConfig, by_kind: bool) -> list[Group]:
+    """The group of each kind, or of each colour."""
     if by_kind:
         return [Group(kind=kind) for kind in cfg.kinds]
     return [Group(colour=colour) for colour in cfg.colour_names]
 
 
 def _full_groups(cfg: ShapesConfig) -> list[Group]:
-    """Every colour of every kind, in the canonical order: kinds first."""
+    """The group of each kind and colour, ordered by kind."""
     return [Group(colour, kind) for kind in cfg.kinds for colour in cfg.colour_names]
 
 
 def _pick_group(scene: Scene, rng: random.Random, cfg: ShapesConfig, both: bool) -> Group:
-    """A group to ask for: a colour, a kind or (where `both`) a colour of a kind; one in ten may be absent."""
+    """A random group: a colour, a kind or, with `both`, a colour of a kind. In one of ten cases it may be empty."""
     choices = [_simple_groups(cfg, by_kind=True), _simple_groups(cfg, by_kind=False)]
     groups = rng.choice(choices + [_full_groups(cfg)] if both else choices)
     if rng.random() < 0.9:
@@ -136,7 +140,7 @@ def _pick_group(scene: Scene, rng: random.Random, cfg: ShapesConfig, both: bool)
 
 
 def _count_step(scene: Scene, group: Group) -> Step:
-    """Names the group before its number: a small model then counts what it has just named."""
+    """Counts a group. Names it before the number, so that a small model counts what it has just named."""
     number = group.count(scene)
     stated = f"number of {group.name()} is {number}"
     forms = (stated, f"{number} {group.name(number)}")
@@ -146,7 +150,7 @@ def _count_step(scene: Scene, group: Group) -> Step:
 
 
 def _equation_step(sign: str, numbers: Sequence[int]) -> Step:
-    """Two or more numbers added, or the second subtracted from the first."""
+    """Adds two or more numbers ("+"), or subtracts the second from the first ("-")."""
     word = {"+": "plus", "-": "minus"}[sign]
     result = sum(numbers) if sign == "+" else numbers[0] - numbers[1]
     texts = [str(number) for number in numbers]
@@ -157,6 +161,7 @@ def _equation_step(sign: str, numbers: Sequence[int]) -> Step:
 
 
 def _compare_step(first: int, second: int) -> Step:
+    """Compares two numbers."""
     if first > second:
         forms = (f"{first} is more than {second}", f"{first} > {second}", f"{second} < {first}")
     elif first < second:
@@ -167,7 +172,7 @@ def _compare_step(first: int, second: int) -> Step:
 
 
 def _description(scene: Scene, cfg: ShapesConfig) -> str:
-    """Every cell in reading order: what a small model has to see, it is told, and it counts from its own words."""
+    """Every cell in reading order: a small model that has written this can count in its own words."""
     cells = {shape.cell: f"{shape.colour} {shape.kind}" for shape in scene}
     rows = [range(start, start + cfg.grid) for start in range(0, cfg.grid**2, cfg.grid)]
     return "; ".join(", ".join(cells.get(cell, "no shape") for cell in row) for row in rows)
@@ -182,7 +187,7 @@ def _question(
     steps: Sequence[Step],
     answer: str | int,
 ) -> Question:
-    """Puts the sections together in R1-VL's order."""
+    """The question with its solutions, whose sections are in R1-VL's order."""
     lines = [
         f"### Image Description: {_description(scene, cfg)}.",
         f"### Rationales: {rationale}",

@@ -1,8 +1,8 @@
-"""A small tokenizer and the checkpoint's files but for the weights: what a model for the built-in task starts from.
+"""A small tokenizer, and the other files of a checkpoint without its weights, for a model of the built-in task.
 
-A checkpoint of Qwen2-VL that starts at random needs what a published one brings: tokenizer, config.json,
-generation_config.json, preprocessor_config.json, chat template. They are written here in the published layout (flat
-config.json, transformers 4 style); whoever draws the random weights adds model.safetensors beside them.
+A random Qwen2-VL needs the files of a published one: tokenizer, config.json, generation_config.json,
+preprocessor_config.json, chat template. They are written here in the published layout (flat config.json, as in
+transformers 4). folder.py draws the weights and adds model.safetensors.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from r1vl_jax.common.files import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,8 +32,8 @@ SPECIAL_TOKENS = (
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 SYSTEM_PROMPT = "You are a helpful assistant."
 
-# Qwen2's split: contractions, words with the sign before them, single digits, signs, line ends, blanks. One thing
-# differs: a digit keeps the blank before it, which saves a token for every number of the task.
+# Qwen2's split into contractions, words with the sign before them, single digits, signs, line ends and blanks. One
+# difference: a digit keeps the blank before it, which saves a token for every number of the task.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -70,7 +72,7 @@ TINY_SIZES: Mapping[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "rms_norm_eps": 1e-6,
-    "rope_theta": 10.0,  # with 1e6 the row w of M-RoPE, the slowest, could not tell so few cells apart
+    "rope_theta": 10.0,  # with 1e6 the slow frequencies of M-RoPE's row w could not tell the few cells apart
     "mrope_section": (4, 6, 6),
     "tie_word_embeddings": True,
     "max_position_embeddings": 32768,
@@ -84,10 +86,7 @@ TINY_SIZES: Mapping[str, Any] = {
 
 
 def task_texts(task_dir: str | Path) -> Iterator[str]:
-    """The training texts of a task in task_dir, with the words that the chat template puts around them.
-
-    Reads sft.json and rl.json, never heldout.json.
-    """
+    """The texts of sft.json and rl.json, not of heldout.json, with the words that the chat template adds to them."""
     task_dir = Path(task_dir)
     pairs = [
         (row["messages"][0]["content"].replace("<image>", ""), row["messages"][1]["content"])
@@ -103,13 +102,15 @@ def task_texts(task_dir: str | Path) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Iterable[str], out_dir: str | Path, vocab_size: int = 512) -> PreTrainedTokenizerBase:
-    """Trains a byte-level BPE on texts, saves it in out_dir and returns it as AutoTokenizer loads it from there.
+    """Trains a byte-level BPE on texts, saves it in out_dir and returns it as AutoTokenizer loads it.
 
-    Any text can be encoded and decodes to itself: all 256 bytes are in the vocabulary and nothing is normalised.
-    Qwen2-VL's special tokens have the last ids. vocab_size counts all of it; where the texts give no more merges the
-    vocabulary stays smaller, and the model's size is len(tokenizer).
+    Any text can be encoded, and decodes to the same text: all 256 bytes are in the vocabulary and nothing is
+    normalised. Qwen2-VL's special tokens have the last ids.
 
-    Raises ValueError where vocab_size does not hold the bytes and the special tokens.
+    Args:
+      vocab_size: the most tokens, special ones included. With few texts there are fewer merges and so fewer tokens; the
+        model's vocabulary is len(tokenizer).
+    Raises: ValueError where vocab_size is less than the bytes and the special tokens.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(f"vocab_size = {vocab_size}: expected {SMALLEST_VOCABULARY} or more (bytes, special tokens)")
@@ -132,9 +133,9 @@ def train_tokenizer(texts: Iterable[str], out_dir: str | Path, vocab_size: int =
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     bpe.save(str(out_dir / "tokenizer.json"))
-    _write_json(out_dir / "tokenizer_config.json", _tokenizer_config(bpe))
+    write_json(out_dir / "tokenizer_config.json", _tokenizer_config(bpe))
 
-    from transformers import AutoTokenizer  # a second to import: only those pay for it who need it
+    from transformers import AutoTokenizer  # here: it takes a second to import
 
     return AutoTokenizer.from_pretrained(out_dir)
 
@@ -153,7 +154,7 @@ def _tokenizer_config(bpe: Tokenizer) -> dict[str, Any]:
         "model_max_length": 32768,
         "pad_token": "<|endoftext|>",
         "padding_side": "left",
-        # Not Qwen2Tokenizer: transformers 5 would rebuild its split and its NFC normaliser over tokenizer.json.
+        # Not Qwen2Tokenizer: transformers 5 would replace the split and the normaliser of tokenizer.json.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "unk_token": None,
     }
@@ -164,10 +165,10 @@ def write_checkpoint_files(
 ) -> None:
     """Writes config.json, generation_config.json, preprocessor_config.json and chat_template.json into out_dir.
 
-    tokenizer: with Qwen2-VL's special tokens, as train_tokenizer returns it; ids and vocabulary come from it.
-    sizes: entries that differ from TINY_SIZES (about one million parameters).
-
-    Raises ValueError for an unknown or impossible size, or a special token that the tokenizer lacks.
+    Args:
+      tokenizer: as `train_tokenizer` returns it; config.json gets its ids and the size of its vocabulary.
+      sizes: entries that differ from TINY_SIZES (about one million parameters).
+    Raises: ValueError for an unknown or impossible size, or where the tokenizer has no such special token.
     """
     sizes = dict(sizes or {})
     unknown = sorted(set(sizes) - set(TINY_SIZES))
@@ -175,14 +176,15 @@ def write_checkpoint_files(
         raise ValueError(f"sizes: unknown {unknown}; known are {sorted(TINY_SIZES)}")
     merged = {**TINY_SIZES, **sizes}
     _check_sizes(merged)
-    ids = {text: tokenizer.convert_tokens_to_ids(text) for text in SPECIAL_TOKENS}
-    missing = [text for text, token_id in ids.items() if token_id is None]
+    vocabulary = tokenizer.get_vocab()
+    missing = [text for text in SPECIAL_TOKENS if text not in vocabulary]
     if missing:
-        raise ValueError(f"tokenizer: lacks the special tokens {missing}")
+        raise ValueError(f"tokenizer: the special tokens {missing} are missing")
+    ids = {text: vocabulary[text] for text in SPECIAL_TOKENS}
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    _write_json(out_dir / "config.json", _model_config(merged, ids, len(tokenizer)))
-    _write_json(
+    write_json(out_dir / "config.json", _model_config(merged, ids, len(tokenizer)))
+    write_json(
         out_dir / "generation_config.json",
         {
             "bos_token_id": ids["<|endoftext|>"],
@@ -190,7 +192,7 @@ def write_checkpoint_files(
             "pad_token_id": ids["<|endoftext|>"],
         },
     )
-    _write_json(
+    write_json(
         out_dir / "preprocessor_config.json",
         {
             "min_pixels": 3136,
@@ -204,15 +206,16 @@ def write_checkpoint_files(
             "processor_class": "Qwen2VLProcessor",
         },
     )
-    _write_json(out_dir / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
+    write_json(out_dir / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
 
 
 def _check_sizes(sizes: Mapping[str, Any]) -> None:
+    """Raises ValueError where the model cannot have these sizes."""
     heads, kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
     if sizes["hidden_size"] % (2 * heads) or heads % kv_heads:
         raise ValueError(
-            f"num_attention_heads = {heads}, num_key_value_heads = {kv_heads}: expected hidden_size = "
-            f"{sizes['hidden_size']} to give heads of an even width, and whole groups of query heads"
+            f"num_attention_heads = {heads}, num_key_value_heads = {kv_heads}: expected heads of an even width "
+            f"(hidden_size = {sizes['hidden_size']}) and as many query heads for each key/value head"
         )
     half = sizes["hidden_size"] // heads // 2
     if len(sizes["mrope_section"]) != 3 or sum(sizes["mrope_section"]) != half:
@@ -225,7 +228,7 @@ def _check_sizes(sizes: Mapping[str, Any]) -> None:
 
 
 def _model_config(sizes: Mapping[str, Any], ids: Mapping[str, int], vocab_size: int) -> dict[str, Any]:
-    """config.json as the published Qwen2-VL checkpoints have it: text fields at the top level."""
+    """The contents of config.json in the style of the published Qwen2-VL checkpoints: text fields at the top level."""
     text = {name: value for name, value in sizes.items() if not name.startswith("vision_") and name != "mrope_section"}
     return {
         "architectures": ["Qwen2VLForConditionalGeneration"],
@@ -263,7 +266,3 @@ def _model_config(sizes: Mapping[str, Any], ids: Mapping[str, int], vocab_size: 
             "temporal_patch_size": 2,
         },
     }
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

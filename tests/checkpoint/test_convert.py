@@ -252,9 +252,9 @@ def test_run_that_has_not_finished_and_is_damaged(folder, tmp_path):
     unfinished_run(folder, run, {"sft": (1,)})
     for text, said in [
         ("model: {path: nowhere}", r"run/config.yaml: model\.path, where the run started: .*nowhere: no such folder"),
-        ("[]", "config.yaml: says no model.path"),
-        ("model: null", "config.yaml: says no model.path"),
-        ("a: [", "config.yaml: says no model.path"),
+        ("[]", "config.yaml: has no model.path"),
+        ("model: null", "config.yaml: has no model.path"),
+        ("a: [", "config.yaml: has no model.path"),
     ]:
         (run / "config.yaml").write_text(text)
         with pytest.raises(CheckpointError, match=said):

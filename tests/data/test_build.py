@@ -24,8 +24,7 @@ import tensorflow_datasets as tfds
 from helpers.paths import GEOMETRY, ROOT
 
 from r1vl_jax.config import SourceSection, load
-from r1vl_jax.data.builders import BUILDERS, MulberrySft, R1vl10k, Shapes, shards
-from r1vl_jax.data.builders import build as command
+from r1vl_jax.data.builders import BUILDERS, MulberrySft, R1vl10k, Shapes, command, shards
 from r1vl_jax.data.sources import JsonSource, open_source
 from r1vl_jax.data.tfds_source import TfdsSource
 from r1vl_jax.errors import RowError
@@ -205,7 +204,7 @@ def big_rows(folder, count):
 
 DRIVER = """
 import os, signal, sys
-from r1vl_jax.data.builders import build
+from r1vl_jax.data.builders import command
 from r1vl_jax.data.builders import shards
 
 last, how, real = int(sys.argv[1]), int(sys.argv[2]), shards.to_record
@@ -220,7 +219,7 @@ def counted(*arguments):
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 shards.to_record = counted
-sys.exit(build.main(sys.argv[3:]))
+sys.exit(command.main(sys.argv[3:]))
 """
 
 
@@ -493,7 +492,7 @@ sys.stdout.buffer.write(pickle.dumps((source.name, examples)))
 """
 BUILDER = """
 import sys
-from r1vl_jax.data.builders.build import main
+from r1vl_jax.data.builders.command import main
 assert main(sys.argv[1:]) == 0
 assert "tensorflow" not in sys.modules, "tensorflow was loaded"
 """

@@ -132,7 +132,7 @@ BAD = {
     "half a pair": (RL | {"problem": "\ud800"}, "row 1, problem: not valid Unicode"),
     "messages": (SFT | {"messages": "x"}, "row 1, messages: 'x'; expected a list"),
     "no messages": (SFT | {"messages": []}, r"row 1, messages: roles are \[\]"),
-    "no answer": (SFT | {"messages": [USER, ASSISTANT, USER]}, r"row 1, messages: roles are .*to end with assistant"),
+    "no answer": (SFT | {"messages": [USER, ASSISTANT, USER]}, r"row 1, messages: roles are .*ending with assistant"),
     "answer first": (SFT | {"messages": [ASSISTANT, USER]}, r"row 1, messages: roles are \['assistant', 'user'\]"),
     "two answers": (SFT | {"messages": [USER, ASSISTANT, ASSISTANT]}, "row 1, messages: roles are"),
     "system later": (SFT | {"messages": [USER, ASSISTANT, SYSTEM_TURN]}, "row 1, messages: roles are .*one system"),
@@ -283,7 +283,7 @@ def test_any_place_of_the_read_ends(tmp_path, monkeypatch):
     [
         ("[{}, ]", "row 1, byte 5"),
         ("[{} {}]", "expected a comma or the closing bracket, found '{'"),
-        ("[{}] {}", "expected nothing behind the array, found '{'"),
+        ("[{}] {}", "expected nothing after the array, found '{'"),
         ("[{}", "found ''"),
         ('[{"problem": "x]', "row 0, byte 1"),
     ],

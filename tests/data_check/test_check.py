@@ -19,7 +19,8 @@ from PIL import Image
 from r1vl_jax.data.batching import collate_pairs, in_micro_batches, padding, plan_shapes, size_of
 from r1vl_jax.data.loader import read_rows
 from r1vl_jax.data.sources import open_source
-from r1vl_jax.data_check import check
+from r1vl_jax.data_check import command as check
+from r1vl_jax.data_check import reading
 from r1vl_jax.errors import RowError
 from r1vl_jax.keysteps.__main__ import main as lint
 from r1vl_jax.processing.processor import Processor
@@ -265,8 +266,8 @@ def test_strict_and_text(folder, tmp_path, capsys):
     assert check.main(command) == 1
     said = capsys.readouterr().out
     for line in (
-        "LEAK: 2 held-out rows stand in data.rl, with the same question and images",
-        "LEAK: 1 held-out rows stand in data.sft, with the same question and images",
+        "LEAK: 2 held-out rows are also in data.rl, with the same question and images",
+        "LEAK: 1 held-out rows are also in data.sft, with the same question and images",
         "row 1, images[0]: ", "row 2: the prompt has ", "row 3, answer: ", "the special token '<|im_end|>'",
         "training drops 9 rows and sees 2 held-out rows",
     ):  # fmt: skip
@@ -313,15 +314,15 @@ def test_bad_input(folder, tmp_path, capsys):
 def test_interrupted(folder, tmp_path, capsys, monkeypatch):
     config_of(folder, tmp_path / "run")
 
-    def some(*args, whole=check.read, **options):
+    def some(*args, whole=reading.read, **options):
         yield from islice(whole(*args, **options), 3)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(check, "read", some)
+    monkeypatch.setattr(reading, "read", some)
     assert check.main(["--config", str(tmp_path / "run.yaml")]) == 130
     said = capsys.readouterr().out
     assert "the first 3 of 13 examples" in said and "data.rl" not in said
-    assert said.splitlines()[-1] == "interrupted: a report of what had been read; nothing is written"
+    assert said.splitlines()[-1] == "interrupted: a report on what had been read; no file is written"
     assert not list((tmp_path / "run-check").iterdir())
 
 

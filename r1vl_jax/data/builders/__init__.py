@@ -1,11 +1,14 @@
 """TFDS data sets of questions: R1-VL-10K, Mulberry-SFT and the built-in task, in ArrayRecord and without TensorFlow.
 
-Importing this registers the builders with TFDS, so that `tfds.builder(NAME)` knows them. The command for them is
-r1vl_jax.data.build, which goes on where it was interrupted; TFDS's own download_and_prepare works, too.
+Importing this package registers the builders with TFDS, so that `tfds.builder(NAME)` finds them. The command
+r1vl_jax.data.build runs them and goes on where it was interrupted; TFDS's own download_and_prepare works, too.
 
-    record.py                                what all of them store: an `Example` as a record, and back
+    record.py                                an `Example` as a record, and back
     base.py                                  what the builders share
     r1vl_10k.py, mulberry_sft.py, shapes.py  the builders
+    shards.py                                the files of a data set
+    work_folder.py                           the folder of an unfinished build
+    build.py, command.py                     r1vl_jax.data.build
 """
 
 from r1vl_jax.data.builders.base import QuestionsBuilder

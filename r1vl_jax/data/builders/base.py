@@ -1,7 +1,7 @@
-"""What the TFDS builders of questions share. A builder says which JSON file each split comes from; the rest is here.
+"""What the TFDS builders of questions share. A builder says which JSON file each split is made from.
 
-Flow: JSON files -> JsonSource -> record.py -> records in the order of the file, written by data/build.py (which can be
-interrupted) or by TFDS's own download_and_prepare(file_format="array_record").
+Flow: JSON files -> JsonSource -> record.py -> records in the order of the file, written by build.py (which goes on
+after an interruption) or by TFDS's own download_and_prepare(file_format="array_record").
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 from absl import logging
 
+from r1vl_jax.common.text import first_few
 from r1vl_jax.data.builders.record import features, to_record
 from r1vl_jax.data.sources import JsonSource
 from r1vl_jax.errors import RowError
 
 MANUAL_DOWNLOAD = """
 Put the published JSON file (.json or .jsonl) and the images, at the paths that its rows name, into one folder, which is
-manual_dir. There must be no second JSON file in it.
+manual_dir. It must not contain a second JSON file.
 """
 
 
@@ -28,9 +29,9 @@ class QuestionsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """A data set of questions with images.
 
     Attributes:
-      DESCRIPTION, HOMEPAGE, CITATION: what dataset_info.json says.
+      DESCRIPTION, HOMEPAGE, CITATION: for dataset_info.json.
       DROP_MATCHING: rows with one of these texts in an answer are left out.
-      SECTIONS: the section of a configuration's `data` that each split is for.
+      SECTIONS: for each split, the section of the configuration's `data` that it is for.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -43,7 +44,7 @@ class QuestionsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     @classmethod
     def files(cls, source: str | os.PathLike) -> dict[str, Path]:
-        """The JSON file of each split: `source`, or the one in that folder. Raises RowError where there is not one."""
+        """The JSON file of each split: `source`, or the only one in that folder; see `find_file`."""
         return {"train": find_file(source)}
 
     @classmethod
@@ -66,7 +67,7 @@ class QuestionsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return {split: self._generate_examples(path) for split, path in files.items()}
 
     def _generate_examples(self, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Numbered records; rows that cannot be used are logged and left out."""
+        """The records with their numbers. Rows that cannot be used are logged and left out."""
         source = JsonSource(path, drop_matching=self.DROP_MATCHING)
         for error in source.errors:
             logging.warning("left out: %s", error)
@@ -80,7 +81,7 @@ class QuestionsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def find_file(source: str | os.PathLike) -> Path:
-    """`source`, or the one JSON file in that folder. Raises RowError, with what is there, where there is not one."""
+    """`source`, or the only JSON file in that folder. Raises RowError where there is none or more than one."""
     source = Path(source)
     if source.is_file():
         return source
@@ -89,9 +90,8 @@ def find_file(source: str | os.PathLike) -> Path:
     names = sorted(path.name for path in source.iterdir() if not path.name.startswith("."))
     files = [name for name in names if name.lower().endswith((".json", ".jsonl"))]
     if len(files) != 1:
-        found = files or names
-        listed = ", ".join(found[:10]) + ", ..." * (len(found) > 10)
         raise RowError(
-            f"{source}: {len(files)} JSON files; expected one .json or .jsonl file, found {listed or 'an empty folder'}"
+            f"{source}: {len(files)} JSON files; expected one .json or .jsonl file, found "
+            f"{first_few(files or names) or 'an empty folder'}"
         )
     return source / files[0]

@@ -1,7 +1,7 @@
-"""The record that every TFDS data set of questions stores: the fields of `Example`, with the image files themselves.
+"""The record that a TFDS data set stores for an `Example`, with the bytes of its image files.
 
-Flow: JsonSource -> Example -> to_record -> ArrayRecord -> to_example -> Example. What has no type that TFDS can store
-without TensorFlow (lists of lists of texts) is JSON text; None is the empty text.
+Flow: JsonSource -> Example -> to_record -> ArrayRecord -> to_example -> Example. Lists of lists of texts, which TFDS
+cannot store without TensorFlow, are stored as JSON text. None is stored as the empty text.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from r1vl_jax.types import Example
 
 
 def features() -> tfds.features.FeaturesDict:
-    """What a record holds. Images are their files, byte for byte; image_paths are their names."""
+    """The fields of a record. `images` are image files, byte for byte; `image_paths` are their names."""
     text = tfds.features.Text
     return tfds.features.FeaturesDict(
         {
@@ -37,14 +37,15 @@ def features() -> tfds.features.FeaturesDict:
 
 
 def to_record(example: Example, root: str | os.PathLike) -> dict[str, Any]:
-    """The record of an example. Its image files are read, and never decoded.
+    """The record of an example. Its image files are read, not decoded.
 
     Args:
-      root: the absolute path of a folder; images inside it are named by their paths from there, others by whole paths.
-    Raises: RowError where the example has videos or an image file cannot be read.
+      root: the absolute path of a folder. Images inside it are named by their paths from there, others by their
+        absolute paths.
+    Raises: RowError where the example has videos, or an image file cannot be read.
     """
     if example.videos:
-        raise RowError(f"{example.name}: has videos, which no TFDS record holds; train from the JSON file for these")
+        raise RowError(f"{example.name}: has videos, which a TFDS record cannot hold; train from the JSON file")
     return {
         "row": example.row,
         "question": example.question,
@@ -58,7 +59,7 @@ def to_record(example: Example, root: str | os.PathLike) -> dict[str, Any]:
 
 
 def to_example(record: Mapping[str, Any], source: str) -> Example:
-    """The example that a record was made from, its images as names and bytes. `source`: what the data set is called."""
+    """The example that a record was made from, its images as names and bytes. `source`: the data set's name."""
     text = {field: record[field].decode() for field in ("question", "answer", "key_steps", "system", "history")}
     return Example(
         source,
@@ -74,6 +75,7 @@ def to_example(record: Mapping[str, Any], source: str) -> Example:
 
 
 def _read(path: str, name: str) -> bytes:
+    """The bytes of an image file. Raises RowError naming the row and the file."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -81,5 +83,6 @@ def _read(path: str, name: str) -> bytes:
 
 
 def _name(path: str, root: Path) -> bytes:
+    """The name of an image file in a record; see `to_record`."""
     inside = Path(path).is_relative_to(root)
     return os.fspath(Path(path).relative_to(root) if inside else path).encode("utf-8", "replace")

@@ -1,4 +1,4 @@
-"""The built-in task (data/shapes) as a TFDS data set: what real data goes through, without a download."""
+"""The built-in task (r1vl_jax/shapes) as a TFDS data set: tests the path of real data without a download."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from r1vl_jax.shapes import make_task
 
 
 class Shapes(QuestionsBuilder):
-    """Pictures of coloured shapes with questions, drawn from a seed. TASK: arguments of `make_task`."""
+    """Pictures of coloured shapes with questions, drawn from a seed.
+
+    Attributes:
+      TASK: arguments of `make_task`.
+    """
 
     name = "shapes"
     DESCRIPTION = """
@@ -27,15 +31,15 @@ class Shapes(QuestionsBuilder):
 
     @classmethod
     def files(cls, source: str | os.PathLike) -> dict[str, Path]:
-        """The files of a folder that r1vl_jax.data.shapes made. Raises RowError where one is missing."""
-        found = {split: Path(source) / f"{split}.json" for split in cls.SECTIONS}
-        missing = [path.name for path in found.values() if not path.is_file()]
+        """The files in a folder made by r1vl_jax.data.shapes. Raises RowError where one is missing."""
+        files = {split: Path(source) / f"{split}.json" for split in cls.SECTIONS}
+        missing = [path.name for path in files.values() if not path.is_file()]
         if missing:
             raise RowError(f"{source}: no {', '.join(missing)}; expected a folder made by r1vl_jax.data.shapes")
-        return found
+        return files
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        """The task is made in TFDS's folder of downloads, and left there like one."""
+        """Makes the task in TFDS's folder of downloads, where it stays."""
         task = Path(dl_manager.download_dir) / "r1vl_jax_shapes"
         make_task(task, **self.TASK)
         return {split: self._generate_examples(path) for split, path in self.files(task).items()}

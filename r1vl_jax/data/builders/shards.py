@@ -1,6 +1,6 @@
-"""The shards of a data set that data/build.py makes: which there are, what they hold, and how one is written.
+"""The shards of a data set: which there are, what each holds, and how one is written.
 
-A shard is written under another name; the rename and then its note in shards/ make it complete.
+A shard is written as WORK/shard.tmp and renamed. It is complete when its note is in WORK/shards/ (work_folder.py).
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core import example_serializer, naming
 from tqdm import tqdm
 
-from r1vl_jax.common.files import atomic_write, read_object
+from r1vl_jax.common.files import atomic_write
 from r1vl_jax.data.builders.record import features, to_record
+from r1vl_jax.data.builders.work_folder import read_note
 from r1vl_jax.data.sources import JsonSource
 from r1vl_jax.errors import RowError
 
@@ -27,7 +28,7 @@ ROWS_PER_SHARD = 1000
 MAX_REPORTED = 20
 LEFT_OUT = "left_out.txt"
 FORMAT = "array_record"
-WRITER_OPTIONS = "group_size:1"  # as TFDS writes it: each record can be read by itself
+WRITER_OPTIONS = "group_size:1"  # as TFDS does: each record can be read alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +52,16 @@ class Content:
     left_out: tuple[int, ...]
 
 
-def plan(data: Path, name: str, sources: Mapping[str, JsonSource], rows: int) -> list[Shard]:
-    """The shards of all splits. Where each begins does not depend on which rows turn out to be bad."""
+def plan_shards(data: Path, name: str, sources: Mapping[str, JsonSource], rows: int) -> list[Shard]:
+    """The shards of all splits, of `rows` examples each. Examples that are left out do not move those after them."""
     shards = []
     for split, source in sources.items():
-        files = naming.ShardedFileTemplate(data_dir=data, dataset_name=name, split=split, filetype_suffix=FORMAT)
+        files = naming.ShardedFileTemplate(
+            data_dir=data,  # pyright: ignore[reportArgumentType] (annotated with the path class of etils; any is taken)
+            dataset_name=name,
+            split=split,
+            filetype_suffix=FORMAT,
+        )
         starts = range(0, len(source), rows)
         for index, start in enumerate(starts):
             path = Path(files.sharded_filepath(shard_index=index, num_shards=len(starts)))
@@ -64,14 +70,20 @@ def plan(data: Path, name: str, sources: Mapping[str, JsonSource], rows: int) ->
 
 
 class Problems:
-    """Rows that are left out: all into a file, the first ones to standard error, too."""
+    """Writes the errors of rows that are left out into a file, and the first ones to standard error, too.
 
-    def __init__(self, file: TextIO):
+    Attributes:
+      count: how many rows have been left out.
+      first: the error of the first one.
+    """
+
+    def __init__(self, file: TextIO) -> None:
         self.count = 0
         self.first: RowError | None = None
         self._file = file
 
     def add(self, error: RowError | None) -> None:
+        """Writes an error; does nothing for None."""
         if error is None:
             return
         self.count += 1
@@ -86,7 +98,11 @@ class Problems:
 def write_shards(
     work: Path, shards: list[Shard], sources: Mapping[str, JsonSource], roots: Mapping[str, str], problems: Problems
 ) -> dict[Shard, Content]:
-    """Writes the shards that are not complete."""
+    """Writes the shards that are not complete yet. Returns what each shard holds.
+
+    Args:
+      roots: for each split, the folder that image names start from; see `to_record`.
+    """
     for source in sources.values():
         for error in source.errors:
             problems.add(error)
@@ -107,28 +123,23 @@ def write_shards(
     return contents
 
 
-def read_note(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where the file is missing or broken, as after a loss of power."""
-    try:
-        return read_object(path)
-    except (OSError, ValueError):
-        return {}
-
-
 def _note(work: Path, shard: Shard) -> Path:
+    """The path of a shard's note."""
     return work / "shards" / f"{shard.split}-{shard.index:05d}.json"
 
 
 def _complete(work: Path, shard: Shard, source: JsonSource, root: str) -> Content | None:
-    """What a shard holds; None if it must be written: it is not there, or what it leaves out could be read now."""
+    """What a complete shard holds. None where it must be written: it is missing, or an example that it leaves out can
+    be read now."""
     note = read_note(_note(work, shard))
     if not note or not shard.path.is_file() or shard.path.stat().st_size != note["file_bytes"]:
         return None
-    content = Content(**note | {"left_out": tuple(note["left_out"])})
+    content = Content(note["rows"], note["record_bytes"], note["file_bytes"], tuple(note["left_out"]))
     return content if all(_problem(source, index, root) for index in content.left_out) else None
 
 
 def _problem(source: JsonSource, index: int, root: str) -> RowError | None:
+    """Why an example cannot be stored; None where it can be."""
     try:
         to_record(source[index], root)
     except RowError as error:
@@ -137,8 +148,10 @@ def _problem(source: JsonSource, index: int, root: str) -> RowError | None:
 
 
 def _write_shard(work: Path, shard: Shard, source: JsonSource, root: str, problems: Problems, bar: tqdm) -> Content:
+    """Writes a shard and then its note."""
     fields = features()
-    serializer = example_serializer.ExampleSerializer(fields.get_serialized_info())
+    # TFDS annotates the structure of any features; that of a FeaturesDict is a dictionary.
+    serializer = example_serializer.ExampleSerializer(cast(dict[str, Any], fields.get_serialized_info()))
     temporary = work / "shard.tmp"
     rows, size, left_out = 0, 0, []
     with _array_record(temporary) as writer:
@@ -156,7 +169,7 @@ def _write_shard(work: Path, shard: Shard, source: JsonSource, root: str, proble
             bar.update()
     content = Content(rows, size, temporary.stat().st_size, tuple(left_out))
     note = _note(work, shard)
-    note.unlink(missing_ok=True)  # it was about an older file
+    note.unlink(missing_ok=True)  # it describes the file that is replaced now
     os.replace(temporary, shard.path)
     with atomic_write(note) as file:
         json.dump(dataclasses.asdict(content), file)
@@ -165,7 +178,7 @@ def _write_shard(work: Path, shard: Shard, source: JsonSource, root: str, proble
 
 @contextlib.contextmanager
 def _array_record(path: Path) -> Iterator[ArrayRecordWriter]:
-    """A writer; what goes wrong in it is an OSError."""
+    """A writer of ArrayRecord. Its RuntimeErrors become OSErrors."""
     try:
         writer = ArrayRecordWriter(os.fspath(path), WRITER_OPTIONS)
         yield writer

@@ -1,0 +1,81 @@
+"""Makes a TFDS data set in ArrayRecord from a JSON file and the image files that it names.
+
+    python -m r1vl_jax.data.build mulberry_sft --source Mulberry-SFT/ --out ~/tensorflow_datasets
+    python -m r1vl_jax.data.build r1vl_10k --source R1-VL-10K/r1vl_10k.json --image-root images/ --out DIR
+    python -m r1vl_jax.data.build shapes --out DIR
+
+Records keep the order of the file and images their bytes, so training from the data set gets the same batches as
+training from the file. A build that is interrupted or killed loses at most one shard, and the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from r1vl_jax.data.builders import BUILDERS
+from r1vl_jax.data.builders.build import build
+from r1vl_jax.data.builders.shards import ROWS_PER_SHARD
+from r1vl_jax.data.builders.work_folder import BuildError
+from r1vl_jax.errors import RowError
+from r1vl_jax.shapes.task import DEFAULTS
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m r1vl_jax.data.build",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", metavar="NAME", choices=BUILDERS, help=", ".join(BUILDERS))
+    parser.add_argument("--source", metavar="PATH", help="JSON array or JSONL, or the folder that holds one")
+    parser.add_argument("--out", metavar="DIR", required=True, help="the folder of TFDS data sets")
+    parser.add_argument(
+        "--image-root", metavar="DIR", help="folder that image paths start from (default: the file's own folder)"
+    )
+    parser.add_argument(
+        "--drop-matching",
+        metavar="TEXT",
+        action="append",
+        help="leave out rows whose answer holds this text; may be given several times; an empty text keeps all rows "
+        f"(default: nothing, but for mulberry_sft {BUILDERS['mulberry_sft'].DROP_MATCHING[0]!r})",
+    )
+    parser.add_argument(
+        "--rows-per-shard", type=int, default=ROWS_PER_SHARD, metavar="N", help=f"rows of a file ({ROWS_PER_SHARD})"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a complete data set, or an unfinished one of other settings"
+    )
+    group = parser.add_argument_group("shapes without --source: the task to make")
+    for name, default in DEFAULTS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"(default: {default})")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. Returns the exit code: 0, 2 with one line on standard error, or 130 on Ctrl-C."""
+    args = _parser().parse_args(argv)
+    task = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
+    try:
+        if args.rows_per_shard < 1:
+            raise BuildError(f"--rows-per-shard is {args.rows_per_shard}; expected at least 1")
+        if task and (args.name != "shapes" or args.source):
+            raise BuildError(f"--{next(iter(task)).replace('_', '-')} is for shapes without --source")
+        line = build(
+            args.name,
+            args.out,
+            source=args.source,
+            image_root=args.image_root,
+            drop_matching=None if args.drop_matching is None else tuple(args.drop_matching),
+            rows_per_shard=args.rows_per_shard,
+            overwrite=args.overwrite,
+            task=task,
+        )
+    except (BuildError, RowError, OSError) as error:
+        print(f"error: {error}".replace("\n", " "), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; complete shards are kept, and the same command goes on with the others", file=sys.stderr)
+        return 130
+    print(line)
+    return 0

@@ -1,0 +1,243 @@
+"""Reads the data sets of a configuration as training would: one record for each example.
+
+Needs no accelerator, and of the model no weights: only the tokenizer, the image processor and config.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from hashlib import blake2b
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from r1vl_jax.checkpoint.store import find_model
+from r1vl_jax.config import Config, DataSection, RLSection, SFTSection
+from r1vl_jax.data.loader import read_rows
+from r1vl_jax.data.sources import Source, open_source
+from r1vl_jax.data_check.numbers import rows_alike
+from r1vl_jax.data_check.parts import parts
+from r1vl_jax.data_check.records import FILTERED, Picture, Record, Survey, reason_of
+from r1vl_jax.errors import ConfigError, RowError
+from r1vl_jax.keysteps import lint
+from r1vl_jax.processing.images import FORMATS, ImageSpec, smart_resize
+from r1vl_jax.processing.processor import Processor
+from r1vl_jax.types import EncodedPrompt, Example
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """Encodes an example as training does and returns its `Record`. It pickles, and is called where rows are read.
+
+    Attributes:
+      max_tokens: the most tokens of a prompt.
+      max_answer_tokens: the most tokens of an answer; None where training encodes the question alone.
+    """
+
+    processor: Processor
+    max_tokens: int
+    max_answer_tokens: int | None
+
+    def __call__(self, example: Example) -> Record:
+        limits = {"max_tokens": self.max_tokens}
+        if self.max_answer_tokens is not None:
+            limits["max_answer_tokens"] = self.max_answer_tokens
+        record = Record(row=example.row, turn=len(example.history))
+        try:
+            prompt, answer = self._encode(example, **limits)
+        except RowError as error:
+            record = record._replace(message=str(error), reason=reason_of(str(error), example.name))
+            try:
+                prompt, answer = self._encode(example)  # without limits: the lengths of a long row are reported too
+            except RowError:
+                return record
+        return record._replace(
+            prompt=len(prompt.tokens_T),
+            answer=answer,
+            image_tokens=prompt.num_image_tokens,
+            pictures=tuple(_pictures(example, prompt, self.processor.image_spec)),
+            question=_hash(_normal(example).encode()),
+        )
+
+    def _encode(self, example: Example, **limits: int) -> tuple[EncodedPrompt, int]:
+        """The prompt and the answer's number of tokens; 0 where training does not encode it and it is not possible."""
+        if self.max_answer_tokens is not None:
+            prompt, answer = self.processor.encode_pair(example, **limits)
+            return prompt, len(answer)
+        prompt, tokens = self.processor.encode_prompt(example, **limits), 0
+        with suppress(RowError):
+            tokens = len(self.processor.encode_answer(example.answer))
+        return prompt, tokens
+
+
+def _pictures(example: Example, prompt: EncodedPrompt, spec: ImageSpec) -> Iterator[Picture]:
+    """The images and videos of an example, in order."""
+    text = "".join([*(question for question, _ in example.history), example.question])
+    files, start = iter(example.image_bytes or example.images), 0
+    for kind, (t, h, w) in zip(re.findall("<(image|video)>", text), prompt.grids, strict=True):
+        patches_PC = prompt.patches_PC[start : start + t * h * w]
+        digest, start = _hash(patches_PC.tobytes(), f"{t} {h} {w}".encode()), start + t * h * w
+        if kind == "video":
+            yield Picture(t, h, w, 0, 0, digest)
+            continue
+        width, height = _file_size(next(files))
+        without_budget = smart_resize(height, width, factor=spec.factor, min_pixels=1, max_pixels=sys.maxsize)
+        resized = (h * spec.patch_size) * (w * spec.patch_size)
+        yield Picture(t, h, w, width * height, int(np.sign(resized - math.prod(without_budget))), digest)
+
+
+def _file_size(file: str | bytes) -> tuple[int, int]:
+    """Width and height of an image file, from its header."""
+    known = [name for name in FORMATS if name in Image.OPEN]
+    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=known) as image:
+        return image.size
+
+
+def _normal(example: Example) -> str:
+    """All questions in lower case, without placeholders, repeated spaces, and Mulberry's "Question:" at the start."""
+    text = " ".join([*(question for question, _ in example.history), example.question])
+    return " ".join(re.sub("<image>|<video>", " ", text).casefold().split()).removeprefix("question: ")
+
+
+def _hash(*parts: bytes) -> int:
+    digest = blake2b(digest_size=8)
+    for part in parts:
+        digest.update(part)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def read(
+    survey: Survey,
+    processor: Processor,
+    data: DataSection,
+    *,
+    stage: SFTSection | RLSection | None = None,
+    workers: int = 0,
+) -> Iterator[Record]:
+    """The records of a data set, one for each example that training reads.
+
+    Args:
+      stage: the section with the pixel budget; None: the data set's own.
+    """
+    part = survey.part
+    processor = processor.for_stage(stage or part.stage, data.video)
+    measure = Measure(processor, data.max_prompt_tokens, part.max_answer_tokens)
+    label = part.key if stage is None else f"{part.key} as the warm-up sees it"
+    workers = 0 if part.limit else workers  # few rows, which training reads in threads
+    with closing(read_rows(survey.source, measure, seed=None, workers=workers)) as rows:
+        for _, row in tqdm(islice(rows, survey.to_read), total=survey.to_read, desc=label, unit="row", file=sys.stderr):
+            if isinstance(row, RowError):  # the source could not read it
+                reason = FILTERED if "left out by drop_matching" in str(row) else "unread"
+                yield Record(reason=reason, message=str(row))
+            else:
+                yield row[1]
+
+
+@dataclasses.dataclass
+class _Blank:
+    """A source of `count` empty examples, which know their indices."""
+
+    count: int
+    name: str = ""
+    fingerprint: str = ""
+    errors: list[RowError] = dataclasses.field(default_factory=list)
+    filtered: int = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Example:
+        return Example("", index, (), "", "")
+
+
+def training_order(count: int, seed: int) -> list[int]:
+    """The order of `count` examples in training's first epoch."""
+    with closing(read_rows(_Blank(count), lambda example: None, seed=seed)) as rows:
+        bar = tqdm(islice(rows, count), total=count, desc="order", unit="row", delay=2, leave=False, file=sys.stderr)
+        return [example.row for _, (example, _) in bar]
+
+
+def lint_key_steps(source: Source) -> list[lint.Finding]:
+    """What r1vl_jax.keysteps lint reports; `row` is the index of an example."""
+
+    def rows() -> Iterator[tuple[int, dict[str, Any]]]:
+        for index in tqdm(range(len(source)), desc="key steps", unit="row", file=sys.stderr):
+            try:
+                example = source[index]
+            except RowError:
+                continue
+            problem = re.sub("<image>|<video>", " ", example.question)
+            yield index, {"problem": problem, "solution": example.answer, "key_steps": example.key_steps}
+
+    return lint.lint_rows(rows())
+
+
+@dataclasses.dataclass
+class Reading:
+    """All that was read.
+
+    Attributes:
+      leaks: for each training set, what held-out rows share with it (see `rows_alike`).
+      complete: False where reading was interrupted.
+    """
+
+    surveys: list[Survey]
+    leaks: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    complete: bool = False
+
+
+def read_all(config: Config, workers: int) -> Reading:
+    """Reads all data sets; Ctrl-C ends it early. Raises the errors that r1vl_jax.train raises for wrong input."""
+    processor = _processor(config)
+    reading = Reading([Survey(part, open_source(part.section)) for part in parts(config, processor.image_spec)])
+    options: dict[str, Any] = {"processor": processor, "data": config.data, "workers": workers}
+    try:
+        for survey in reading.surveys:
+            for record in read(survey, **options):
+                survey.records.append(record)
+        for survey in reading.surveys:
+            if survey.part.key == "data.heldout":
+                reading.leaks = _leaks(survey, reading.surveys, options)
+                survey.order = range(survey.to_read)
+                continue
+            survey.order = training_order(len(survey.source), config.seed)
+            if survey.part.key == "data.rl":
+                survey.findings = lint_key_steps(survey.source)
+        reading.complete = True
+    except KeyboardInterrupt:
+        pass
+    return reading
+
+
+def _processor(config: Config) -> Processor:
+    try:
+        return Processor.from_folder(find_model(config.model.path).files)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _leaks(heldout: Survey, surveys: list[Survey], options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the held-out rows share with each training set, with both encoded as that set's stage does.
+
+    Args:
+      options: arguments of `read`.
+    """
+    leaks = {}
+    for survey in surveys:
+        if survey is heldout:
+            continue
+        stage, records = survey.part.stage, heldout.records
+        if (stage.min_pixels, stage.max_pixels) != (heldout.part.stage.min_pixels, heldout.part.stage.max_pixels):
+            records = read(heldout, stage=stage, **options)
+        pairs = zip(heldout.records, records, strict=True)
+        leaks[survey.part.key] = rows_alike(survey.usable, [other for own, other in pairs if not own.reason])
+    return leaks

@@ -18,7 +18,8 @@ from r1vl_jax.types import Sampling
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m r1vl_jax.generate", description=__doc__.partition("\n")[0].split(": ", 1)[1]
+        prog="python -m r1vl_jax.generate",
+        description="Answers of a Qwen2-VL checkpoint to one question, with their log-probabilities.",
     )
     add = partial(parser.add_argument, help="")
     defaults = Sampling()

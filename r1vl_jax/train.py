@@ -20,7 +20,7 @@ def _parser() -> argparse.ArgumentParser:
     keys = "\n".join(f"  --{key} {default!r}\n        {text}" for key, default, text in configs.describe())
     parser = argparse.ArgumentParser(
         prog="python -m r1vl_jax.train",
-        description=__doc__.splitlines()[0].split(": ", 1)[1],
+        description="The two stages of R1-VL, from questions with images to a trained checkpoint.",
         epilog=f"keys of the configuration, each also an override on the command line (with its default):\n{keys}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

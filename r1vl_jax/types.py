@@ -21,10 +21,9 @@ training/ passes values between them.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.struct
-import jax
 import numpy as np
 
 
@@ -90,6 +89,10 @@ class EncodedPrompt:
         return int((self.image_slot_T >= 0).sum())
 
 
+# jax.Array on devices; np.ndarray on the host; ShapeDtypeStruct where a program is compiled ahead of time.
+Array: TypeAlias = Any
+
+
 @flax.struct.dataclass
 class Prompts:
     """A padded batch of questions. Padding may be on either side; the mask says where, never a token id.
@@ -106,14 +109,14 @@ class Prompts:
       segment_WP: the frame of each patch, -1 for padding.
     """
 
-    tokens_BT: jax.Array
-    mask_BT: jax.Array
-    positions_3BT: jax.Array = flax.struct.field(metadata={"batch_axis": 1})
-    image_slot_BT: jax.Array
-    next_position_B: jax.Array
-    patches_WPC: jax.Array
-    patch_hw_WP2: jax.Array
-    segment_WP: jax.Array
+    tokens_BT: Array
+    mask_BT: Array
+    positions_3BT: Array = flax.struct.field(metadata={"batch_axis": 1})
+    image_slot_BT: Array
+    next_position_B: Array
+    patches_WPC: Array
+    patch_hw_WP2: Array
+    segment_WP: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +142,9 @@ class Sampling:
 class Rollout:
     """Sampled answers: ids, their log-probabilities, and a mask: True up to and including the first stop token."""
 
-    tokens_BGT: jax.Array
-    logprobs_BGT: jax.Array
-    mask_BGT: jax.Array
+    tokens_BGT: Array
+    logprobs_BGT: Array
+    mask_BGT: Array
 
 
 @flax.struct.dataclass
@@ -159,21 +162,21 @@ class TrainBatch:
     """
 
     prompts: Prompts
-    tokens_BGT: jax.Array
-    weight_BGT: jax.Array
-    advantage_BGT: jax.Array | None = None
-    ref_logprobs_BGT: jax.Array | None = None
-    old_logprobs_BGT: jax.Array | None = None
-    start_B: jax.Array | None = None
+    tokens_BGT: Array
+    weight_BGT: Array
+    advantage_BGT: Array | None = None
+    ref_logprobs_BGT: Array | None = None
+    old_logprobs_BGT: Array | None = None
+    start_B: Array | None = None
 
 
 @flax.struct.dataclass
 class TrainState:
     """Step counter, fp32 master parameters, optimizer state."""
 
-    step: jax.Array
-    params: dict
-    opt_state: tuple
+    step: Array
+    params: Any
+    opt_state: Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,7 +102,8 @@ class Bench:
         batches = micro_batches(questions, self.sampled.tokens_BGT, GROUPS, multiple=1)
         self.batches = with_advantages(batches, advantages)
         self.torch = {
-            attention: TorchTraining(*models, self.cfg.vision_ids) for attention, models in self.models.items()
+            attention: TorchTraining(policy, ref, self.cfg.vision_ids)
+            for attention, (policy, ref) in self.models.items()
         }
 
     def ours_rollout(self) -> Any:

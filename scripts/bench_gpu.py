@@ -72,7 +72,7 @@ def run(names: list[str], command: list[str], seconds: float, limit: float, env:
         timer = threading.Timer(limit, process.kill)
         timer.start()
         try:
-            for line in process.stdout:
+            for line in process.stdout or ():
                 if line.startswith('{"name"'):
                     row = json.loads(line)
                     expected.remove(row["name"])

@@ -190,7 +190,7 @@ class Worker:
         values = {key: jnp.full(shape, value) for key, value in (("ref", -9.0), ("advantage", 0.5), ("weight", 1e-5))}
         args = hidden, rows, jnp.asarray(random_tokens(self.size, shape[0])), values
         timing = self._measure(name, lambda: head_gradient(cfg, *args), until)
-        memory = head_gradient.lower(cfg, *args).compile().memory_analysis()
+        memory: Any = head_gradient.lower(cfg, *args).compile().memory_analysis()
         flops = 6.0 * np.prod(shape) * cfg.width * cfg.vocab
         extra = (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 1e9
         return self._row(timing, flops / timing.median / 1e12, flops) | {"extra_gb": extra}

@@ -8,6 +8,7 @@ A step: build them by `step_programs`, a state by `programs.init(masters)`, samp
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -78,13 +79,16 @@ def with_advantages(batches: Sequence[TrainBatch], advantages_BG: np.ndarray) ->
     """The micro-batches with the advantage of each answer on all its tokens."""
     parts = np.split(advantages_BG[..., None], len(batches))
     spread = [np.broadcast_to(a, b.tokens_BGT.shape) for a, b in zip(parts, batches, strict=True)]
-    return [b.replace(advantage_BGT=put_batch(a, single_device())) for a, b in zip(spread, batches, strict=True)]
+    return [
+        dataclasses.replace(b, advantage_BGT=put_batch(a, single_device()))
+        for a, b in zip(spread, batches, strict=True)
+    ]
 
 
 def with_reference(programs: Programs, reference: Any, batches: Sequence[TrainBatch]) -> list[TrainBatch]:
     """The micro-batches with the reference's log-probabilities."""
     score = partial(programs.token_logprobs, reference)
-    return [batch.replace(ref_logprobs_BGT=score(batch.prompts, batch.tokens_BGT)) for batch in batches]
+    return [dataclasses.replace(batch, ref_logprobs_BGT=score(batch.prompts, batch.tokens_BGT)) for batch in batches]
 
 
 def update(programs: Programs, state: TrainState, batches: Sequence[TrainBatch]) -> tuple[TrainState, dict[str, float]]:

@@ -54,10 +54,10 @@ def distance(result: Any, expected: Any) -> float:
     """||result - expected|| / ||expected|| of the array of the trees where it is largest."""
 
     def one(a: jax.Array, b: jax.Array) -> float:
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        if not np.isfinite(a).all():
+        x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        if not np.isfinite(x).all():
             return NOT_FINITE
-        return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
+        return float(np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-30))
 
     return max(jax.tree.leaves(jax.tree.map(one, result, expected)))
 
@@ -79,7 +79,7 @@ def compare(
 
         def total(function: Callable[..., Any], *arrays: jax.Array) -> jax.Array:
             parts = jax.tree.map(lambda a, w: jnp.vdot(a.astype(jnp.float32), w), function(*arrays), weights)
-            return sum(jax.tree.leaves(parts))
+            return jnp.sum(jnp.stack(jax.tree.leaves(parts)))
 
         with jax.default_matmul_precision("highest"):
             expected = jax.jit(jax.grad(partial(total, exact), argnums=gradients))(*in_fp32(arrays))
@@ -221,7 +221,9 @@ def loss_head(setup: Setup) -> dict[str, Any]:
         return jnp.sum(logprobs * values), {}
 
     def call(hidden_BGTD: jax.Array, head_VD: jax.Array) -> jax.Array:
-        return head_loss(token_loss, hidden_BGTD, head_VD, tokens_BGT, values_BGT, temperature, forbidden, chunk)[0]
+        options = (temperature, forbidden, chunk)
+        loss, _ = head_loss(token_loss, hidden_BGTD, head_VD, tokens_BGT, values_BGT, *options)
+        return loss
 
     def exact(hidden_BGTD: jax.Array, head_VD: jax.Array) -> jax.Array:
         scored = token_logprobs(hidden_BGTD, head_VD, tokens_BGT, temperature=temperature, forbidden=forbidden)

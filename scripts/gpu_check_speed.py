@@ -36,7 +36,7 @@ def bench(args: argparse.Namespace) -> None:
         command += ["--micro", str(micro_batch(args)), "--remat", "matmuls"]
         env = dict(os.environ)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
-        for line in process.stdout:
+        for line in process.stdout or ():
             if line.startswith('{"name"'):
                 print_row(**json.loads(line))
             else:

@@ -97,7 +97,8 @@ def compare_with_cpu(result: Arrays, expected: Arrays, limits: Limits) -> dict[s
 
 def step_stage(args: argparse.Namespace) -> None:
     if args.save:
-        np.savez(args.save, **step(args.size, CPU_WAY))
+        save: Any = np.savez
+        save(args.save, **step(args.size, CPU_WAY))
     elif args.cpu:
         check_way(args, "fp32, highest", CPU_WAY, WAYS["fp32, highest"][1])
     else:
@@ -110,7 +111,7 @@ def check_way(args: argparse.Namespace, name: str, way: Way, limits: Limits) -> 
 
     def check() -> dict[str, Any]:
         runs.extend(step(args.size, way) for _ in range(2))
-        return compare_runs(*runs, limits)
+        return compare_runs(runs[0], runs[1], limits)
 
     run_check(f"step: {name}", check)
     if args.cpu and len(runs) == 2:

@@ -73,7 +73,8 @@ def prompts_of(size: Size, questions: int, mesh: Mesh) -> Prompts:
     """Abstract prompts of some questions."""
     buckets = Buckets(128, shards=batch_shards(mesh))
     batch = collate_prompts(random_questions(size, questions), buckets)
-    return placed(batch, mesh).replace(positions_3BT=placed(batch.positions_3BT, mesh, None))
+    positions_3BT = placed(batch.positions_3BT, mesh, None)
+    return dataclasses.replace(placed(batch, mesh), positions_3BT=positions_3BT)
 
 
 def array(mesh: Mesh, *shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -134,10 +135,14 @@ def lower(call: Call, mesh: Mesh, platform: str) -> jax.stages.Lowered:
         return call.program.trace(*call.args, **call.options).lower(lowering_platforms=(platform,))
 
 
+def compiled_memory(call: Call, mesh: Mesh) -> Any:
+    return lower(call, mesh, "cuda").compile().memory_analysis()
+
+
 def memory_row(call: Call, mesh: Mesh) -> dict[str, Any]:
     """Compiles a program for the target. Returns its memory, in GiB of one device."""
     started = time.perf_counter()
-    memory = lower(call, mesh, "cuda").compile().memory_analysis()
+    memory = compiled_memory(call, mesh)
     own = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     own += memory.temp_size_in_bytes
     beside = sum(map(device_bytes, call.beside))

@@ -16,7 +16,7 @@ from r1vl_jax.checkpoint.store import ModelFolder, find_model, load_model
 from r1vl_jax.model.backend import choose
 from r1vl_jax.model.config import ModelConfig, load_config
 from r1vl_jax.model.spec import num_params, param_spec
-from r1vl_jax.parallel.sharding import RULES, make_mesh, param_shardings
+from r1vl_jax.parallel.sharding import RULES, Rules, make_mesh, param_shardings
 from r1vl_jax.processing.processor import Processor
 
 
@@ -61,7 +61,7 @@ def open_model(
     folder: str | Path,
     *,
     mesh: Mesh | None = None,
-    rules: dict[str, Any] = RULES,
+    rules: Rules = RULES,
     dtype: str = "bfloat16",
     attention: str = "auto",
     kernels: str = "auto",

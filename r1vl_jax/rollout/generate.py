@@ -24,7 +24,7 @@ from r1vl_jax.model.config import ModelConfig
 from r1vl_jax.model.head import logits
 from r1vl_jax.parallel.sharding import ambient_shards, constrain
 from r1vl_jax.rollout.sampling import answer_uniforms, check_sampling, sample
-from r1vl_jax.types import Prompts, Rollout, Sampling
+from r1vl_jax.types import Array, Prompts, Rollout, Sampling
 
 SEGMENT = 256  # tokens that one loop decodes before the host looks at the state; also the shortest cache
 
@@ -41,10 +41,10 @@ class Questions(NamedTuple):
     """
 
     prefix: tuple[text.KV, ...]
-    length_B: jax.Array
-    start_B: jax.Array
-    uniforms_BGT: jax.Array
-    limit_BG: jax.Array
+    length_B: Array
+    start_B: Array
+    uniforms_BGT: Array
+    limit_BG: Array
 
 
 class Answers(NamedTuple):

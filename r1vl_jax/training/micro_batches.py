@@ -45,8 +45,13 @@ class Groups:
 
     @staticmethod
     def concatenate(parts: Sequence[Groups]) -> Groups:
-        fields = [[getattr(part, field.name) for part in parts] for field in dataclasses.fields(Groups)]
-        return Groups(*(sum(f, []) if isinstance(f[0], list) else np.concatenate(f) for f in fields))
+        """The groups of several rollouts of one step."""
+
+        def joined(name: str) -> Any:
+            values = [getattr(part, name) for part in parts]
+            return sum(values, []) if isinstance(values[0], list) else np.concatenate(values)
+
+        return Groups(**{field.name: joined(field.name) for field in dataclasses.fields(Groups)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +81,8 @@ class Batching:
         longest_B = mask_BGT.any(axis=1).sum(axis=1)
         length_B = np.array([min(mask_BGT.shape[2], bucket(max(1, n), self.unit)) for n in longest_B.tolist()])
         counts_B = np.ones(len(questions), bool) if counts_B is None else counts_B
-        order = np.lexsort(([size_of(prompt).tokens for _, prompt in questions], length_B, ~counts_B))
+        prompt_B = np.array([size_of(prompt).tokens for _, prompt in questions])
+        order = np.lexsort((prompt_B, length_B, ~counts_B))
         parts = [order[i : i + self.questions] for i in range(0, max(1, counts_B.sum()), self.questions)]
         return [(part, int(length_B[part[counts_B[part]]].max(initial=self.unit))) for part in parts]
 

@@ -99,7 +99,7 @@ def update(state: TrainState, grads: Any, *, optimizer: optax.GradientTransforma
     """One step of the optimizer: (state, gradient norm)."""
     trained = {part: state.params[part] for part in grads}
     updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-    params = {**state.params, **optax.apply_updates(trained, updates)}
+    params = state.params | optax.apply_updates(trained, updates)
     return TrainState(state.step + 1, params, opt_state), optax.global_norm(grads)
 
 

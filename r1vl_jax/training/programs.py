@@ -165,7 +165,7 @@ def gradient_step(
 
 def enable_compilation_cache(folder: str) -> None:
     """Keeps compiled programs from run to run. `folder`: auto, off or a path. JAX's own settings take precedence."""
-    if folder == "off" or jax.config.jax_compilation_cache_dir:
+    if folder == "off" or jax.config.values["jax_compilation_cache_dir"]:
         return
     path = Path(folder).expanduser()
     if folder == "auto":
@@ -186,6 +186,6 @@ class Compilations:
     def __exit__(self, *exc_info: object) -> None:
         jax.monitoring.unregister_event_duration_listener(self._on_event)
 
-    def _on_event(self, event: str, seconds: float, **about: Any) -> None:
+    def _on_event(self, event: str, duration_secs: float, **about: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration" and about.get("fun_name") in COUNTED:
             self.count += 1

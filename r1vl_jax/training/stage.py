@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -64,7 +65,7 @@ class Stage:
 
     def skip_step(self) -> dict[str, float]:
         """Counts a step that has nothing to learn from; parameters and moments stay. Returns no metrics."""
-        self.state = self.state.replace(step=self.state.step + self.updates)
+        self.state = dataclasses.replace(self.state, step=self.state.step + self.updates)
         return {}
 
     def finish_step(

@@ -44,7 +44,12 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """What a complete shard holds. `left_out`: examples of the source that could not be stored."""
+    """What a complete shard holds.
+
+    Attributes:
+      record_bytes, file_bytes: bytes of its records, and of its file.
+      left_out: indices of the source's examples that could not be stored.
+    """
 
     rows: int
     record_bytes: int
@@ -129,8 +134,10 @@ def _note(work: Path, shard: Shard) -> Path:
 
 
 def _complete(work: Path, shard: Shard, source: JsonSource, root: str) -> Content | None:
-    """What a complete shard holds. None where it must be written: it is missing, or an example that it leaves out can
-    be read now."""
+    """What a complete shard holds. None where it must be written.
+
+    That is so where it is missing or broken, or where an example that it leaves out can be read now.
+    """
     note = read_note(_note(work, shard))
     if not note or not shard.path.is_file() or shard.path.stat().st_size != note["file_bytes"]:
         return None

@@ -98,6 +98,12 @@ def run(pool, completions, solution="3", key_steps=None, **options):
     return pool.score(completions, [solution] * count, [key_steps] * count, **options)
 
 
+def make_ready(pool):
+    """Until all workers have started, one alone might get the first answers."""
+    while not all(worker.ready for worker in pool._workers):
+        run(pool, [HEAD + "3"])
+
+
 def alive(pid):
     """Whether a process runs; one that waits for its parent to notice its end does not."""
     try:
@@ -115,8 +121,7 @@ def test_scores_equal_those_in_process(pool):
 
 def test_order_is_kept_whatever_the_time_each_takes(pool, tmp_path):
     """The first answer waits for the result of the second, the fourth for that of the third."""
-    while not all(worker.ready for worker in pool._workers):  # else one alone might get the first answers
-        run(pool, [HEAD + "3"])
+    make_ready(pool)
     completions = [f"wait {tmp_path}/1", HEAD + "1", HEAD + "2", f"wait {tmp_path}/2", HEAD + "4"]
     arrived = []
 
@@ -198,6 +203,7 @@ def test_after_an_interruption_nothing_is_left_over_for_the_next_call(pool, tmp_
     def interrupt(score):
         raise KeyboardInterrupt
 
+    make_ready(pool)
     with pytest.raises(KeyboardInterrupt):
         run(pool, [HEAD + "1", f"wait {tmp_path}/next", HEAD + "2"], on_result=interrupt)
     (tmp_path / "next").touch()

@@ -517,11 +517,11 @@ def test_command_line(folder, tmp_path):
         "assert 'torch' not in sys.modules; sys.exit(code)"
     )
     command = [sys.executable, "-c", code, "from-hf", str(folder), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1 and "float32" in done.stdout
     command = [sys.executable, "-m", "r1vl_jax.convert", "to-hf", str(tmp_path / "none"), str(tmp_path / "out2")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith(f"convert: {tmp_path / 'none'}: no such folder")
     assert "Traceback" not in done.stderr

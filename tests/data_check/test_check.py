@@ -334,7 +334,7 @@ def test_the_command_with_workers(checked, folder, tmp_path):
     command = [sys.executable, "-m", "r1vl_jax.data.check", "--config", str(tmp_path / "run.yaml"), "--workers", "2"]
     done = subprocess.run(
         [*command, "--stages", "[sft]"],
-        env=os.environ | {"JAX_PLATFORMS": "nowhere"}, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"JAX_PLATFORMS": "nowhere"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     numbers = json.loads((tmp_path / "run-check" / "check.json").read_text())

@@ -1,10 +1,10 @@
-"""Hostile answers and key steps: every preset scores them, or gives them up within the time limit, and goes on."""
+"""Hostile answers and key steps: every preset scores them, or gives them up at the time limit, and goes on."""
 
 import dataclasses
 import math
-import time
 
 import pytest
+from helpers.waiting import assert_linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +14,6 @@ from r1vl_jax.rewards.key_steps import key_step_groups, key_step_hits
 from r1vl_jax.rewards.steps import section_faults, step_starts
 
 LIMIT_S = 1.0
-RESTART_S = 5.0  # the start of a worker, on a busy machine
 MEGABYTE = 10**6
 SECTIONS = "### Image Description: A triangle.\n### Rationales: Areas.\n### Let's think step by step.\n"
 HEAD = SECTIONS + "### Step 1: We halve it, so 12/2 = 6 holds.\n### The final answer is: "
@@ -84,6 +83,7 @@ def check(score, alpha=0.1):
         assert math.isfinite(value) and 0 <= value <= 2 + alpha + 1e-9
     assert score.reward == score.accuracy + score.validity
     assert 0 <= score.k <= 1 and len(score.step_rewards) == max(1, len(score.step_starts))
+    assert score.status != "timeout" or score.note == f"took longer than {LIMIT_S:g} s"
     if score.status != "ok":
         assert dataclasses.replace(score, status="ok", note="") == type(score)() and score.note
 
@@ -91,15 +91,11 @@ def check(score, alpha=0.1):
 @pytest.mark.parametrize("rules", PRESETS)
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(rows=st.lists(st.tuples(hostile_texts, hostile_key_steps, st.booleans()), min_size=1, max_size=4))
-def test_hostile_rows_get_a_score_in_time_and_the_pool_goes_on(pool, rules, rows):
+def test_hostile_rows_get_a_score_and_the_pool_goes_on(pool, rules, rows):
     completions = [text for text, _, _ in rows] + [HONEST]
     solutions = [text if same else "### The final answer is: 3" for text, _, same in rows] + ["3"]
     key_steps = [steps for _, steps, _ in rows] + [KEY_STEPS]
-    start = time.monotonic()
     scores = pool.score(completions, solutions, key_steps, rules=rules)
-    took = time.monotonic() - start
-    failed = sum(score.status != "ok" for score in scores)
-    assert took < LIMIT_S * len(scores) + RESTART_S * (1 + failed)
     for score in scores:
         check(score)
     assert scores[-1].status == "ok" and scores[-1].correct and scores[-1].reward == pytest.approx(2.05)
@@ -185,19 +181,21 @@ LONG = {
 @pytest.mark.parametrize("kind", LONG)
 @pytest.mark.parametrize("size", [MEGABYTE // 8, pytest.param(MEGABYTE, marks=pytest.mark.slow)])
 def test_string_rules_take_linear_time(rules, kind, size):
-    """Microseconds a character of processor time, however many there are."""
-    rules, text = PRESETS[rules], LONG[kind](size)
-    more = [["6", "1"], ["a a", "a b"], ["1 1"], ["{"], ["\x00"], ["^"], ["(" * 10], [text[:30], text[-30:]]]
-    groups, _ = key_step_groups([*KEY_STEPS["Steps"], *more])
-    for completion in (text, f"{SECTIONS}### Step 1: {text}\n### The final answer is: 3", HEAD + text):
-        start = time.process_time()
-        hits = key_step_hits(completion, groups, rules)
-        section_faults(completion, rules)
-        step_starts(completion)
-        expected_answer(completion, rules)
-        choice_letter(final_answer(completion, rules) or "")
-        assert time.process_time() - start < 0.05 + 8e-6 * len(completion)
-        assert all(0 <= hit.start <= hit.end <= len(completion) for hit in hits)
+    """Of processor time; the text alone, as a step and as the final answer."""
+    rules = PRESETS[rules]
+
+    def work(text):
+        more = [["6", "1"], ["a a", "a b"], ["1 1"], ["{"], ["\x00"], ["^"], ["(" * 10], [text[:30], text[-30:]]]
+        groups, _ = key_step_groups([*KEY_STEPS["Steps"], *more])
+        for completion in (text, f"{SECTIONS}### Step 1: {text}\n### The final answer is: 3", HEAD + text):
+            hits = key_step_hits(completion, groups, rules)
+            section_faults(completion, rules)
+            step_starts(completion)
+            expected_answer(completion, rules)
+            choice_letter(final_answer(completion, rules) or "")
+            assert all(0 <= hit.start <= hit.end <= len(completion) for hit in hits)
+
+    assert_linear(work, LONG[kind], size)
 
 
 @pytest.mark.parametrize("rules", ["paper", "robust"])

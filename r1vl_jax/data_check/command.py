@@ -64,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = configs.load(arguments.config, overrides)
         folder = _folder(config, arguments.out)
         folder.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_platforms", "cpu")  # nothing here needs an accelerator
         if config.shapes.dir:
-            jax.config.update("jax_platforms", "cpu")  # the tiny model's weights are drawn; that needs no accelerator
             from r1vl_jax.shapes.folder import make_shapes
 
             make_shapes(config.shapes)

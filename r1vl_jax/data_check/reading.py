@@ -20,7 +20,6 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from r1vl_jax.checkpoint.store import find_model
 from r1vl_jax.config import Config, DataSection, RLSection, SFTSection
 from r1vl_jax.data.loader import read_rows
 from r1vl_jax.data.sources import Source, open_source
@@ -28,6 +27,7 @@ from r1vl_jax.data_check.numbers import rows_alike
 from r1vl_jax.data_check.parts import parts
 from r1vl_jax.data_check.records import FILTERED, Picture, Record, Survey, reason_of
 from r1vl_jax.errors import ConfigError, RowError
+from r1vl_jax.inference.open_model import open_model
 from r1vl_jax.keysteps import lint
 from r1vl_jax.processing.images import FORMATS, ImageSpec, smart_resize
 from r1vl_jax.processing.processor import Processor
@@ -220,7 +220,8 @@ def read_all(config: Config, workers: int) -> Reading:
 
 def _processor(config: Config) -> Processor:
     try:
-        return Processor.from_folder(find_model(config.model.path).files)
+        # No weights are read and nothing is computed: the plain backend, which every machine has.
+        return open_model(config.model.path, attention="xla", kernels="reference").processor
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

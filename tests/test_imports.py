@@ -92,7 +92,7 @@ def test_the_reader_sees_imports():
     assert "r1vl_jax.shapes.draw" in imports("r1vl_jax.shapes.questions")
     assert "r1vl_jax.data.tfds_source" in imports("r1vl_jax.data.sources")  # inside a function
     assert "r1vl_jax.config" in imports("r1vl_jax.training.run_folder")  # as `from r1vl_jax import config as ...`
-    assert {"jax", "numpy"} <= libraries(MODULES["r1vl_jax.training.judging"]) | libraries(MODULES["r1vl_jax.types"])
+    assert {"jax", "optax"} <= libraries(MODULES["r1vl_jax.training.programs"])
     assert set(STAGES) < set(ROOMS)
     assert all(f"r1vl_jax.{name}" in MODULES for name in SHARED | ENTRIES)
     assert is_command("r1vl_jax.train") and is_command("r1vl_jax.data.check") and not is_command("r1vl_jax.config")

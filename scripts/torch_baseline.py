@@ -1,7 +1,7 @@
 """The peer of both benchmarks: transformers' Qwen2-VL with generate, and a training step that loops over answers.
 
 `python scripts/torch_baseline.py --size 2b` does what the released trainer does, on the GPU where there is one: one
-question, four answers by generate; then a StepGRPO step on them, each behind a prompt of its own, full logits, gradient
+question, four answers by generate; then a StepGRPO step on them, each after a prompt of its own, full logits, gradient
 checkpointing, AdamW. It is kinder than the released one: one process, weights and moments in bf16, a fused AdamW.
 Prints one JSON row a measurement: tokens a second, and seconds for each answer trained.
 """
@@ -39,7 +39,7 @@ def hf_inputs(questions: Sequence[EncodedPrompt], image_token_id: int, device: s
 
 
 def with_answers(inputs: dict[str, Any], tokens: torch.Tensor) -> dict[str, Any]:
-    """Each row of `inputs` with an answer (rows, length) behind it."""
+    """Each row of `inputs` followed by an answer (rows, length)."""
     more = {
         "input_ids": tokens,
         "attention_mask": torch.ones_like(tokens),
@@ -49,7 +49,7 @@ def with_answers(inputs: dict[str, Any], tokens: torch.Tensor) -> dict[str, Any]
 
 
 def generate(model, inputs: dict[str, Any], new: int, answers: int = 1) -> torch.Tensor:
-    """Samples exactly `new` tokens behind each row, `answers` times; returns them (rows * answers, new)."""
+    """Samples exactly `new` tokens after each row, `answers` times: (rows * answers, new)."""
     config = GenerationConfig(
         do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0, max_new_tokens=new, num_return_sequences=answers,
         pad_token_id=0, eos_token_id=None,
@@ -63,7 +63,7 @@ def generate(model, inputs: dict[str, Any], new: int, answers: int = 1) -> torch
 
 
 def logprobs(model, inputs, tokens: torch.Tensor, forbidden: Sequence[int] = (), *, full: bool = False) -> torch.Tensor:
-    """Log-probabilities (rows, length) of answers behind prompts; `full`: of logits at every position, as released."""
+    """Log-probabilities (rows, length) of answers after prompts; `full`: of logits at every position, as released."""
     length = tokens.shape[1]
     keep = 0 if full else length + 1
     logits = model(**with_answers(inputs, tokens), use_cache=False, logits_to_keep=keep).logits

@@ -265,3 +265,11 @@ def test_data_settings_are_checked(tmp_path, key, value):
     file.write_text("stages: [sft]\nmodel: {path: m}\ndata: {sft: {path: a.json}}\n")
     with pytest.raises(ConfigError, match=f"^{key} is "):
         load(file, [f"--{key}", value])
+
+
+@pytest.mark.parametrize("text, expected", [("off", "off"), ("no", "off"), ("'off'", "off"), ("auto", "auto")])
+def test_off_is_a_text(tmp_path, text, expected):
+    """YAML 1.1 reads `off` as false."""
+    file = tmp_path / "config.yaml"
+    file.write_text(f"stages: [sft]\nmodel: {{path: m}}\ndata: {{sft: {{path: a.json}}}}\ncompilation_cache: {text}\n")
+    assert load(file).compilation_cache == load(file, ["--compilation_cache", text]).compilation_cache == expected

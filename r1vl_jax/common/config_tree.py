@@ -139,6 +139,8 @@ def _convert(hint: Any, value: Any, key: str, root: type) -> Any:
             raise ConfigError(f"{key} is {value!r}, expected a list")
         item = typing.get_args(hint)[0]
         return tuple(_convert(item, one, f"{key}[{i}]", root) for i, one in enumerate(value))
+    if hint is str and isinstance(value, bool):  # YAML 1.1 reads off and no as False, on and yes as True
+        return "on" if value else "off"
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-5, without a point, as a string
         try:
             return float(value)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -155,7 +155,7 @@ def pad_prompts(prompts: Sequence[EncodedPrompt], shape: Shape, buckets: Buckets
         image_slot_BT[b, :n][is_image_T] = np.concatenate(slots)[prompt.image_slot_T[is_image_T]]
     next_position_B = np.array([prompt.next_position for prompt in prompts], np.int32)
     # The fields are annotated as jax arrays, which these arrays become when the batch is put on the device.
-    return cast(Any, Prompts)(
+    return Prompts(
         tokens_BT, mask_BT, positions_3BT, image_slot_BT, next_position_B, patches_WPC, patch_hw_WP2, segment_WP
     )
 

@@ -149,8 +149,8 @@ class SFTSection:
 
 @dataclasses.dataclass(frozen=True)
 class RLSection:
-    steps: int = field(13_125, "number of updates")
-    questions_per_step: int = field(16, "questions per update")
+    steps: int = field(13_125, "number of steps")
+    questions_per_step: int = field(16, "questions per step")
     group_size: int = field(4, "answers sampled per question (M)")
     micro_batch_size: int = field(4, "questions per micro-batch, over all devices")
     temperature: float = field(1.2, "temperature of sampling and of the trained log-probabilities")
@@ -167,7 +167,7 @@ class RLSection:
     alpha: float = field(0.1, "weight of the key-step share in the accuracy reward")
     gate: str = field(
         "none",
-        "step rewards count: none (always), mixed (groups of right and wrong), correct (right)",
+        "step rewards count: none (always), mixed (groups with right and wrong), correct (right answers)",
     )
     advantage: str = field("trajectory", "trajectory (the paper: one an answer) or step (one a step)")
     scale: str = field("std", "advantages are divided by std (the group's), none, floor (std, or std_floor if larger)")
@@ -178,7 +178,7 @@ class RLSection:
     updates_per_rollout: int = field(1, "updates from the same answers; with several, ratios are clipped")
     clip_low: float = field(0.2, "with updates_per_rollout: ratios are clipped below 1 - clip_low")
     clip_high: float = field(0.2, "with updates_per_rollout: ratios are clipped above 1 + clip_high (DAPO: 0.28)")
-    average: str = field("sequence", "of the loss: sequence (the paper), token (DAPO), constant (Dr. GRPO)")
+    average: str = field("sequence", "of the loss: sequence (paper), token (DAPO), constant (Dr. GRPO: max_new_tokens)")
     min_pixels: int = field(3136, "smaller images are enlarged to this")
     max_pixels: int = field(400_000, "larger images are shrunk to this")
     optimizer: OptimizerSection = field(OptimizerSection, "")
@@ -286,11 +286,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises ConfigError naming key, value and expectation.
     """
     tree = config_tree.read(Path(path))
-    for key, value in config_tree.pairs(list(overrides)):
+    for key, value in config_tree.pairs(overrides):
         config_tree.put(tree, key, value)
         other = _OTHER_SOURCE.get(key)
         if value and other and config_tree.get(tree, other):  # a data set on the command line replaces the file's
             config_tree.put(tree, other, "")
+    if tree.get("compilation_cache") is False:  # YAML 1.1 reads `off` as false
+        tree["compilation_cache"] = "off"
     _default_to_shapes(tree)
     return config_tree.build(Config, tree)
 

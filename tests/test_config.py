@@ -50,6 +50,8 @@ def test_defaults_are_the_papers(read):
         ("sft.optimizer.learning_rat", "sft.optimizer.learning_rate"),
         ("outputdir", "output_dir"),
         ("modl.path", "model"),
+        ("rl.learning_rate", "rl.optimizer.learning_rate"),
+        ("model.compilation_cache", "compilation_cache"),
         ("learning_rate", "optimizer.learning_rate"),  # a key of another section
     ],
 )

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,9 @@ def put(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[last] = value
 
 
-def pairs(arguments: list[str]) -> list[tuple[str, Any]]:
+def pairs(arguments: Sequence[str]) -> list[tuple[str, Any]]:
     """(dotted key, value) of command-line overrides: ["--rl.beta", "0.02"] or ["--rl.beta=0.02"]."""
-    pairs, rest = [], list(arguments)
+    values, rest = [], list(arguments)
     while rest:
         head = rest.pop(0)
         if not head.startswith("--"):
@@ -95,10 +96,10 @@ def pairs(arguments: list[str]) -> list[tuple[str, Any]]:
                 raise ConfigError(f"--{key}: a value is missing")
             value = rest.pop(0)
         try:
-            pairs.append((key, yaml.safe_load(value)))
+            values.append((key, yaml.safe_load(value)))
         except yaml.YAMLError as error:
             raise ConfigError(f"--{key} is {value!r}, expected a value as YAML writes it") from error
-    return pairs
+    return values
 
 
 def build(cls: type, tree: Any) -> Any:
@@ -112,8 +113,9 @@ def _build(cls: type, tree: Any, prefix: str, root: type) -> Any:
     hints = typing.get_type_hints(cls)
     for key in tree:
         if key not in hints:
-            near = nearest(key, hints) or _in_another_section(str(key), root)
-            hint = f"; did you mean {prefix}{near}?" if near else f"; known: {', '.join(hints)}"
+            here = nearest(key, hints)
+            near = prefix + here if here else _in_another_section(str(key), root, prefix)
+            hint = f"; did you mean {near}?" if near else f"; known: {', '.join(hints)}"
             raise ConfigError(f"{prefix}{key} is not a known key{hint}")
     values = {key: _convert(hints[key], value, prefix + key, root) for key, value in tree.items()}
     try:
@@ -123,8 +125,10 @@ def _build(cls: type, tree: Any, prefix: str, root: type) -> Any:
         raise ConfigError(f"{above}.{error}" if above else str(error)) from None
 
 
-def _in_another_section(key: str, root: type) -> str | None:
-    return next((name for name, *_ in describe(root) if name.rsplit(".", 1)[-1] == key), None)
+def _in_another_section(key: str, root: type, prefix: str) -> str | None:
+    """The full name of a key that another section has, one inside this section first."""
+    names = [name for name, *_ in describe(root) if name.rsplit(".", 1)[-1] == key]
+    return next(iter(sorted(names, key=lambda name: not name.startswith(prefix))), None)
 
 
 def _convert(hint: Any, value: Any, key: str, root: type) -> Any:
@@ -139,8 +143,6 @@ def _convert(hint: Any, value: Any, key: str, root: type) -> Any:
             raise ConfigError(f"{key} is {value!r}, expected a list")
         item = typing.get_args(hint)[0]
         return tuple(_convert(item, one, f"{key}[{i}]", root) for i, one in enumerate(value))
-    if hint is str and isinstance(value, bool):  # YAML 1.1 reads off and no as False, on and yes as True
-        return "on" if value else "off"
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-5, without a point, as a string
         try:
             return float(value)

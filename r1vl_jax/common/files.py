@@ -115,7 +115,8 @@ def replace_folder(new: Path, target: Path) -> None:
 
 def write_json(path: Path | str, value: object, indent: int = 2) -> None:
     """Writes a value as indented JSON in UTF-8, with a line end at the end."""
-    Path(path).write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
 class ParsedRow(NamedTuple):

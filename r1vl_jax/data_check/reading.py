@@ -26,7 +26,7 @@ from r1vl_jax.data.sources import Source, open_source
 from r1vl_jax.data_check.numbers import rows_alike
 from r1vl_jax.data_check.parts import parts
 from r1vl_jax.data_check.records import FILTERED, Picture, Record, Survey, reason_of
-from r1vl_jax.errors import ConfigError, RowError
+from r1vl_jax.errors import RowError
 from r1vl_jax.inference.open_model import open_model
 from r1vl_jax.keysteps import lint
 from r1vl_jax.processing.images import FORMATS, ImageSpec, smart_resize
@@ -197,7 +197,8 @@ class Reading:
 
 def read_all(config: Config, workers: int) -> Reading:
     """Reads all data sets; Ctrl-C ends it early. Raises the errors that r1vl_jax.train raises for wrong input."""
-    processor = _processor(config)
+    # No weights are read and nothing is computed: the plain backend, which every machine has.
+    processor = open_model(config.model.path, attention="xla", kernels="reference").processor
     reading = Reading([Survey(part, open_source(part.section)) for part in parts(config, processor.image_spec)])
     options: dict[str, Any] = {"processor": processor, "data": config.data, "workers": workers}
     try:
@@ -216,14 +217,6 @@ def read_all(config: Config, workers: int) -> Reading:
     except KeyboardInterrupt:
         pass
     return reading
-
-
-def _processor(config: Config) -> Processor:
-    try:
-        # No weights are read and nothing is computed: the plain backend, which every machine has.
-        return open_model(config.model.path, attention="xla", kernels="reference").processor
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _leaks(heldout: Survey, surveys: list[Survey], options: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from r1vl_jax.checkpoint.store import ModelFolder, find_model, load_model
+from r1vl_jax.errors import CheckpointError, ConfigError
 from r1vl_jax.model.backend import choose
 from r1vl_jax.model.config import ModelConfig, load_config
 from r1vl_jax.model.spec import num_params, param_spec
@@ -27,14 +28,12 @@ class OpenModel:
     Attributes:
       folder: where weights and files are; `folder.note` is what people should know about the choice.
       config: sizes, pixel statistics and backend; a static argument of every program.
-      spec: the tree of ParamSpec.
-      mesh, shardings: the devices, and the layout of the parameters on them: a tree of NamedSharding like `spec`.
+      mesh, shardings: the devices, and how the parameters are split over them, a tree of NamedSharding.
       processor: turns questions into prompts and tokens into text.
     """
 
     folder: ModelFolder
     config: ModelConfig
-    spec: Any
     mesh: Mesh
     shardings: Any
     processor: Processor
@@ -73,13 +72,20 @@ def open_model(
       rules: from logical axes to mesh axes, see parallel.sharding.
       dtype, attention, kernels: of the computation, as in section `model` of the configuration.
     Raises:
-      CheckpointError or ValueError naming the file, or what this machine cannot run.
+      CheckpointError: the folder or one of its files cannot be used.
+      ConfigError: this machine cannot run the named backend, or the mesh does not divide the model.
     """
-    found = find_model(folder)
-    processor = Processor.from_folder(found.files)
+    model_folder = find_model(folder)
+    try:
+        processor = Processor.from_folder(model_folder.files)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     pixels = processor.image_spec
-    config = load_config(found.files).with_pixels(pixels.mean, pixels.std)
-    config = config.with_backend(*choose(attention, kernels, dtype=dtype))
-    spec = param_spec(config)
-    mesh = mesh or make_mesh(devices=jax.devices()[:1])
-    return OpenModel(found, config, spec, mesh, param_shardings(spec, mesh, rules), processor)
+    config = load_config(model_folder.files).with_pixels(pixels.mean, pixels.std)
+    mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
+    try:
+        config = config.with_backend(*choose(attention, kernels, dtype=dtype))
+        shardings = param_shardings(param_spec(config), mesh, rules)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return OpenModel(model_folder, config, mesh, shardings, processor)

@@ -2,7 +2,7 @@
 
     check inputs -> open the model -> run folder -> stages (sft, step_grpo) -> export
 
-Everything that can be wrong is found before the run folder is made, or an old one removed.
+What can be checked without reading weights or rows is checked before the run folder is made or an old one removed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import jax
 
 from r1vl_jax.checkpoint.hf import save_hf
 from r1vl_jax.config import Config
-from r1vl_jax.errors import ConfigError
 from r1vl_jax.inference.open_model import open_model
 from r1vl_jax.model.config import load_config
 from r1vl_jax.reporting.curves import heldout_table, plot_metrics
@@ -45,17 +44,17 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, pool
     if config.shapes.dir:
         make_shapes(config.shapes)
     mesh, section = check_inputs(config), config.model
-    try:
-        model = open_model(
-            section.path, mesh=mesh, dtype=section.dtype, attention=section.attention, kernels=section.kernels
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    backend = {"dtype": section.dtype, "attention": section.attention, "kernels": section.kernels}
+    model = open_model(section.path, mesh=mesh, **backend)
     reward = RewardSpec.from_config(config.rl)
     log = RunLog(config, resume=resume, overwrite=overwrite)
-    scorers = contextlib.nullcontext(pool) if pool else ScorerPool(config.scoring.workers, config.scoring.timeout)
+    scorers = (
+        contextlib.nullcontext(pool) if pool is not None else ScorerPool(config.scoring.workers, config.scoring.timeout)
+    )
     with scorers as scorer_pool, Compilations() as compilations, jax.set_mesh(mesh):
         run = Run(config, model, reward, log, scorer_pool, compilations)
+        if model.folder.note:
+            log.say(model.folder.note)
         log.say(f"{section.path}: {model.describe(section.dtype)}")
         export = _run_stages(run, resume)
     if table := heldout_table(log.folder):
@@ -66,10 +65,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, pool
 
 def _run_stages(run: Run, resume: bool) -> Path:
     """Runs the stages in order and exports the model after each. Returns the folder of the last one."""
-    params, folder = None, run.log.folder / "export"
+    params, export, files = None, run.log.folder / "export", run.model.files
     for name in run.config.stages:
         params = STAGES[name](run, params, resume)
-        folder = run.log.folder / "export" if name == run.config.stages[-1] else warm_up_folder(run)
-        config, files = load_config(run.model.files), run.model.files
-        save_hf(params, config, folder, source=files, dtype=run.config.model.dtype, overwrite=True)
-    return folder
+        folder = export if name == run.config.stages[-1] else warm_up_folder(run)
+        save_hf(params, load_config(files), folder, source=files, dtype=run.config.model.dtype, overwrite=True)
+    return export

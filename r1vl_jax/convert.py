@@ -57,10 +57,9 @@ def convert(command: str, src: Path, dst: Path, dtype: str | None = None, overwr
 
     Args:
       command: "from-hf" or "to-hf".
-      dtype: a name of DTYPES; None keeps each parameter's own.
-      overwrite: replace the checkpoint that `dst` holds.
-    Raises:
-      CheckpointError where `src` cannot be read or `dst` may not be written to.
+      dtype: a name of DTYPES; None keeps the dtype of each parameter.
+      overwrite: whether to replace the checkpoint in `dst`.
+    Raises: CheckpointError if `src` cannot be read or `dst` may not be written to.
     """
     start = time.monotonic()
     inner, outer = src.resolve(), dst.resolve()
@@ -92,13 +91,13 @@ def convert(command: str, src: Path, dst: Path, dtype: str | None = None, overwr
 
 
 def _bar(what: str, cfg: ModelConfig) -> tqdm:
-    """A progress bar over the tensors of a checkpoint."""
+    """Returns a progress bar over the tensors of a checkpoint."""
     tensors = sum(len(tensor_names(spec)) for spec in jax.tree.leaves(param_spec(cfg), is_leaf=is_spec))
     return tqdm(total=tensors, desc=what, unit=" tensors", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0, or 2 with one line on stderr."""
+    """Runs the command. Returns the exit code: 0, or 2 with one line on standard error."""
     args = _parser().parse_args(argv)
     try:
         print(convert(args.command, args.src, args.dst, args.dtype, args.overwrite))
@@ -109,5 +108,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")  # leave accelerators to others: nothing here computes
+    jax.config.update("jax_platforms", "cpu")  # conversion computes nothing, so it leaves accelerators free
     sys.exit(main())

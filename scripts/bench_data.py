@@ -1,11 +1,11 @@
 """Measures how fast rows and images are read: `python scripts/bench_data.py` (about three minutes; --help).
 
-    index    a JSON array like Mulberry-SFT, of 260,000 rows: seconds and peak memory to index it, time to read a row;
+    index    indexes a JSON array of 260,000 rows, like Mulberry-SFT: seconds, peak memory, and the time to read a row;
              compared with json.load of the same file
-    load     images of 400 x 300 pixels from files to padded batches: images a second with threads, and with worker
-             processes; compared with the image processor of transformers, which only makes patches
+    load     reads images of 400 x 300 pixels from files to padded batches: images per second with threads, and with
+             worker processes; compared with the image processor of transformers, which makes patches, not batches
 
-Each measurement runs in its own process. The figures are medians of --repeats.
+Each measurement runs in its own process. The reported numbers are medians of --repeats.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def sentence(rng: random.Random, words: int) -> str:
 
 
 def answer(rng: random.Random) -> str:
-    """An answer as long as Mulberry's, about 400 tokens, with a character that is not ASCII."""
+    """Returns an answer as long as Mulberry's, about 400 tokens, with a character that is not ASCII."""
     steps = "\n\n".join(f"### Step {k}:\n{sentence(rng, 40)}" for k in range(1, 5))
     return (
         f"### Image Description:\n{sentence(rng, 80)}\n\n### Rationales:\n{sentence(rng, 60)}\n\n"
@@ -63,7 +63,10 @@ def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
 
 
 def write_rows(folder: Path, count: int) -> Path:
-    """The published layout: one indented array, and an image file for each row (links to a thousand small ones)."""
+    """Writes `count` rows in the published layout: one indented array, and an image file per row.
+
+    The image files are hard links to a thousand small ones.
+    """
     rng = random.Random(0)
     colours = [tuple(rng.randbytes(3)) for _ in range(1000)]
     pictures = [encoded(Image.new("RGB", (56, 56), colour), "PNG") for colour in colours]
@@ -86,7 +89,7 @@ def write_rows(folder: Path, count: int) -> Path:
 
 
 def write_pictures(folder: Path, count: int, format: str) -> Path:
-    """Rows with different pictures of 400 x 300 pixels, smooth with some noise, as photographs are."""
+    """Writes rows with different pictures of 400 x 300 pixels: smooth colours with some noise, like photographs."""
     rng, draw = random.Random(1), np.random.default_rng(1)
     folder.mkdir()
     rows = []
@@ -103,7 +106,7 @@ def write_pictures(folder: Path, count: int, format: str) -> Path:
 
 
 def write_checkpoint(folder: Path) -> Path:
-    """A checkpoint folder with tokenizer and processor files, without weights."""
+    """Writes a checkpoint folder with tokenizer and processor files, without weights."""
     from r1vl_jax.shapes.tokenizer import train_tokenizer, write_checkpoint_files
 
     rng = random.Random(2)
@@ -115,7 +118,7 @@ def write_checkpoint(folder: Path) -> Path:
 
 
 def peak_mb() -> float:
-    """The peak memory of this process so far, in MB."""
+    """Returns the peak memory of this process so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
@@ -148,7 +151,7 @@ def measure_json_load(path: str) -> dict[str, float]:
 
 
 def measure_load(path: str, checkpoint: str, workers: int, batches: int) -> dict[str, float]:
-    """Images a second from files to padded batches of images, prompts and answers, after the first batch."""
+    """Measures images per second from files to padded batches of images, prompts and answers, after the first batch."""
     from r1vl_jax.data.batching import by_length, collate_pairs, size_of
     from r1vl_jax.data.buckets import Buckets
     from r1vl_jax.data.loader import Loader
@@ -172,7 +175,7 @@ def measure_load(path: str, checkpoint: str, workers: int, batches: int) -> dict
 
 
 def measure_peer(path: str, checkpoint: str, images: int) -> dict[str, float]:
-    """Images a second to patches, one after the other, with the image processor of transformers, without torch."""
+    """Measures images per second to patches, one by one, with the image processor of transformers, without torch."""
     from transformers import AutoImageProcessor
 
     processor = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
@@ -184,7 +187,7 @@ def measure_peer(path: str, checkpoint: str, images: int) -> dict[str, float]:
 
 
 def measured(name: str, *arguments: object, repeats: int) -> dict[str, float]:
-    """The medians of a measurement's figures."""
+    """Runs a measurement `repeats` times, each in a new process, and returns the medians of its numbers."""
     results = []
     for _ in tqdm(range(repeats), desc=f"{name} {arguments[-2] if name == 'load' else ''}".strip(), leave=False):
         command = [sys.executable, __file__, "--measure", json.dumps([name, *map(str, arguments)])]
@@ -194,7 +197,7 @@ def measured(name: str, *arguments: object, repeats: int) -> dict[str, float]:
 
 
 def run_measurement(text: str) -> None:
-    """Runs one measurement and prints its figures. `text`: a JSON list of its name and arguments."""
+    """Runs one measurement and prints its numbers. `text`: a JSON list of the measurement's name and arguments."""
     name, *arguments = json.loads(text)
     measure = {
         "index": measure_index,
@@ -255,7 +258,7 @@ def run_all(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_tables(results: dict[str, Any]) -> None:
-    """Prints the figures as two tables."""
+    """Prints the numbers as two tables."""
     index, loads = results["index"], results["load"]
     size = f"{index['rows']:,.0f} rows, {results['file_mb']:,.0f} MB"
     print(f"{size}           seconds   peak MB (before)     a row, ms   99%")

@@ -45,7 +45,9 @@ def step_config(size: Size, remat: str) -> Config:
 
 def step_programs(size: Size, cfg: ModelConfig, *, remat: str, mesh: Mesh | None = None) -> Programs:
     """The programs of a step; nothing is compiled yet. `mesh`: default: one device."""
-    return build_programs(cfg, mesh or single_device(), step_config(size, remat), "step_grpo", UPDATES)
+    return build_programs(
+        cfg, single_device() if mesh is None else mesh, step_config(size, remat), "step_grpo", UPDATES
+    )
 
 
 def answer(
@@ -93,7 +95,7 @@ def with_reference(programs: Programs, reference: Any, batches: Sequence[TrainBa
 
 def update(programs: Programs, state: TrainState, batches: Sequence[TrainBatch]) -> tuple[TrainState, dict[str, float]]:
     """One update of the policy, waited for: (state, metrics). The old state is donated."""
-    state, metrics = jax.block_until_ready(gradient_step(programs, state, batches, sums=len(batches) > 1))
+    state, metrics = jax.block_until_ready(gradient_step(programs, state, batches, use_buffer=len(batches) > 1))
     return state, jax.device_get(metrics)
 
 

@@ -41,6 +41,7 @@ from r1vl_jax.training.programs import Programs  # noqa: E402
 from r1vl_jax.types import Prompts, Sampling, TrainBatch  # noqa: E402
 
 GIB = 2**30
+STEPS = 8  # of an answer, for the advantages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,6 @@ class Call:
     program: Any
     args: tuple[Any, ...]
     beside: tuple[Any, ...]
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def device_bytes(tree: Any) -> int:
@@ -124,25 +124,25 @@ def training_calls(programs: Programs, size: Size, micro: int, mesh: Mesh) -> It
 
 
 def step_calls(cfg: ModelConfig, size: Size, mesh: Mesh, *, questions: int, micro: int, remat: str) -> Iterator[Call]:
-    """Every program of a step, in its order."""
+    """The programs of a step, in the order in which they run."""
     programs = step_programs(size, cfg, remat=remat, mesh=mesh)
     yield from rollout_calls(programs, cfg, size, questions, mesh)
+    B, G = questions, size.group
+    rewards_BGJ, mask_BGJ = array(mesh, B, G, STEPS), array(mesh, B, G, STEPS, dtype=jnp.bool_)
+    arrays = (rewards_BGJ, mask_BGJ, array(mesh, B, G, size.new, dtype=jnp.int32))
+    yield Call("advantages", programs.advantages, arrays, (programs.layout, reference_of(programs, size.dtype)))
     yield from training_calls(programs, size, micro, mesh)
 
 
 def lower(call: Call, mesh: Mesh, platform: str) -> jax.stages.Lowered:
     with jax.set_mesh(mesh):
-        return call.program.trace(*call.args, **call.options).lower(lowering_platforms=(platform,))
-
-
-def compiled_memory(call: Call, mesh: Mesh) -> Any:
-    return lower(call, mesh, "cuda").compile().memory_analysis()
+        return call.program.trace(*call.args).lower(lowering_platforms=(platform,))
 
 
 def memory_row(call: Call, mesh: Mesh) -> dict[str, Any]:
     """Compiles a program for the target. Returns its memory, in GiB of one device."""
     started = time.perf_counter()
-    memory = compiled_memory(call, mesh)
+    memory: Any = lower(call, mesh, "cuda").compile().memory_analysis()
     own = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     own += memory.temp_size_in_bytes
     beside = sum(map(device_bytes, call.beside))

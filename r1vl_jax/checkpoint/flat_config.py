@@ -1,6 +1,7 @@
-"""Writes config.json in the flat style of the published checkpoints, which transformers 4 and 5 and vLLM read.
+"""Writes config.json in the flat style of the published checkpoints: text fields are at the top level.
 
-transformers 5 nests the text model's fields under text_config. model/config.py reads both styles.
+transformers 4 and 5 and vLLM read the flat style. transformers 5 writes the nested style, which has the text model's
+fields under text_config. model/config.py reads both styles.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from r1vl_jax.common.files import read_object, write_json
 from r1vl_jax.errors import CheckpointError
 from r1vl_jax.model.config import ModelConfig, parse_config
 
-# Fields of a nested text_config that are not copied to the top level: the flat style does not have them, or the top
-# level's own value is the one that counts.
+# Fields of a nested text_config that are not copied to the top level, because the flat style does not have them or
+# because the top level's own value is used.
 _NOT_FLAT = frozenset(
     ("model_type", "architectures", "dtype", "torch_dtype", "rope_parameters", "layer_types", "transformers_version")
     + ("vision_config", "tie_word_embeddings", "image_token_id", "video_token_id")
@@ -22,9 +23,14 @@ _NOT_FLAT = frozenset(
 
 
 def write_flat_config(source: Path, destination: Path, cfg: ModelConfig, dtype: str) -> None:
-    """Writes the config.json `source`, flat or nested, in the flat style. A file that is flat already is copied.
+    """Reads the config.json `source`, flat or nested, and writes it to `destination` in the flat style.
 
-    Raises: CheckpointError where the flat file would not describe the model `cfg`.
+    If the file is flat already and needs no change, copies it byte for byte.
+
+    Args:
+      cfg: the model that the file must describe.
+      dtype: name of the dtype of the weights, for `torch_dtype`.
+    Raises: CheckpointError if the flat file would not describe the model `cfg`.
     """
     raw = read_object(source)
     flat = flat_config(raw, cfg, dtype)
@@ -37,10 +43,16 @@ def write_flat_config(source: Path, destination: Path, cfg: ModelConfig, dtype: 
 
 
 def flat_config(raw: dict[str, Any], cfg: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The contents of a config.json, flat or nested, in the flat style of transformers 4.
+    """Converts the contents of a config.json, flat or nested, to the flat style of transformers 4.
 
-    Text fields move to the top level, `rope_parameters` becomes `rope_theta` and `rope_scaling`, `dtype` becomes
-    `torch_dtype`. Keys that only transformers 5 knows are left out.
+    Moves the fields of `text_config` to the top level, except those of _NOT_FLAT. Replaces `rope_parameters` with
+    `rope_theta` and `rope_scaling`, and `dtype` with `torch_dtype`. Omits keys that only transformers 5 reads.
+
+    Args:
+      raw: contents of the file.
+      cfg: the model that the file describes; its values are written for the fields whose form differs between the
+        styles.
+      dtype: name of the dtype of the weights.
     """
     flat = {key: value for key, value in raw.items() if key not in ("text_config", "rope_parameters", "dtype")}
     for key, value in (raw.get("text_config") or {}).items():

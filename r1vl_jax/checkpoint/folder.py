@@ -1,4 +1,4 @@
-"""Checkpoint folders: which files travel with the weights, and which folders may be written to."""
+"""Lists the files that are copied along with the weights, and checks which folders may be written to."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _COMPANIONS = (".json", ".jinja", ".txt", ".model")
 
 
 def companion_files(folder: str | Path) -> list[Path]:
-    """The files of a Hugging Face checkpoint that are not weights: config, tokenizer, processor, chat template."""
+    """Returns a Hugging Face checkpoint's files that are not weights: config, tokenizer, processor, chat template."""
     files = (path for path in Path(folder).iterdir() if path.is_file())
     return sorted(path for path in files if path.suffix in _COMPANIONS and not path.name.endswith(".index.json"))
 
@@ -26,16 +26,16 @@ def copy_companions(source: str | Path, destination: Path) -> None:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder looks like a checkpoint: it has a config.json, or the folders params/ and hf/."""
+    """Returns whether a folder looks like a checkpoint: it has a config.json, or the folders params/ and hf/."""
     return (folder / "config.json").is_file() or ((folder / "params").is_dir() and (folder / "hf").is_dir())
 
 
 def check_destination(destination: str | Path, overwrite: bool = False) -> Path:
-    """Checks that a checkpoint may be written to `destination`, and returns it as an absolute path.
+    """Checks that a checkpoint may be written to `destination`, and returns its absolute path.
 
-    A new or empty folder may always be written to, a folder that holds a checkpoint only with `overwrite`.
+    A new or empty folder may always be written to, a folder that contains a checkpoint only with `overwrite`.
 
-    Raises: CheckpointError naming the folder, where it may not.
+    Raises: CheckpointError, naming the folder, if it may not be written to.
     """
     destination = Path(destination).absolute()
     if not destination.exists():
@@ -53,9 +53,9 @@ def check_destination(destination: str | Path, overwrite: bool = False) -> Path:
 
 @contextlib.contextmanager
 def new_folder(destination: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yields a temporary folder that becomes `destination` when the block ends without an error.
+    """Yields a temporary folder that is renamed to `destination` if the block ends without an error.
 
-    Raises: CheckpointError where `check_destination` does.
+    Raises: CheckpointError if `check_destination` does.
     """
     with atomic_folder(check_destination(destination, overwrite)) as temporary:
         yield temporary

@@ -1,8 +1,8 @@
-"""Weights in the Hugging Face layout: one or several safetensors files beside config.json and the tokenizer's files.
+"""Reads and writes weights in the Hugging Face layout: safetensors files beside config.json and the tokenizer's files.
 
 Reading accepts the published tensor names (`visual.*`, `model.layers.N.*`) and those that transformers 5 uses in memory
 (`model.visual.*`, `model.language_model.*`). Writing uses the published names, which transformers 4 and 5 and vLLM
-read. model/spec.py says which tensor becomes which parameter.
+read. model/spec.py defines which tensor becomes which parameter.
 
 Tensors are read one by one from the memory-mapped files into preallocated stacked arrays, and written shard by shard.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp  # also tells NumPy, and so safetensors, what bfloat16 is
+import jax.numpy as jnp  # importing it also registers bfloat16 with NumPy, which safetensors needs
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -41,9 +41,15 @@ _HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """One tensor of a checkpoint: its open file, its name there, and the shape and dtype in the file's header."""
+    """One tensor of a checkpoint.
 
-    file: Any  # what safetensors.safe_open returns; it has no public type
+    Attributes:
+      file: the open file.
+      name: name of the tensor in the file.
+      shape, dtype: read from the file's header.
+    """
+
+    file: Any  # returned by safetensors.safe_open; the type is not public
     path: Path
     name: str
     shape: tuple[int, ...]
@@ -67,16 +73,14 @@ def load_hf(
     """Reads a checkpoint into the tree of `param_spec(cfg)`.
 
     Args:
-      folder: holds model.safetensors, or model.safetensors.index.json and the shards that it names.
-      dtype: the dtype to convert to; None keeps each parameter's own.
-      shardings: a tree of NamedSharding. Each leaf is put on the devices, and its host copy freed, before the next one
-        is read.
-      on_tensor: called with the name of every tensor that has been read.
-    Returns:
-      jax arrays where shardings are given, else NumPy arrays.
-    Raises:
-      CheckpointError naming the file that is missing or damaged, or in one message all kinds of faults of tensors:
-      unknown, missing, of a wrong shape or an unreadable dtype.
+      folder: has model.safetensors, or model.safetensors.index.json and the shards that it names.
+      dtype: dtype to convert to; None keeps the dtype of each parameter.
+      shardings: a tree of NamedSharding. Each array is put on the devices, and its host copy is freed, before the next
+        array is read.
+      on_tensor: called with the name of each tensor after it has been read.
+    Returns: a tree of jax arrays if `shardings` is given, else of NumPy arrays.
+    Raises: CheckpointError naming the file that is missing or damaged, or listing all faulty tensors: unknown, missing,
+      of a wrong shape, or of a dtype that is not read.
     """
     specs, treedef = jax.tree.flatten(param_spec(cfg), is_leaf=is_spec)
     places = [None] * len(specs) if shardings is None else treedef.flatten_up_to(shardings)
@@ -110,7 +114,7 @@ def _read_leaf(
 
 
 def _open(folder: Path, stack: contextlib.ExitStack) -> tuple[list[_Tensor], list[str]]:
-    """Opens a checkpoint's files. Returns the tensors in their headers, and those that only the index names."""
+    """Opens a checkpoint's files. Returns the tensors in them, and texts about tensors that only the index names."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; expected a Qwen2-VL checkpoint")
     indexed: dict[str, str] = {}
@@ -142,7 +146,7 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> tuple[list[_Tensor], lis
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """The index's table: the file of each tensor."""
+    """Returns the index's table from tensor names to file names."""
     try:
         table = read_object(path).get("weight_map")
     except ValueError as error:
@@ -155,11 +159,11 @@ def _read_index(path: Path) -> dict[str, str]:
 def _check(
     folder: Path, specs: list[ParamSpec], cfg: ModelConfig, stored: list[_Tensor], absent: list[str]
 ) -> dict[str, _Tensor]:
-    """The tensors by published name. Raises one CheckpointError that lists the faults of every kind.
+    """Returns the tensors by published name. Raises one CheckpointError that lists faults of every kind.
 
     Args:
       stored: the tensors in the files.
-      absent: texts about tensors that the index names and no file holds.
+      absent: texts about tensors that the index names but no file contains.
     """
     shapes = {name: spec.hf_shape for spec in specs for name in tensor_names(spec)}
     tensors: dict[str, _Tensor] = {}
@@ -193,7 +197,7 @@ def _check(
 
 
 def _content_faults(specs: list[ParamSpec], cfg: ModelConfig, tensors: dict[str, _Tensor]) -> Iterator[str]:
-    """Contradictions between tensors that each have a right name, shape and dtype."""
+    """Yields a text for each contradiction between tensors that have the right names, shapes and dtypes."""
     for spec in specs:
         dtypes = {tensors[name].dtype for name in tensor_names(spec)}
         if len(dtypes) > 1:
@@ -205,7 +209,7 @@ def _content_faults(specs: list[ParamSpec], cfg: ModelConfig, tensors: dict[str,
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
-    """The array's bits as unsigned integers, so that NaN equals NaN."""
+    """Returns the array's bits as unsigned integers, so that NaN equals NaN."""
     return array.view(f"u{array.dtype.itemsize}")
 
 
@@ -223,19 +227,19 @@ def save_hf(
     overwrite: bool = False,
     on_tensor: Callable[[str], object] | None = None,
 ) -> None:
-    """Writes a checkpoint that transformers 4 and 5 and vLLM load. The folder appears when it is complete.
+    """Writes a checkpoint that transformers 4 and 5 and vLLM load, to a temporary folder that is then renamed.
 
     Args:
-      params: the tree of `param_spec(cfg)`, host or device arrays, sharded or not.
-      folder: new or empty; with `overwrite` it may also hold an older checkpoint (see checkpoint/folder.py).
-      source: a folder whose config.json, tokenizer, processor and template files are copied; config.json is written in
-        the flat, published style.
-      dtype: the dtype to convert to; None keeps each parameter's own.
-      max_shard_bytes: the most that a file holds, unless one tensor is larger. One shard at a time is in host memory.
-      on_tensor: called with the name of every tensor that has been written.
-    Raises:
-      CheckpointError where `params` is not the tree of `cfg`, `source` describes another model, or `folder` may not be
-      written to.
+      params: the tree of `param_spec(cfg)`; host or device arrays, sharded or not.
+      folder: new or empty; with `overwrite` it may also contain an older checkpoint (see checkpoint/folder.py).
+      source: a folder whose config.json, tokenizer, processor and template files are copied; config.json is converted
+        to the flat, published style.
+      dtype: dtype to convert to; None keeps the dtype of each parameter.
+      max_shard_bytes: size limit of a file; a single larger tensor gets its own file. One file at a time is in host
+        memory.
+      on_tensor: called with the name of each tensor after it has been written.
+    Raises: CheckpointError if `params` is not the tree of `cfg`, if `source` describes another model, or if `folder`
+      may not be written to.
     """
     specs, treedef = jax.tree.flatten(param_spec(cfg), is_leaf=is_spec)
     leaves = _flatten_checked(params, specs, treedef)
@@ -267,7 +271,7 @@ def save_hf(
 
 
 def _flatten_checked(params: Any, specs: list[ParamSpec], treedef: Any) -> list[Any]:
-    """The leaves of `params` in the order of `specs`. Raises CheckpointError on another structure or shape."""
+    """Returns the leaves of `params` in the order of `specs`. Raises CheckpointError on another structure or shape."""
     try:
         leaves = treedef.flatten_up_to(params)
     except ValueError as error:
@@ -285,9 +289,10 @@ def _flatten_checked(params: Any, specs: list[ParamSpec], treedef: Any) -> list[
 def _plan_shards(
     specs: list[ParamSpec], dtypes: list[np.dtype], max_bytes: float
 ) -> list[list[tuple[str, int, int | None]]]:
-    """The tensors of each file, in the order of writing, layer by layer.
+    """Plans the tensors of each file, in the order of writing, layer by layer.
 
-    Returns: for each file (tensor name, index in `specs`, layer) of its tensors; layer is None where not stacked.
+    Returns: for each file, a list of (tensor name, index in `specs`, layer). layer is None if the parameter is not
+      stacked.
     """
     entries = []
     for leaf, spec in enumerate(specs):
@@ -305,7 +310,7 @@ def _plan_shards(
 
 
 def _to_hf(array: np.ndarray, spec: ParamSpec, dtype: np.dtype) -> np.ndarray:
-    """One tensor as the checkpoint stores it. Contiguous: safetensors ignores strides."""
+    """Returns one tensor as the checkpoint stores it, as a contiguous array (safetensors ignores strides)."""
     array = cast(array, dtype, spec.hf_name)
     if not spec.transpose:
         return np.ascontiguousarray(array).reshape(spec.hf_shape)
@@ -316,5 +321,5 @@ def _to_hf(array: np.ndarray, spec: ParamSpec, dtype: np.dtype) -> np.ndarray:
 
 
 def _commonest(dtypes: list[np.dtype]) -> str:
-    """The name of the dtype that occurs most often: config.json has room for one."""
+    """Returns the name of the most frequent dtype, since config.json has room for one dtype only."""
     return Counter(dtype.name for dtype in dtypes).most_common(1)[0][0]

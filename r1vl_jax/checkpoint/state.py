@@ -1,4 +1,4 @@
-"""Training state to resume from: orbax checkpoints of a stage, each a TrainState and a small JSON of host state."""
+"""Saves and restores training state with orbax. Each checkpoint has a TrainState and a small JSON of host state."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from r1vl_jax.types import TrainState
 
 
 class StageCheckpoints:
-    """The checkpoints of one stage in one folder, newest last.
+    """The checkpoints of one stage, in one folder.
 
     Args:
-      folder: made when the first checkpoint is written.
-      keep: how many checkpoints are kept; older ones are removed.
+      folder: created when the first checkpoint is written.
+      keep: number of checkpoints to keep; older ones are removed.
     """
 
     def __init__(self, folder: str | Path, keep: int) -> None:
@@ -24,25 +24,29 @@ class StageCheckpoints:
 
     @property
     def latest(self) -> int | None:
-        """The step of the newest complete checkpoint; None where there is none."""
+        """The step of the newest complete checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, host: dict[str, Any]) -> None:
-        """Writes a checkpoint in the background. One that was not completed is never `latest`.
+        """Writes a checkpoint in the background. `latest` ignores the checkpoint until it is complete.
 
         Args:
-          host: JSON values: the positions of the loaders.
+          host: the positions of the loaders, as JSON values.
         """
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host))
         self._manager.save(step, args=args)
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The state and the host state of a step. `like`: a TrainState of ShapeDtypeStructs with shardings."""
+        """Returns the TrainState and the host state of a step.
+
+        Args:
+          like: a TrainState of ShapeDtypeStructs with shardings.
+        """
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like), host=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=args)
         return restored["state"], restored["host"]
 
     def close(self) -> None:
-        """Waits until everything has been written."""
+        """Waits until all checkpoints have been written."""
         self._manager.wait_until_finished()
         self._manager.close()

@@ -1,12 +1,13 @@
-"""Converted checkpoints in orbax, and `load_model`, which reads every kind of checkpoint folder.
+"""Writes converted checkpoints in orbax, and reads every kind of checkpoint folder (`load_model`).
 
 Layout of a converted checkpoint:
 
     FOLDER/params/   the parameter tree, written by orbax; each device of a mesh reads its own part
-    FOLDER/hf/       config.json, tokenizer, processor and template files of the checkpoint it was made from
+    FOLDER/hf/       config.json, tokenizer, processor and template files of the original checkpoint
 
-`load_model` also reads a Hugging Face folder, and the folder of a training run: its export/, or, while there is none,
-the parameters in the newest training state (see checkpoint/state.py). The optimizer's moments there are not read.
+`load_model` also reads a Hugging Face folder and the folder of a training run. In the latter it reads export/ or, if
+there is no export/ yet, the parameters in the newest training state (see checkpoint/state.py), without the optimizer's
+moments.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from r1vl_jax.types import is_spec
 
 @dataclasses.dataclass(frozen=True)
 class ModelFolder:
-    """Where the parts of a checkpoint are.
+    """The location and the kind of a checkpoint.
 
     Attributes:
-      weights: the folder with the safetensors ("hf"), with params/ ("converted"), or of a TrainState ("state").
-      files: the folder with config.json, tokenizer and processor files.
-      note: a line to show to the user about which weights were chosen; mostly empty.
+      weights: folder with the safetensors ("hf"), with params/ ("converted"), or of a TrainState ("state").
+      files: folder with config.json, tokenizer and processor files.
+      note: a line for the user about the choice of the weights; empty in most cases.
     """
 
     weights: Path
@@ -51,7 +52,10 @@ _STAGES = ("sft", "step_grpo")  # in the order in which a run trains them
 
 
 def find_model(folder: str | Path) -> ModelFolder:
-    """Finds out which kind of checkpoint a folder holds. Raises CheckpointError saying what was expected."""
+    """Determines the kind of checkpoint in a folder.
+
+    Raises: CheckpointError, saying what was expected, if the folder has no checkpoint.
+    """
     folder = Path(folder).absolute()
     if (folder / "params").is_dir() and (folder / "hf" / "config.json").is_file():
         return ModelFolder(folder, folder / "hf", "converted")
@@ -71,13 +75,20 @@ def find_model(folder: str | Path) -> ModelFolder:
 
 
 def _newest_state(folder: Path) -> Path | None:
-    """The TrainState of a stage's newest step. orbax names a step's folder by its number once it is complete."""
+    """Returns the folder of the TrainState of a stage's newest step; None if there is none.
+
+    orbax renames the folder of a step to the step's number when it is complete.
+    """
     steps = [int(path.name) for path in folder.glob("[0-9]*") if path.name.isdecimal() and (path / "state").is_dir()]
     return folder / str(max(steps)) / "state" if steps else None
 
 
 def _files_of_run(config: Path) -> Path:
-    """The folder with config.json and tokenizer for a run's parameters: that of the checkpoint it started from."""
+    """Returns the folder with config.json and tokenizer of the checkpoint that a run started from.
+
+    Args:
+      config: path of the run's config.yaml.
+    """
     try:
         start = Path(yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["path"])
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
@@ -98,15 +109,13 @@ def load_model(
     """Reads any kind of checkpoint.
 
     Args:
-      folder: see `find_model`; or what that returned.
-      dtype: the dtype to convert to; None keeps each parameter's own.
-      shardings: returns the tree of NamedSharding for a config, for example
-        `lambda cfg: param_shardings(param_spec(cfg), mesh)`; without it the arrays are NumPy's.
-      on_tensor: called with the name of every tensor that has been read (Hugging Face folders only).
-    Returns:
-      (params, cfg, the folder with config.json and the tokenizer's files).
-    Raises:
-      CheckpointError, see `find_model`, `load_config`, `load_hf` and `load_params`.
+      folder: see `find_model`; or a ModelFolder that `find_model` returned.
+      dtype: dtype to convert to; None keeps the dtype of each parameter.
+      shardings: a function from a config to the tree of NamedSharding, for example `lambda cfg:
+        param_shardings(param_spec(cfg), mesh)`. None: the arrays are NumPy's.
+      on_tensor: called with the name of each tensor after it has been read (Hugging Face folders only).
+    Returns: (params, cfg, the folder with config.json and the tokenizer's files).
+    Raises: CheckpointError, see `find_model`, `load_config`, `load_hf` and `load_params`.
     """
     model = folder if isinstance(folder, ModelFolder) else find_model(folder)
     cfg = load_config(model.files)
@@ -119,11 +128,11 @@ def load_model(
 
 
 def save_params(folder: str | Path, params: Any, source: str | Path, *, overwrite: bool = False) -> None:
-    """Writes a converted checkpoint; dtypes are kept. The folder appears when it is complete.
+    """Writes a converted checkpoint to a temporary folder, which is then renamed to `folder`. Keeps dtypes.
 
     Args:
-      folder: new or empty; with `overwrite` it may also hold an older checkpoint (see checkpoint/folder.py).
-      params: the tree of `param_spec`, host or device arrays, sharded or not.
+      folder: new or empty; with `overwrite` it may also contain an older checkpoint (see checkpoint/folder.py).
+      params: the tree of `param_spec`; host or device arrays, sharded or not.
       source: a folder whose config.json, tokenizer, processor and template files are copied, byte for byte.
     """
     with new_folder(folder, overwrite) as temporary:
@@ -137,11 +146,10 @@ def load_params(folder: str | Path, cfg: ModelConfig, *, dtype: Any = None, shar
     """Reads the parameters of a converted checkpoint.
 
     Args:
-      folder: written by `save_params`.
-      dtype: the dtype to convert to; None keeps each parameter's own.
-      shardings: a tree of NamedSharding: every device reads its own part; None returns NumPy arrays.
-    Raises:
-      CheckpointError where orbax cannot read the folder, or naming the parameters that are unknown, missing or of a
+      folder: a folder written by `save_params`.
+      dtype: dtype to convert to; None keeps the dtype of each parameter.
+      shardings: a tree of NamedSharding, and each device reads its own part; None: NumPy arrays are returned.
+    Raises: CheckpointError if orbax cannot read the folder, or naming the parameters that are unknown, missing or of a
       wrong shape.
     """
     return _restore(Path(folder).absolute() / "params", cfg, dtype=dtype, shardings=shardings)
@@ -151,11 +159,11 @@ def _restore(folder: Path, cfg: ModelConfig, *, dtype: Any, shardings: Any, part
     """Reads the parameters in an orbax folder.
 
     Args:
-      part: the key under which the folder's tree holds the parameters; None: they are the whole tree.
+      part: key of the parameters in the folder's tree; None: the parameters are the whole tree.
     """
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:
-            # orbax annotates the path class of etils, and takes any.
+            # orbax is annotated with the path class of etils, but accepts any path.
             stored = ocp.PyTreeCheckpointHandler().metadata(folder).tree  # pyright: ignore[reportArgumentType]
             stored = stored if part is None else stored[part]
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
@@ -165,7 +173,7 @@ def _restore(folder: Path, cfg: ModelConfig, *, dtype: Any, shardings: Any, part
         if shardings is not None:
             args = jax.tree.map(lambda meta, place: _restore_args(meta, place, dtype), stored, shardings)
         options: dict[str, Any] = {"restore_args": args}
-        if part is not None:  # orbax does not read what `item` leaves out
+        if part is not None:  # orbax reads only the parts that `item` has
             shapes = jax.tree.map(lambda meta: jax.ShapeDtypeStruct(meta.shape, meta.dtype), stored)
             options = {"item": {part: shapes}, "restore_args": {part: args}, "partial_restore": True}
         try:
@@ -181,7 +189,7 @@ def _restore(folder: Path, cfg: ModelConfig, *, dtype: Any, shardings: Any, part
 
 
 def _restore_args(meta: Any, place: jax.sharding.Sharding | None, dtype: Any) -> ocp.RestoreArgs:
-    """How orbax restores one array. `meta`: orbax's metadata of it."""
+    """Returns the orbax arguments to restore one array. `meta`: orbax's metadata of the array."""
     dtype = meta.dtype if dtype is None else np.dtype(dtype)
     if place is None:
         return ocp.RestoreArgs(restore_type=np.ndarray, dtype=meta.dtype)
@@ -189,7 +197,7 @@ def _restore_args(meta: Any, place: jax.sharding.Sharding | None, dtype: Any) ->
 
 
 def _check(folder: Path, stored: Any, cfg: ModelConfig) -> None:
-    """Raises CheckpointError where the stored tree (metadata of arrays) is not that of `param_spec(cfg)`."""
+    """Raises CheckpointError if the stored tree (metadata of arrays) is not that of `param_spec(cfg)`."""
 
     def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
         leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_spec)

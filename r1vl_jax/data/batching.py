@@ -1,7 +1,8 @@
-"""Encoded questions and answers as one padded batch, with their images packed into vision rows.
+"""Pads encoded questions and answers to one batch, and packs their images into vision rows.
 
-Attention in the vision tower stays inside a frame, so several frames share a vision row. The frames of one video may be
-in different rows. A batch without images has no vision rows.
+A vision row is a sequence of patches with room for several frames. Attention in the vision tower stays inside a frame,
+so frames of different images can share a row, and the frames of one video can be in different rows. A batch without
+images has no vision rows.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ Grid = tuple[int, int, int]  # (t, h, w) in patches
 Row = TypeVar("Row")
 PLANNED_ROWS = 512  # the shapes of a stage's batches are planned from its first rows
 LENGTHS = (1, 1.25, 1.5, 2, 3, 4)  # lengths of a vision row that `plan_shapes` tries, in units of the largest frame
-HEAD_COST = 0.2  # the loss head's work on a token over that of all other layers; 2B: 0.233 / 1.31
-ATTENTION_PATCHES = 7680  # the row length at which attention costs as much as the rest: 6 * the tower's width of 1280
+HEAD_COST = 0.2  # work per token: loss head / all other layers; Qwen2-VL-2B: 0.233 / 1.31
+ATTENTION_PATCHES = 7680  # row length at which attention costs as much as the other layers: 6 * tower width 1280
 
 
 class Size(NamedTuple):
-    """The size of a row.
+    """The size of one example.
 
     Attributes:
-      tokens: tokens of the prompt; with those of the answer where both are in one row (SFT).
-      answer: tokens of the answer; 0 without one.
-      grids: (t, h, w) of its images and videos, in patches.
+      tokens: number of tokens of the prompt. In SFT the prompt and the answer share a row, and the answer's tokens are
+        included.
+      answer: number of tokens of the answer; 0 if there is no answer.
+      grids: (t, h, w) in patches of each image and video.
     """
 
     tokens: int
@@ -38,20 +40,21 @@ class Size(NamedTuple):
 
 
 def size_of(prompt: EncodedPrompt, answer: Sequence[int] | np.ndarray = ()) -> Size:
-    """The size of a question, or of a question with its answer in one row."""
+    """Returns the size of a question alone, or of a question followed by its answer in the same row."""
     return Size(len(prompt.tokens_T) + len(answer), len(answer), prompt.grids)
 
 
 def by_length(rows: Iterable[Row], count: int, size: Callable[[Row], Size]) -> list[list[Row]]:
-    """Rows sorted by length, which keeps padding small, in batches of `count`; the last one may be shorter."""
+    """Sorts rows by length, which keeps padding small, and cuts them into batches of `count` (or fewer in the last)."""
     ordered = sorted(rows, key=lambda row: size(row).tokens)
     return [ordered[i : i + count] for i in range(0, len(ordered), count)]
 
 
 def in_micro_batches(sizes: Sequence[Size], update: int, count: int) -> list[list[Size]]:
-    """The sizes of rows in training's micro-batches: `update` rows an update, sorted by length, `count` a micro-batch.
+    """Groups the sizes of rows into micro-batches as training does.
 
-    Micro-batches of fewer than `count` rows are left out, unless there are no others.
+    Every `update` consecutive rows are sorted by length and cut into micro-batches of `count` rows. Smaller
+    micro-batches are left out, unless all are smaller.
     """
     parts = [by_length(sizes[i : i + update], count, lambda size: size) for i in range(0, len(sizes), update)]
     full = [part for update in parts for part in update if len(part) == count]
@@ -59,7 +62,7 @@ def in_micro_batches(sizes: Sequence[Size], update: int, count: int) -> list[lis
 
 
 def need_of(sizes: Sequence[Size], buckets: Buckets) -> Shape:
-    """The smallest shape for a batch: its longest row and answer, and the vision rows that its images fill."""
+    """Returns the smallest shape that holds a batch: its longest prompt, its longest answer and all of its images."""
     frames = [frame for size in sizes for frame in _frames(size.grids)]
     length = buckets.row_length(max(frames, default=0))
     return Shape(
@@ -71,7 +74,7 @@ def need_of(sizes: Sequence[Size], buckets: Buckets) -> Shape:
 
 
 def plan_shapes(batches: Sequence[Sequence[Size]], *, count: int, multiple: int, merge: int, shards: int) -> Buckets:
-    """At most `count` shapes, chosen for a sample of batches. `multiple`, `merge`, `shards`: see `Buckets`."""
+    """Chooses at most `count` shapes for a sample of batches. `multiple`, `merge`, `shards`: see `Buckets`."""
     largest = max((max(_frames(size.grids), default=0) for batch in batches for size in batch), default=0)
     costs = (_vision_cost(batches, Buckets(multiple, merge, shards, patches=int(largest * times))) for times in LENGTHS)
     _, buckets, needs = min(costs, key=lambda item: item[0])
@@ -80,9 +83,9 @@ def plan_shapes(batches: Sequence[Sequence[Size]], *, count: int, multiple: int,
 
 
 def _vision_cost(batches: Sequence[Sequence[Size]], buckets: Buckets) -> tuple[float, Buckets, list[Shape]]:
-    """The vision tower's work with vision rows of this length, with `buckets` and each batch's need.
+    """Estimates the vision tower's work for the batches. Returns (work, `buckets`, the needed shape of each batch).
 
-    Long rows have little padding, but the cost of attention grows with their length.
+    Longer vision rows have less padding, but the cost of attention grows with their length.
     """
     needs = [need_of(batch, buckets) for batch in batches]
     shapes = [buckets.rounded(need) for need in needs]
@@ -90,17 +93,19 @@ def _vision_cost(batches: Sequence[Sequence[Size]], buckets: Buckets) -> tuple[f
 
 
 def collate_prompts(prompts: Sequence[EncodedPrompt], buckets: Buckets) -> Prompts:
-    """B questions, padded to the shape that `buckets` has for them."""
+    """Pads B questions to one batch. `buckets` determines the shape of the batch."""
     return pad_prompts(prompts, buckets.fit(need_of([*map(size_of, prompts)], buckets)), buckets)
 
 
 def collate_pairs(
     pairs: Sequence[tuple[EncodedPrompt, np.ndarray]], buckets: Buckets
 ) -> tuple[Prompts, np.ndarray, np.ndarray, np.ndarray]:
-    """B questions, each with its answer after it in the same row, padded to the shape that `buckets` has for them.
+    """Pads B (question, answer) pairs to one batch. Each row is a question followed by its answer.
 
-    Returns (prompts, start_B, tokens_BGT, mask_BGT): the rows, the index in each row at which the answer begins, and
-    the answers alone, G = 1.
+    `buckets` determines the shape of the batch.
+
+    Returns: (prompts, start_B, tokens_BGT, mask_BGT). `prompts` has the rows, start_B the index in each row of the
+      answer's first token. tokens_BGT and mask_BGT are the answers alone, with G = 1.
     """
     shape = buckets.fit(need_of([size_of(*pair) for pair in pairs], buckets))
     rows = pad_prompts([_joined(*pair) for pair in pairs], shape, buckets)
@@ -109,7 +114,7 @@ def collate_pairs(
 
 
 def _joined(prompt: EncodedPrompt, answer_T: np.ndarray) -> EncodedPrompt:
-    """A question and its answer as one text."""
+    """Appends an answer to a question: tokens, positions and image slots."""
     T = len(answer_T)
     positions_3T = np.broadcast_to(prompt.next_position + np.arange(T, dtype=np.int32), (3, T))
     return dataclasses.replace(
@@ -122,9 +127,11 @@ def _joined(prompt: EncodedPrompt, answer_T: np.ndarray) -> EncodedPrompt:
 
 
 def pad_prompts(prompts: Sequence[EncodedPrompt], shape: Shape, buckets: Buckets) -> Prompts:
-    """Pads B questions on the right and packs their images. `shape`: at least `need_of` the questions.
+    """Pads B questions on the right and packs their images into vision rows.
 
-    Raises: ValueError where some prompts have pixels (uint8) and others normalised patches (floats).
+    Args:
+      shape: sizes of the batch; each is at least that of `need_of` for these questions.
+    Raises: ValueError if some prompts have pixels (uint8) and others normalised patches (floats).
     """
     B, T, W, P, merge = len(prompts), shape.prompt, shape.rows, shape.patches, buckets.merge
     tokens_BT, image_slot_BT = np.zeros((B, T), np.int32), np.full((B, T), -1, np.int32)
@@ -139,7 +146,7 @@ def pad_prompts(prompts: Sequence[EncodedPrompt], shape: Shape, buckets: Buckets
     for b, prompt in enumerate(prompts):
         n = len(prompt.tokens_T)
         tokens_BT[b, :n], mask_BT[b, :n], positions_3BT[:, b, :n] = prompt.tokens_T, True, prompt.positions_3T
-        start, slots = 0, [np.zeros(0, np.int32)]  # slots: indices of this prompt's features among those of all rows
+        start, slots = 0, [np.zeros(0, np.int32)]  # slots: indices of this prompt's features among the batch's
         for grid in prompt.grids:
             coordinates_P2 = patch_coordinates((1, *grid[1:]), merge)
             for size in _frames([grid]):
@@ -154,7 +161,7 @@ def pad_prompts(prompts: Sequence[EncodedPrompt], shape: Shape, buckets: Buckets
         is_image_T = prompt.image_slot_T >= 0
         image_slot_BT[b, :n][is_image_T] = np.concatenate(slots)[prompt.image_slot_T[is_image_T]]
     next_position_B = np.array([prompt.next_position for prompt in prompts], np.int32)
-    # The fields are annotated as jax arrays, which these arrays become when the batch is put on the device.
+    # The fields are annotated as jax arrays: the NumPy arrays become jax arrays when the batch is put on the device.
     return Prompts(
         tokens_BT, mask_BT, positions_3BT, image_slot_BT, next_position_B, patches_WPC, patch_hw_WP2, segment_WP
     )
@@ -171,10 +178,11 @@ def pad_answers(answers: Sequence[Sequence[np.ndarray]], length: int) -> tuple[n
 
 
 def padding(prompts: Sequence[Prompts], masks_BGT: Sequence[np.ndarray] = ()) -> dict[str, float]:
-    """The share of padding among the tokens and among the patches of some batches.
+    """Returns the share of padding among the tokens ("padding/tokens") and among the patches ("padding/patches").
 
     Args:
-      masks_BGT: True at the tokens of answers that are not in the rows of `prompts`.
+      prompts: the batches.
+      masks_BGT: masks of answers that are not in the rows of `prompts`; True at the tokens of an answer.
     """
 
     def share(masks: list[np.ndarray]) -> float:
@@ -187,12 +195,15 @@ def padding(prompts: Sequence[Prompts], masks_BGT: Sequence[np.ndarray] = ()) ->
 
 
 def _frames(grids: Iterable[Grid]) -> list[int]:
-    """The number of patches of each frame."""
+    """Returns the number of patches of each frame of all grids."""
     return [h * w for t, h, w in grids for _ in range(t)]
 
 
 def _pack(sizes: Sequence[int], length: int) -> list[tuple[int, int]]:
-    """(vision row, offset) of each frame: each goes into the first row of `length` patches that has room for it."""
+    """Assigns frames to vision rows of `length` patches: each frame to the first row that has room for it.
+
+    Returns: (vision row, offset in the row) of each frame.
+    """
     used: list[int] = []
     places = []
     for size in sizes:
@@ -205,7 +216,10 @@ def _pack(sizes: Sequence[int], length: int) -> list[tuple[int, int]]:
 
 
 def patch_coordinates(grid: Grid, merge: int) -> np.ndarray:
-    """(h, w) of each patch of a (t, h, w) grid, shape (t*h*w, 2), in the order (t, h/merge, w/merge, merge, merge)."""
+    """Returns (h, w) of each patch of a (t, h, w) grid, shape (t*h*w, 2).
+
+    Patches are in the order (t, h/merge, w/merge, merge, merge).
+    """
     t, h, w = grid
     rows, columns = np.meshgrid(np.arange(h), np.arange(w), indexing="ij")
 

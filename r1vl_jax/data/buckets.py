@@ -1,7 +1,8 @@
-"""The shapes that batches are padded to: a few, chosen from the data, so that a run compiles few programs.
+"""Chooses a few shapes to which batches are padded. With few shapes, a run compiles few programs.
 
-`plan` starts from the needs of a sample of batches. It merges two of them, those that add the least padding, until as
-few are left as were asked for. A batch then gets the cheapest shape that holds it.
+`plan` starts with the shapes that a sample of batches needs. Again and again it merges the two shapes whose merging
+adds the least padding, until at most the requested number is left. Each batch is then padded to the cheapest shape that
+holds it.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The sizes of a padded batch; also the least sizes that a batch needs.
+    """The sizes of a padded batch, or the minimum sizes that a batch needs.
 
     Attributes:
-      prompt, answer: tokens of a prompt (SFT: of prompt and answer, in one row) and of an answer.
-      rows, patches: vision rows (W), and patches in each (P).
+      prompt: tokens per row. In SFT a row is a prompt followed by its answer.
+      answer: tokens per answer.
+      rows: number of vision rows (W).
+      patches: patches per vision row (P).
     """
 
     prompt: int
@@ -28,19 +31,20 @@ class Shape:
     patches: int
 
     def holds(self, need: Shape) -> bool:
-        """Whether no size is smaller than that of `need`."""
+        """Returns whether each size is at least the same size of `need`."""
         return all(a >= b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(need), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-    """The shapes to choose from, cheapest first.
+    """The shapes to which batches are padded, and the rules by which sizes are rounded.
 
     Attributes:
-      multiple: the numbers of tokens and of patches are multiples of it.
-      merge: patches on a side of one image token.
-      shards: the number of vision rows is a multiple of it.
-      patches: the least length of a vision row; a batch with a larger frame has longer ones.
+      multiple: numbers of tokens and of patches are rounded up to multiples of this number.
+      merge: patches along each side of one image token.
+      shards: the number of vision rows is rounded up to a multiple of this number.
+      patches: minimum number of patches of a vision row. A batch with a larger frame gets longer vision rows.
+      shapes: the planned shapes, cheapest first; empty if none are planned.
     """
 
     multiple: int
@@ -53,15 +57,16 @@ class Buckets:
         return ", ".join(f"{s.prompt} tokens with {s.rows} x {s.patches} patches" for s in self.shapes)
 
     def rounded(self, need: Shape) -> Shape:
-        """`need` with each size rounded up by `bucket`: the shape where none are planned."""
+        """Returns `need` with each size rounded up by `bucket`. This is the batch's shape if no shapes are planned."""
         sizes = zip(dataclasses.astuple(need), self._multiples, strict=True)
         return Shape(*(bucket(size, multiple) for size, multiple in sizes))
 
     def fit(self, need: Shape) -> Shape:
-        """The shape for a batch that needs `need`: the cheapest planned one that holds it.
+        """Returns the cheapest planned shape that holds a batch with the minimum sizes `need`.
 
-        Where none does, sizes of the largest shape that are too small grow by quarters until they hold it. Batches
-        that were not planned for then have few different shapes too.
+        If no planned shape holds the batch, takes the largest value of each size among the planned shapes, and grows
+        the values that are too small by quarters until the batch fits. Batches that were not planned for then have few
+        different shapes, too.
         """
         if not self.shapes:
             return self.rounded(need)
@@ -73,24 +78,24 @@ class Buckets:
         return Shape(*(_grown(size, least, multiple) for least, size, multiple in sizes))
 
     def row_length(self, largest_frame: int) -> int:
-        """The length of a vision row, in patches, for a batch whose largest frame has so many patches."""
+        """Returns the patches per vision row, for a batch whose largest frame has `largest_frame` patches."""
         return bucket(max(self.patches, largest_frame), self._multiples[3])
 
     @property
     def _multiples(self) -> tuple[int, int, int, int]:
-        """For each size of a Shape, what it is a multiple of."""
+        """For each size of a Shape, the number of which the size must be a multiple."""
         return self.multiple, self.multiple, self.shards, math.lcm(self.multiple, self.merge**2)
 
 
 def _grown(size: int, least: int, multiple: int) -> int:
-    """`size` grown by quarters, to multiples, until it is at least `least`."""
+    """Grows `size` by quarters, rounded up to multiples, until it is at least `least`."""
     while size < least:
         size = max(multiple, -(-size * 5 // 4 // multiple) * multiple)
     return size
 
 
 def bucket(count: int, multiple: int) -> int:
-    """`count` rounded up to a multiple, and further to one of at most eight sizes an octave: less than 1/8 is added."""
+    """Rounds `count` up to a multiple, then to one of at most eight sizes per doubling, which adds less than 1/8."""
     units = -(-count // multiple)
     coarse = 1 << max(0, units.bit_length() - 4)
     return -(-units // coarse) * coarse * multiple
@@ -99,13 +104,13 @@ def bucket(count: int, multiple: int) -> int:
 def plan(
     buckets: Buckets, needs: Sequence[Shape], *, count: int, batch: int, answer_cost: float, patch_cost: float = 0.5
 ) -> Buckets:
-    """`buckets` with at most `count` shapes, chosen so that each of `needs` is held by one of them.
+    """Returns `buckets` with at most `count` shapes, such that each of `needs` fits into one of them.
 
     Args:
-      needs: the needs of a sample of batches, all with vision rows of one length.
-      batch: prompts in a batch.
-      answer_cost, patch_cost: work of an answer's token and of a patch (Qwen2-VL-2B: 0.665 / 1.31) over that of a
-        prompt's token.
+      needs: the minimum shapes of a sample of batches, all with vision rows of the same length.
+      batch: number of prompts in a batch.
+      answer_cost, patch_cost: work per answer token and per patch, relative to the work per prompt token (Qwen2-VL-2B:
+        0.665 / 1.31 for a patch).
     """
     if not needs:
         return buckets
@@ -117,7 +122,7 @@ def plan(
     rounded = [dataclasses.astuple(buckets.rounded(need)) for need in needs]
     sizes, uses = np.unique(rounded, axis=0, return_counts=True)
     while len(sizes) > count:
-        both = np.maximum(sizes[:, None], sizes[None])  # the shape that holds both of each pair
+        both = np.maximum(sizes[:, None], sizes[None])  # for each pair, the smallest shape that holds both
         added = uses[:, None] * (cost(both) - cost(sizes)[:, None])
         added = added + added.T
         added[np.tril_indices(len(sizes))] = np.inf  # each pair once, and no shape with itself

@@ -1,4 +1,4 @@
-"""python -m r1vl_jax.data.build: builds a TFDS data set (r1vl_jax/data/builders/command.py)."""
+"""Runs `python -m r1vl_jax.data.build`, which builds a TFDS data set (see r1vl_jax/data/builders/command.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""python -m r1vl_jax.data.check: reports what is in the data of a configuration (r1vl_jax/data_check/command.py)."""
+"""Runs `python -m r1vl_jax.data.check`, which reports on a configuration's data (r1vl_jax/data_check/command.py)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""From a source to batches of encoded rows, without end: shuffled, a share for each host, read ahead, resumable.
+"""Makes an endless sequence of batches of encoded rows from a data set.
 
-Flow: source -> grain (order, this host's share, threads or worker processes) -> encode -> usable rows -> make.
+Rows are shuffled, divided among the hosts and read ahead, and reading can resume.
 
-grain keeps the order, whatever reads ahead. So one number, the host's position in its endless order, determines all
-rows that follow, with any number of worker processes.
+Flow: source -> grain (order, this host's shard, threads or worker processes) -> encode -> usable rows -> make.
+
+grain returns the rows in the same order whatever the number of threads or worker processes. So the number of rows read
+from this host's shard is enough to resume, even with another number of worker processes.
 """
 
 from __future__ import annotations
@@ -29,19 +31,19 @@ from r1vl_jax.types import Example
 
 THREADS = 4  # in each process that reads rows; decoding and resizing images release Python's lock
 READ_AHEAD = 32  # rows, over all workers
-SHARED_MEMORY = 512 << 20  # bytes that workers need: twice READ_AHEAD rows of 4 MB, and a margin
+SHARED_MEMORY = 512 << 20  # bytes that worker processes need: 2 * READ_AHEAD rows of 4 MB, and a margin
 
-Row = tuple[Example, Any]  # an example, and what `encode` returned for it
+Row = tuple[Example, Any]  # an example, and the result of `encode`
 
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """How far a loader has read.
+    """How far a loader has read, which is all that is needed to resume.
 
     Attributes:
-      rows: how many rows of its host's share have been read.
-      dropped: the names of those that could not be used.
-      fingerprint: the source's; another one means that the rows have changed.
+      rows: number of rows read from this host's shard, including rows that were dropped.
+      dropped: names of the rows that could not be used.
+      fingerprint: fingerprint of the data source. If it differs on resume, the data have changed.
     """
 
     rows: int = 0
@@ -66,15 +68,15 @@ def read_rows(
     hosts: int = 1,
     workers: int = 0,
 ) -> grain.DatasetIterator:
-    """Reads rows as (name, (example, encoded)), or (name, the RowError that reading or `encode` raised).
+    """Reads rows as (name, (example, encoded)), or as (name, RowError) if reading or `encode` raised a RowError.
 
     Args:
-      encode: called in threads, or in worker processes; then it must pickle.
-      seed: of an endless shuffled order, in which each epoch has every row once. None: every row once, in the order of
-        the source.
-      start: how many rows of this host's share are skipped.
-      host, hosts: the share is every `hosts`-th row of the order, from `host` on.
-      workers: processes that read; with 0, threads of this process read.
+      encode: encodes an example. It is called in threads, or in worker processes, for which it is pickled.
+      seed: seed of an endless shuffled order, in which each epoch has every row once. None: every row once, in the
+        order of the source.
+      start: number of rows of this host's shard to skip.
+      host, hosts: this host's shard is every `hosts`-th row of the order, beginning with row number `host`.
+      workers: number of worker processes that read; 0: threads of this process read.
     """
     data = grain.MapDataset.source(_Encoded(source, encode))
     if seed is not None:
@@ -92,7 +94,7 @@ def read_rows(
 
 
 def _check_shared_memory() -> None:
-    """Raises OSError where shared memory is short: a worker would be killed by a signal, without a message."""
+    """Raises OSError if too little shared memory is free. A worker would be killed by a signal, without a message."""
     if os.path.isdir("/dev/shm") and (free := shutil.disk_usage("/dev/shm").free) < SHARED_MEMORY:
         raise OSError(
             f"data.workers: {free >> 20} MB of shared memory (/dev/shm) are free, expected {SHARED_MEMORY >> 20}; give "
@@ -101,10 +103,10 @@ def _check_shared_memory() -> None:
 
 
 def _end_with_parent(index: int, count: int) -> None:
-    """Makes a worker end when its parent process does, even if that is killed, and not on Ctrl-C."""
+    """Makes a worker process ignore Ctrl-C and end when its parent process ends, even if the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
-    assert parent is not None  # grain calls this in workers alone
+    assert parent is not None  # grain calls this only in worker processes
 
     def watch() -> None:
         parent.join()
@@ -115,7 +117,7 @@ def _end_with_parent(index: int, count: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Encoded:
-    """The encoded rows of a source, by index. A row that cannot be used is the RowError that says why."""
+    """A sequence of a source's encoded rows. If a row cannot be used, its item is the RowError that says why."""
 
     source: Source
     encode: Callable[[Example], Any]
@@ -129,20 +131,21 @@ class _Encoded:
             example = self.source[int(index)]
             name = example.name
             encoded = self.encode(example)
-            return name, (dataclasses.replace(example, image_bytes=None), encoded)  # the images are encoded now
+            return name, (dataclasses.replace(example, image_bytes=None), encoded)  # no longer needed
         except RowError as error:
             return name, error
 
 
 class Loader:
-    """Batches of usable rows. A thread makes the next batch while the caller uses the last one.
+    """Makes batches of usable rows. A thread makes the next batch while the caller uses the current one.
 
     Args:
       source, encode, seed, host, hosts, workers: see `read_rows`.
-      count: rows in a batch of this host.
-      make: makes a batch of its rows, in the thread: pads them and puts them on the device, for example.
-      position: where to start: the `position` of an earlier loader, which this one continues.
-      on_drop: called with the error of each row that cannot be used, once a row.
+      count: rows per batch on this host.
+      make: makes a batch from a list of rows. It runs in the thread, and may pad the rows and put them on the device.
+      position: the `position` attribute of the loader to resume from; None: start at the beginning.
+      on_drop: called with the error of each row that cannot be used, once per row.
+    Raises: RowError if the source's fingerprint differs from that of `position`.
     """
 
     def __init__(
@@ -171,7 +174,7 @@ class Loader:
         self._next: Future | None = None
 
     def take(self) -> Any:
-        """The next batch, as `make` returned it. Raises RowError where a whole epoch has no usable row."""
+        """Returns the next batch, as returned by `make`. Raises RowError if a whole epoch has no usable row."""
         pending = self._next or self._thread.submit(self._read, self.position)
         batch, self.position = pending.result()
         self._next = self._thread.submit(self._read, self.position)
@@ -179,7 +182,7 @@ class Loader:
 
     @property
     def dropped(self) -> int:
-        """How many rows could not be used so far, those that the source could not read included."""
+        """The number of rows that could not be used so far, including rows that the source could not read."""
         return len(self._source.errors) + len(self.position.dropped)
 
     def close(self) -> None:
@@ -189,7 +192,7 @@ class Loader:
         if self._rows is not None:
             self._rows.close()
         self._rows = self._next = None
-        gc.collect()  # grain's iterators are in reference cycles, and hold the workers' shared memory
+        gc.collect()  # frees the workers' shared memory, which grain's iterators keep in reference cycles
 
     def __enter__(self) -> Loader:
         return self
@@ -200,14 +203,14 @@ class Loader:
         self.close()
 
     def _read(self, position: Position) -> tuple[Any, Position]:
-        """Reads and makes the batch after `position`. Returns it with the position after it."""
+        """Reads rows from `position` on and makes a batch of them. Returns the batch and the position after it."""
         if self._rows is None:
             self._rows = self._open()
         rows, count, dropped, failures = [], position.rows, set(position.dropped), 0
         while len(rows) < self._count:
             if failures >= 2 * len(self._source):  # a run of failures of that length contains a whole epoch
                 raise RowError(f"no usable row among the {len(self._source)} that were read; see the messages above")
-            if self._closed.is_set():  # `close` waits for this thread, and nobody for the batch
+            if self._closed.is_set():  # `close` waits for this thread; the batch is not needed
                 raise CancelledError
             name, row = next(self._rows)
             count += 1

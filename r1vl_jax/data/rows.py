@@ -1,4 +1,4 @@
-"""One row of a file to `Example`s: the schemas of R1-VL-10K (RL) and ShareGPT (SFT). No image is opened.
+"""Parses one row of a file into `Example`s. Reads the schemas of R1-VL-10K (RL) and ShareGPT (SFT). Opens no image.
 
 The schemas, as published with R1-VL (arXiv 2503.12937) and Mulberry-SFT (arXiv 2412.18319):
 
@@ -6,8 +6,8 @@ The schemas, as published with R1-VL (arXiv 2503.12937) and Mulberry-SFT (arXiv 
     {"messages": [{"role": "user", "content": "<image>..."}, {"role": "assistant", "content": "..."}],
      "images": "a.png"}
 
-Both may have "videos": the path of a video file, a list of paths, or a list of lists of frames. A conversation may
-have a system turn and several question and answer turns; each answer becomes one `Example`.
+Rows of both schemas may have "videos": the path of a video file, a list of paths, or a list of lists of frames. A
+conversation may have a system turn and several pairs of question and answer; each answer becomes one `Example`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ IMAGE, VIDEO = "<image>", "<video>"
 
 
 def parse_row(row: object, *, source: str, number: int, image_root: str) -> list[Example]:
-    """The `Example`s of one row of either schema, one for each answer.
+    """Parses one row of either schema. Returns one `Example` per answer.
 
     Args:
-      source, number: the file's name and the row's number, for errors.
-      image_root: the folder that relative paths start from.
+      source, number: name of the file and number of the row, for error messages.
+      image_root: folder to which relative paths are relative.
     Raises: RowError naming file, row and field.
     """
     name = f"{source}, row {number}"
@@ -67,9 +67,9 @@ def parse_row(row: object, *, source: str, number: int, image_root: str) -> list
 
 
 def _with_placeholders(questions: list[str], placeholder: str, files: int, name: str) -> str:
-    """The first question; `files` placeholders are put before it where no question has one.
+    """Returns the first question; puts `files` placeholders before it if no question has a placeholder.
 
-    Raises: RowError where the questions have another number of placeholders than `files`.
+    Raises: RowError if the questions have placeholders, but not `files` of them.
     """
     count = sum(question.count(placeholder) for question in questions)
     if count not in (0, files):
@@ -79,7 +79,7 @@ def _with_placeholders(questions: list[str], placeholder: str, files: int, name:
 
 
 def _text(row: dict[str, Any], field: str, name: str) -> str:
-    """A field's text. Raises RowError where it is empty or not text."""
+    """Returns the text of a field. Raises RowError if it is empty or not a text."""
     value = row.get(field)
     if not isinstance(value, str) or not value.strip():
         raise RowError(f"{name}, {field}: {shown(value)}; expected a text that is not empty")
@@ -88,7 +88,7 @@ def _text(row: dict[str, Any], field: str, name: str) -> str:
 
 
 def _check_unicode(text: str, name: str) -> None:
-    """Raises RowError on half of a surrogate pair: JSON can contain one, and tokenizers do not accept it."""
+    """Raises RowError if the text contains half of a surrogate pair, which JSON allows and tokenizers reject."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -96,7 +96,7 @@ def _check_unicode(text: str, name: str) -> None:
 
 
 def _conversation(messages: object, name: str) -> tuple[str | None, list[tuple[str, str]]]:
-    """The system turn (None: the default one) and the (question, answer) turns."""
+    """Returns the text of the system turn (None: the default one) and the (question, answer) pairs."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise RowError(f"{name}: {shown(messages)}; expected a list of {{role, content}}")
     roles = [message.get("role") for message in messages]
@@ -112,7 +112,7 @@ def _conversation(messages: object, name: str) -> tuple[str | None, list[tuple[s
 
 
 def _path(value: object, name: str, root: str) -> str:
-    """The absolute path of a file. Raises RowError where the value is not a path, or is a URL."""
+    """Returns the absolute path of a file. Raises RowError if the value is not a path, or is a URL."""
     if not isinstance(value, str) or not value.strip() or "\0" in value or "://" in value or value.startswith("data:"):
         raise RowError(f"{name}: {shown(value)}; expected the path of a file, or a list of them")
     _check_unicode(value, name)
@@ -120,13 +120,13 @@ def _path(value: object, name: str, root: str) -> str:
 
 
 def _images(value: object, name: str, root: str) -> tuple[str, ...]:
-    """Absolute paths of a path or a list of paths; empty for null."""
+    """Returns the absolute paths for a path or a list of paths; an empty tuple for None."""
     paths = [] if value is None else value if isinstance(value, list) else [value]
     return tuple(_path(path, name, root) for path in paths)
 
 
 def _videos(value: object, name: str, root: str) -> tuple[str | tuple[str, ...], ...]:
-    """Absolute paths of the video files; for a video that is a list of frames, a tuple of their paths."""
+    """Returns the absolute path of each video file. For a video given as a list of frames, returns a tuple of paths."""
     videos = [] if value is None else value if isinstance(value, list) else [value]
     paths = []
     for i, video in enumerate(videos):
@@ -138,9 +138,9 @@ def _videos(value: object, name: str, root: str) -> tuple[str | tuple[str, ...],
 
 
 def _key_steps(value: object, name: str) -> tuple[tuple[str, ...], ...] | None:
-    """The groups of alternatives in {"Steps": [...]}, or in the list alone. None for null, {} and a missing field.
+    """Returns the key steps in {"Steps": [...]} or in a bare list, each as a tuple of alternative wordings.
 
-    A group may be one text, which is the same as a list of that text.
+    Returns None if the field is null, {} or missing. A key step given as one text is the same as a list with that text.
     """
     if isinstance(value, dict) and value:
         if "Steps" not in value:

@@ -1,4 +1,4 @@
-"""python -m r1vl_jax.data.shapes: makes the built-in task (r1vl_jax/shapes/command.py)."""
+"""Runs `python -m r1vl_jax.data.shapes`, which makes the built-in task (see r1vl_jax/shapes/command.py)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""`Source`: random access to the usable `Example`s of a data set. A JSON file is indexed, not kept in memory.
+"""Defines `Source`, random access to the usable `Example`s of a data set, and `JsonSource`, which reads a JSON file.
 
-Flow: data (here) -> processing. `open_source` opens what a section of the configuration names: a JSON file, or a TFDS
-data set.
+`JsonSource` keeps an index of the file in memory, not the rows. `open_source` opens the JSON file or the TFDS data set
+that a section of the configuration names.
 
-    file.json -> scan: each row and where it is -> parse_row, drop_matching -> index of the examples -> source[i]
+Flow: data (here) -> processing.
+
+    file.json -> scan: each row and its position -> parse_row, drop_matching -> index of the examples -> source[i]
 """
 
 from __future__ import annotations
@@ -26,17 +28,17 @@ from r1vl_jax.errors import RowError
 from r1vl_jax.types import Example
 
 CHUNK = 1 << 20  # bytes read at once
-MAX_ROW = 256 << 20  # characters; a longer "row" is one whose closing bracket is missing
+MAX_ROW = 256 << 20  # characters; in a longer "row" the closing bracket is missing
 
 
 class Source(Protocol):
-    """Random access to the usable rows of a data set. grain reads it, in threads and in worker processes.
+    """Random access to the usable rows of a data set. grain reads from it in threads and in worker processes.
 
     Attributes:
-      name: its path, for messages.
-      fingerprint: changes when the rows do.
-      errors: a RowError for each row that cannot be used, as far as can be known without opening images.
-      filtered: the number of rows left out by `drop_matching`.
+      name: path of the data set, for messages.
+      fingerprint: a text that changes when the rows change.
+      errors: a RowError for each row that is known to be unusable before any image is opened.
+      filtered: number of rows left out by `drop_matching`.
     """
 
     name: str
@@ -50,7 +52,7 @@ class Source(Protocol):
 
 
 def open_source(section: SourceSection) -> Source:
-    """The source that a configuration names. Raises RowError where it has no usable row."""
+    """Opens the data set that a section of the configuration names. Raises RowError if it cannot be used."""
     if section.tfds:
         from r1vl_jax.data.tfds_source import TfdsSource  # needs tensorflow-datasets, which JSON does not
 
@@ -61,7 +63,7 @@ def open_source(section: SourceSection) -> Source:
 
 
 def check_source(section: SourceSection) -> None:
-    """Checks what takes no time: that the data set exists and begins with rows. Raises RowError where not."""
+    """Checks quickly that the data set exists and begins with rows. Raises RowError if not."""
     if section.tfds:
         open_source(section)
     else:
@@ -69,14 +71,16 @@ def check_source(section: SourceSection) -> None:
 
 
 class JsonSource:
-    """A JSON array or JSONL file. It is read once, to check every row and to make an index of 24 bytes an example.
+    """Reads rows from a JSON array or a JSONL file.
+
+    The file is read once to check every row and to make an index with 24 bytes per example. Reading an example raises
+    OSError if the file has changed since then.
 
     Args:
-      path: a JSON array, or one JSON object a line. Each row's keys say which schema it has.
-      image_root: the folder that image paths are relative to; None: the folder of `path`.
+      path: a file with a JSON array, or with one JSON object per line. The keys of a row determine its schema.
+      image_root: folder to which image paths are relative; None: the folder of `path`.
       drop_matching: rows with one of these texts in an answer are left out and counted in `filtered`.
-    Raises: RowError where the file is missing, empty or not JSON. Reading an example raises OSError where the file has
-      changed since it was indexed.
+    Raises: RowError if the file is missing, empty or not JSON.
     """
 
     def __init__(
@@ -110,16 +114,19 @@ class JsonSource:
         return self._parse(json.loads(os.pread(descriptor, length, start)), number)[turn]
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the open file, which does not pickle."""
+        """Returns all attributes but the open file, which cannot be pickled."""
         return {key: value for key, value in self.__dict__.items() if key != "_file"}
 
     @functools.cached_property
     def _file(self) -> BinaryIO:
-        """The open file; each process opens its own."""
+        """The open file. Each process opens the file itself."""
         return open(self._path, "rb")  # noqa: SIM115 (open as long as the source exists)
 
     def _index(self, drop_matching: tuple[str, ...]) -> Iterator[tuple[int, int, int, int]]:
-        """(first byte, bytes, row number, turn) of each usable example. Adds the other rows to `errors`, `filtered`."""
+        """Yields (first byte, number of bytes, row number, turn) of each usable example.
+
+        Adds unusable rows to `errors`, and counts the rows that `drop_matching` leaves out in `filtered`.
+        """
         digest = hashlib.blake2b(digest_size=8)
         for number, start, length, row in _scan(self.name, digest.update):
             if isinstance(row, RowError):
@@ -141,14 +148,14 @@ class JsonSource:
 
 
 def _check_file(path: str) -> None:
-    """Raises RowError where `path` is not a file."""
+    """Raises RowError if `path` is not a file."""
     if not os.path.isfile(path):
         problem = "a folder" if os.path.isdir(path) else "no such file"
         raise RowError(f"{path}: {problem}; expected a JSON array or JSONL file")
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:
-    """Size and time of change: by these a file that has changed is recognised."""
+    """Returns a file's size and time of change. If one of them differs later, the file has changed."""
     return status.st_size, status.st_mtime_ns
 
 
@@ -157,11 +164,11 @@ Row = tuple[int, int, int, object]
 
 
 def _scan(path: str, on_bytes: Callable[[bytes], None] = lambda data: None) -> Iterator[Row]:
-    """The rows of a file, which is read once from start to end.
+    """Yields the rows of a file, which is read once from start to end.
 
     Args:
-      on_bytes: called with all bytes that are read.
-    Raises: RowError where the file is neither a JSON array nor JSONL.
+      on_bytes: called with each block of bytes that is read.
+    Raises: RowError if the file is neither a JSON array nor JSONL.
     """
     _check_file(path)
     with open(path, "rb") as file:
@@ -180,7 +187,7 @@ def _scan(path: str, on_bytes: Callable[[bytes], None] = lambda data: None) -> I
 
 
 def _scan_lines(file: BinaryIO, path: str, at: int, on_bytes: Callable[[bytes], None]) -> Iterator[Row]:
-    """The rows of JSONL. A row's number is that of its line. Only a line feed ends a line."""
+    """Yields the rows of a JSONL file. A row's number is the number of its line. Only a line feed ends a line."""
     first = True
     for number, line in enumerate(file):
         on_bytes(line)
@@ -201,7 +208,7 @@ def _scan_lines(file: BinaryIO, path: str, at: int, on_bytes: Callable[[bytes], 
 
 
 def _scan_array(file: BinaryIO, path: str, at: int, on_bytes: Callable[[bytes], None]) -> Iterator[Row]:
-    """The rows of a JSON array, parsed one by one."""
+    """Yields the rows of a JSON array, parsed one by one."""
     text, number = _Window(file, at, on_bytes), 0
 
     def fail(problem: object) -> RowError:
@@ -217,7 +224,7 @@ def _scan_array(file: BinaryIO, path: str, at: int, on_bytes: Callable[[bytes], 
             try:
                 start, row = text.at, text.take_value()
             except json.JSONDecodeError as error:
-                raise fail(error.msg) from error  # not its position, which counts from the start of the window
+                raise fail(error.msg) from error  # without its position, which is relative to the window
             except (ValueError, RecursionError) as error:
                 raise fail(error) from error
             yield number, start, text.at - start, row
@@ -232,10 +239,10 @@ def _scan_array(file: BinaryIO, path: str, at: int, on_bytes: Callable[[bytes], 
 class _Window:
     """The part of a file that is being parsed.
 
-    Bytes that are not UTF-8 become lone surrogates, so that only the row that contains them cannot be used.
+    Bytes that are not UTF-8 become lone surrogates, so only the row that contains such bytes is unusable.
 
     Attributes:
-      at: the position in the file, in bytes.
+      at: current position in the file, in bytes.
     """
 
     def __init__(self, file: BinaryIO, at: int, on_bytes: Callable[[bytes], None]) -> None:
@@ -245,7 +252,7 @@ class _Window:
         self._text, self._place, self._complete = "", 0, False
 
     def _advance(self, place: int) -> None:
-        """Moves to a place in the text."""
+        """Moves to the index `place` of the text."""
         self.at += len(self._text[self._place : place].encode("utf-8", "surrogateescape"))
         self._place = place
 
@@ -258,7 +265,7 @@ class _Window:
         self._text, self._place = rest + self._decode(data, final=self._complete), 0
 
     def peek(self) -> str:
-        """Moves to the next character that is not white space, and returns it; "" at the end of the file."""
+        """Moves to the next character that is not white space, and returns it; returns "" at the end of the file."""
         while True:
             place = self._place
             while place < len(self._text) and self._text[place] in " \t\r\n":
@@ -269,13 +276,16 @@ class _Window:
             self._more()
 
     def take_mark(self) -> str:
-        """Returns the next character that is not white space, and moves after it."""
+        """Returns the next character that is not white space, and moves past it."""
         mark = self.peek()
         self._advance(self._place + len(mark))
         return mark
 
     def take_value(self) -> object:
-        """Returns the JSON value here, and moves after it. Raises ValueError or RecursionError where there is none."""
+        """Returns the JSON value at the current position, and moves past it.
+
+        Raises: ValueError or RecursionError if there is no valid value.
+        """
         while True:
             try:
                 value, end = self._parse(self._text, self._place)
@@ -283,7 +293,7 @@ class _Window:
                 if self._complete or len(self._text) - self._place > MAX_ROW:
                     raise
             else:
-                if end < len(self._text) or self._complete:  # else a number might continue in what has not been read
+                if end < len(self._text) or self._complete:  # else a number might continue in the unread part
                     self._advance(end)
                     return value
             self._more()

@@ -1,7 +1,7 @@
-"""`TfdsSource`: questions from a TFDS data set in ArrayRecord, made by r1vl_jax.data.build.
+"""Defines `TfdsSource`, which reads questions from a TFDS data set in ArrayRecord made by r1vl_jax.data.build.
 
-Flow: as_data_source of TFDS (random access, no TensorFlow) -> to_example -> source[i]. The data set holds the usable
-rows of a JSON file in the file's order, images included: source[i] is what that file's JsonSource returns.
+Flow: as_data_source of TFDS (random access, no TensorFlow) -> to_example -> source[i]. The data set has the usable rows
+of a JSON file in the file's order, with their images. source[i] is the same example as in the JsonSource of that file.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from r1vl_jax.types import Example
 
 
 class TfdsSource:
-    """The rows of one split; a `Source`. It pickles; each process opens the files itself.
+    """Reads the rows of one split; a `Source`. Instances can be pickled; each process opens the files itself.
 
     Args:
       name: NAME for the newest version, or NAME:VERSION.
-      data_dir: the folder of TFDS data sets; None: TFDS_DATA_DIR or ~/tensorflow_datasets.
+      data_dir: folder of TFDS data sets; None: TFDS_DATA_DIR or ~/tensorflow_datasets.
       split: a TFDS split, such as "train" or "train[:1000]".
       drop_matching: reading a row with one of these texts in an answer raises RowError.
-    Raises: RowError where the data set does not exist, is not complete, or was not made by r1vl_jax.data.build. It
-      names the data sets that exist.
+    Raises: RowError if the data set does not exist (the message lists those that exist), is not complete, or was not
+      made by r1vl_jax.data.build.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class TfdsSource:
 
 
 def _find(name: str, root: Path) -> Path:
-    """The folder of the version that `name` asks for, in the folder `root` of data sets."""
+    """Returns the folder of the data set and version that `name` asks for. `root`: folder of TFDS data sets."""
     match = re.fullmatch(r"([A-Za-z]\w*)(?::(\d+\.\d+\.\d+))?", name)
     if not match:
         raise RowError(f"{name!r}: not the name of a TFDS data set; expected NAME or NAME:VERSION")
@@ -92,19 +92,19 @@ def _find(name: str, root: Path) -> Path:
 
 
 def _versions(folder: Path) -> list[str]:
-    """The complete versions of a data set, the newest last."""
+    """Returns the complete versions of a data set, oldest first."""
     names = {path.parent.name for path in folder.glob("*/dataset_info.json")}
     return sorted(filter(tfds.core.Version.is_valid, names), key=tfds.core.Version)
 
 
 def _open(folder: Path, split: str) -> tuple[Any, str]:
-    """Random access to the records of a split, as dictionaries; and a fingerprint of the split's files."""
+    """Returns random access to a split's records, as dictionaries, and a fingerprint of the split's files."""
     try:
         builder = tfds.builder_from_directory(folder)
-    except Exception as error:  # TFDS raises what its parsers raise
+    except Exception as error:  # TFDS passes on any error of its parsers
         raise RowError(f"{folder}: cannot be read as a TFDS data set ({error})") from error
     info = builder.info
-    # TFDS annotates the tensors of any structure of features; those of a FeaturesDict are in a dictionary.
+    # TFDS's annotation allows any structure of tensors; the structure of a FeaturesDict is a dictionary.
     expected = cast(dict[str, Any], features().get_tensor_info())
     actual = cast(dict[str, Any], info.features.get_tensor_info() if info.features else {})
     missing = sorted(field for field in expected if field not in actual or actual[field] != expected[field])

@@ -1,4 +1,4 @@
-"""`python -m r1vl_jax.data.check --config F`: reads all rows as training would, and reports what is in them."""
+"""Implements `python -m r1vl_jax.data.check --config F`: reads all rows as training would, and reports on them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _folder(config: Config, out: str | None) -> Path:
-    """The folder for the report. It may not be in the run folder, which must be empty or that of a run."""
+    """Returns the folder of the report. Raises ConfigError if it is inside the run folder."""
     run = Path(config.output_dir)
     folder = Path(out) if out else run.with_name(f"{run.name}-check")
     if folder.resolve().is_relative_to(run.resolve()):
@@ -58,7 +58,7 @@ def _write(reading: Reading, numbers: dict[str, Any], folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit code."""
+    """Runs the command. Returns the exit code."""
     arguments, overrides = _parser().parse_known_args(argv)
     try:
         config = configs.load(arguments.config, overrides)

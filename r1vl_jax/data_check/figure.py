@@ -1,4 +1,4 @@
-"""check.png: a histogram of each series of numbers, a column for each data set."""
+"""Draws check.png: a column per data set, with a histogram for each series of numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from r1vl_jax.data_check.records import Survey
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# For each series (see numbers.py): the label of the numbers, and of what is counted.
+# For each series (see numbers.py): the label of the x axis, and that of the y axis.
 PANELS = {
     "prompt_tokens": ("prompt tokens of an example, image tokens among them", "examples"),
     "answer_tokens": ("answer tokens of an example", "examples"),
@@ -25,7 +25,7 @@ BARS = 40
 
 
 def plot(surveys: Sequence[Survey], path: Path) -> None:
-    """Draws the histograms into a PNG file; budgets are dashed lines."""
+    """Draws the histograms and writes them to a PNG file. Budgets are dashed lines."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: it takes a while to import
     from matplotlib.figure import Figure
 
@@ -54,7 +54,7 @@ def _draw(axes: Axes, numbers: np.ndarray, series: str, budgets: dict[str, int])
     for number, (name, value) in enumerate(budgets.items(), 1):
         if low / 2 <= value <= 2 * high:
             axes.axvline(value, color=f"C{number}", linestyle="--", label=f"{name}: {value:,}")
-        else:  # in the legend alone: a line so far away would squeeze the bars
+        else:  # only in the legend, because a line so far away would squeeze the bars
             axes.plot([], [], " ", label=f"{name}: {value:,}, off the axis")
     axes.tick_params(labelsize=8)
     if budgets:
@@ -62,7 +62,11 @@ def _draw(axes: Axes, numbers: np.ndarray, series: str, budgets: dict[str, int])
 
 
 def _draw_bars(axes: Axes, numbers: np.ndarray, unit: str, *, logarithmic: bool) -> None:
-    """Draws the bars and both axes. `logarithmic`: the axis of the numbers is; that of counts is where they differ."""
+    """Draws the bars and both axes.
+
+    Args:
+      logarithmic: whether the x axis is logarithmic. The y axis is logarithmic if the counts differ much.
+    """
     from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
     low, high = int(numbers.min()), int(numbers.max())
@@ -72,10 +76,10 @@ def _draw_bars(axes: Axes, numbers: np.ndarray, unit: str, *, logarithmic: bool)
         axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator())
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     else:
-        width = -(-(high - low + 1) // BARS)  # every bar has the same number of whole numbers
+        width = -(-(high - low + 1) // BARS)  # each bar covers the same number of integers
         edges = np.arange(low, high + width + 1, width) - 0.5
         axes.xaxis.set(major_locator=MaxNLocator(6, integer=True), major_formatter=StrMethodFormatter("{x:,.0f}"))
-        # An invisible line of 4 units: the axis is at least as long.
+        # An invisible line of 4 units, so that the x axis is at least 4 units long.
         axes.plot([(low + high) / 2 - 2, (low + high) / 2 + 2], [0, 0], alpha=0)
     counts, _ = np.histogram(numbers, edges)
     axes.stairs(counts, edges, fill=True, color="C0", alpha=0.8)

@@ -1,4 +1,4 @@
-"""Records to the numbers that check.json has."""
+"""Computes the numbers of check.json from the records."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from r1vl_jax.data.batching import Size, need_of
 from r1vl_jax.data_check.records import FILTERED, Plan, Record, Survey
 from r1vl_jax.keysteps import lint
 
-# Each series of numbers: its name in words, and the numbers that a record adds to it.
+# For each series of numbers: its name in words, and a function that returns a record's numbers.
 SERIES: dict[str, tuple[str, Callable[[Record], Iterable[int]]]] = {
     "prompt_tokens": ("prompt tokens", lambda record: [record.prompt]),
     "image_tokens": ("image tokens", lambda record: [record.image_tokens]),
@@ -22,7 +22,8 @@ SERIES: dict[str, tuple[str, Callable[[Record], Iterable[int]]]] = {
     "pixels": ("pixels of an image", lambda record: [picture.pixels for picture in record.pictures if picture.pixels]),
     "patches": ("patches", lambda record: [sum(picture.t * picture.h * picture.w for picture in record.pictures)]),
 }
-# The ways in which two rows can be alike: the name in words, and the keys of a record. Rows that share a key are alike.
+# For each way in which two rows can be alike: its name in words, and a function that returns a record's keys. Rows
+# that share a key are alike.
 ALIKE: dict[str, tuple[str, Callable[[Record], set[Any]]]] = {
     "image": ("same image", lambda record: {picture.digest for picture in record.pictures}),
     "question": ("same question", lambda record: {record.question}),
@@ -34,11 +35,11 @@ ALIKE: dict[str, tuple[str, Callable[[Record], set[Any]]]] = {
 
 
 def report(surveys: Sequence[Survey], leaks: dict[str, dict[str, Any]], complete: bool) -> dict[str, Any]:
-    """All numbers, as check.json has them.
+    """Returns the contents of check.json.
 
     Args:
-      leaks: for each training set, what held-out rows share with it (see `rows_alike`).
-      complete: False where reading was interrupted; data sets that were not read are then left out.
+      leaks: for each training set, the pairs of training and held-out rows that are alike (see `rows_alike`).
+      complete: False if reading was interrupted; data sets of which nothing was read are then left out.
     """
     leaked = {row for shared in leaks.values() for _, row in shared["both"]["pairs"]}
     return {
@@ -51,7 +52,7 @@ def report(surveys: Sequence[Survey], leaks: dict[str, dict[str, Any]], complete
 
 
 def set_numbers(survey: Survey) -> dict[str, Any]:
-    """The numbers of one data set."""
+    """Returns the numbers of one data set."""
     source, usable = survey.source, survey.usable
     turns = Counter(record.row for record in survey.records if record.row >= 0)
     unknown = sum(record.row < 0 for record in survey.records)
@@ -81,7 +82,7 @@ def set_numbers(survey: Survey) -> dict[str, Any]:
 
 
 def _pictures(records: Sequence[Record]) -> dict[str, Any]:
-    """The numbers about images and videos."""
+    """Returns the numbers about images and videos."""
     pictures = [picture for record in records for picture in record.pictures]
     images = [picture for picture in pictures if picture.pixels]
     return {
@@ -97,18 +98,18 @@ def _pictures(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _counts(values: Iterable[int]) -> dict[str, int]:
-    """How often each value occurs."""
+    """Returns how often each value occurs."""
     return {str(value): count for value, count in sorted(Counter(values).items())}
 
 
 def values(survey: Survey, series: str) -> np.ndarray:
-    """A series of all examples that could be encoded, those over a budget too."""
+    """Returns a series of numbers over all examples that could be encoded, including those over a budget."""
     encoded = (record for record in survey.records if record.prompt)
     return np.fromiter(chain.from_iterable(map(SERIES[series][1], encoded)), np.int64)
 
 
 def quantiles(values: np.ndarray) -> dict[str, float] | None:
-    """Quantiles and the mean; None for no values."""
+    """Returns quantiles and the mean; None if there are no values."""
     if not len(values):
         return None
     low, five, median, most, high = np.percentile(values, [0, 5, 50, 95, 100]).tolist()
@@ -116,10 +117,10 @@ def quantiles(values: np.ndarray) -> dict[str, float] | None:
 
 
 def rows_alike(first: Sequence[Record], second: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """Pairs of rows, one of `first` and one of `second`, that share an image, the question, or the question and images.
+    """Finds pairs of rows that share an image, the question, or the question and all images.
 
-    A row of `second` is paired with the earliest row of `first` that it is like. Where both are the same set, a row is
-    not paired with itself, with which its other turns would be alike.
+    A pair has one row of `first` and one row of `second`. Each row of `second` is paired with the earliest such row of
+    `first`. If `first` is `second`, a row is not paired with itself, even if its turns are alike.
     """
     alike = {}
     for kind, (_, keys) in ALIKE.items():
@@ -134,7 +135,7 @@ def rows_alike(first: Sequence[Record], second: Sequence[Record]) -> dict[str, d
 
 
 def _batches(survey: Survey) -> dict[str, Any]:
-    """For each plan its shapes, how many batches of an epoch get each of them, and the share of padding."""
+    """For each plan, returns its shapes, how many batches of an epoch get each shape, and the share of padding."""
     part = survey.part
     sizes = [_size(survey.records[index], part.max_answer_tokens is not None) for index in survey.order]
     sample, epoch = [size for size in sizes[: part.planned] if size], [size for size in sizes if size]
@@ -142,14 +143,14 @@ def _batches(survey: Survey) -> dict[str, Any]:
 
 
 def _size(record: Record, answers: bool) -> Size | None:
-    """The size of an example, with its answer where `answers`; None where training drops it."""
+    """Returns the size of an example, including its answer if `answers`; None if training drops the example."""
     grids = tuple((picture.t, picture.h, picture.w) for picture in record.pictures)
     answer = record.answer if answers else 0
     return None if record.reason else Size(record.prompt + answer, answer, grids)
 
 
 def _padding(plan: Plan, sample: list[Size], epoch: list[Size]) -> dict[str, Any]:
-    """The shapes planned from `sample`, and the padding of an epoch's batches in them."""
+    """Plans shapes from the examples of `sample`, and returns how much padding the batches of `epoch` then have."""
     planned, batches = plan.shapes(plan.batches(sample)), plan.batches(epoch)
     shapes = [planned.fit(need_of(batch, planned)) for batch in batches]
     uses = Counter(shapes)

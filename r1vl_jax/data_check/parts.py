@@ -1,4 +1,4 @@
-"""The data sets that the configured stages read, and the batches that they make of them."""
+"""Lists the data sets that the configured stages read, and the batches that the stages make of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from r1vl_jax.processing.images import ImageSpec
 
 
 def parts(config: Config, spec: ImageSpec) -> list[Part]:
-    """The data sets of a configuration. `spec`: the checkpoint's."""
+    """Returns the data sets of a configuration. `spec`: image settings of the checkpoint."""
     sft, rl, heldout, data = config.sft, config.rl, config.eval, config.data
 
     def plan(name: str, batches: Callable[[list[Size]], list[list[Size]]], *, count: int = data.buckets) -> Plan:
@@ -42,11 +42,11 @@ def parts(config: Config, spec: ImageSpec) -> list[Part]:
 def _budgets(
     config: Config, spec: ImageSpec, name: str, stage: SFTSection | RLSection, answer_key: str, answer_tokens: int
 ) -> dict[str, dict[str, int]]:
-    """The limits for each series of numbers, by the keys of the configuration.
+    """Returns the limits for each series of numbers. Each limit has the name of its key in the configuration.
 
     Args:
-      name, stage: the section with the pixel budget.
-      answer_key, answer_tokens: the limit of an answer's tokens.
+      name, stage: name and value of the section with the pixel budget.
+      answer_key, answer_tokens: name and value of the token limit of an answer.
     """
     return {
         "prompt_tokens": {"data.max_prompt_tokens": config.data.max_prompt_tokens},
@@ -57,6 +57,6 @@ def _budgets(
 
 
 def _filled(sizes: list[Size], count: int) -> list[list[Size]]:
-    """Batches as the held-out judgement makes them: in order, the last one filled up with its last row."""
+    """Makes batches as the held-out evaluation does: in order, with the last batch filled up with its last row."""
     batches = [sizes[i : i + count] for i in range(0, len(sizes), count)]
     return [batch + batch[-1:] * (count - len(batch)) for batch in batches]

@@ -1,6 +1,6 @@
-"""Reads the data sets of a configuration as training would: one record for each example.
+"""Reads the data sets of a configuration as training would, and makes one record per example.
 
-Needs no accelerator, and of the model no weights: only the tokenizer, the image processor and config.json.
+This needs no accelerator and no weights, only the model's tokenizer, image processor settings and config.json.
 """
 
 from __future__ import annotations
@@ -36,11 +36,14 @@ from r1vl_jax.types import EncodedPrompt, Example
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """Encodes an example as training does and returns its `Record`. It pickles, and is called where rows are read.
+    """A callable that encodes an example as training does and returns its `Record`.
+
+    It is passed to `read_rows` as `encode`, so it runs in the threads or worker processes that read rows. It can be
+    pickled.
 
     Attributes:
-      max_tokens: the most tokens of a prompt.
-      max_answer_tokens: the most tokens of an answer; None where training encodes the question alone.
+      max_tokens: token limit of a prompt.
+      max_answer_tokens: token limit of an answer; None if training encodes the question alone.
     """
 
     processor: Processor
@@ -57,7 +60,7 @@ class Measure:
         except RowError as error:
             record = record._replace(message=str(error), reason=reason_of(str(error), example.name))
             try:
-                prompt, answer = self._encode(example)  # without limits: the lengths of a long row are reported too
+                prompt, answer = self._encode(example)  # without limits, to report the lengths of a long row, too
             except RowError:
                 return record
         return record._replace(
@@ -69,7 +72,10 @@ class Measure:
         )
 
     def _encode(self, example: Example, **limits: int) -> tuple[EncodedPrompt, int]:
-        """The prompt and the answer's number of tokens; 0 where training does not encode it and it is not possible."""
+        """Returns the prompt and the number of tokens of the answer.
+
+        The number is 0 if training does not encode the answer and the answer cannot be encoded.
+        """
         if self.max_answer_tokens is not None:
             prompt, answer = self.processor.encode_pair(example, **limits)
             return prompt, len(answer)
@@ -80,7 +86,7 @@ class Measure:
 
 
 def _pictures(example: Example, prompt: EncodedPrompt, spec: ImageSpec) -> Iterator[Picture]:
-    """The images and videos of an example, in order."""
+    """Yields a Picture for each image and video of an example, in order."""
     text = "".join([*(question for question, _ in example.history), example.question])
     files, start = iter(example.image_bytes or example.images), 0
     for kind, (t, h, w) in zip(re.findall("<(image|video)>", text), prompt.grids, strict=True):
@@ -96,14 +102,17 @@ def _pictures(example: Example, prompt: EncodedPrompt, spec: ImageSpec) -> Itera
 
 
 def _file_size(file: str | bytes) -> tuple[int, int]:
-    """Width and height of an image file, from its header."""
+    """Returns the width and height of an image file, read from its header."""
     known = [name for name in FORMATS if name in Image.OPEN]
     with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=known) as image:
         return image.size
 
 
 def _normal(example: Example) -> str:
-    """All questions in lower case, without placeholders, repeated spaces, and Mulberry's "Question:" at the start."""
+    """Returns all questions as one text for comparison.
+
+    The text is in lower case, without placeholders, repeated spaces, and Mulberry's "Question:" at the start.
+    """
     text = " ".join([*(question for question, _ in example.history), example.question])
     return " ".join(re.sub("<image>|<video>", " ", text).casefold().split()).removeprefix("question: ")
 
@@ -123,16 +132,16 @@ def read(
     stage: SFTSection | RLSection | None = None,
     workers: int = 0,
 ) -> Iterator[Record]:
-    """The records of a data set, one for each example that training reads.
+    """Yields the records of a data set, one for each example that training reads.
 
     Args:
-      stage: the section with the pixel budget; None: the data set's own.
+      stage: section with the pixel budget; None: the section of the stage that trains on the data set.
     """
     part = survey.part
     processor = processor.for_stage(stage or part.stage, data.video)
     measure = Measure(processor, data.max_prompt_tokens, part.max_answer_tokens)
     label = part.key if stage is None else f"{part.key} as the warm-up sees it"
-    workers = 0 if part.limit else workers  # few rows, which training reads in threads
+    workers = 0 if part.limit else workers  # these are few rows, which training reads in threads
     with closing(read_rows(survey.source, measure, seed=None, workers=workers)) as rows:
         for _, row in tqdm(islice(rows, survey.to_read), total=survey.to_read, desc=label, unit="row", file=sys.stderr):
             if isinstance(row, RowError):  # the source could not read it
@@ -144,7 +153,7 @@ def read(
 
 @dataclasses.dataclass
 class _Blank:
-    """A source of `count` empty examples, which know their indices."""
+    """A source of `count` empty examples. The row number of each example is its index."""
 
     count: int
     name: str = ""
@@ -160,14 +169,14 @@ class _Blank:
 
 
 def training_order(count: int, seed: int) -> list[int]:
-    """The order of `count` examples in training's first epoch."""
+    """Returns the order of `count` examples in the first epoch of training, as indices."""
     with closing(read_rows(_Blank(count), lambda example: None, seed=seed)) as rows:
         bar = tqdm(islice(rows, count), total=count, desc="order", unit="row", delay=2, leave=False, file=sys.stderr)
         return [example.row for _, (example, _) in bar]
 
 
 def lint_key_steps(source: Source) -> list[lint.Finding]:
-    """What r1vl_jax.keysteps lint reports; `row` is the index of an example."""
+    """Returns the findings of r1vl_jax.keysteps lint. `row` of a finding is the index of an example."""
 
     def rows() -> Iterator[tuple[int, dict[str, Any]]]:
         for index in tqdm(range(len(source)), desc="key steps", unit="row", file=sys.stderr):
@@ -186,8 +195,9 @@ class Reading:
     """All that was read.
 
     Attributes:
-      leaks: for each training set, what held-out rows share with it (see `rows_alike`).
-      complete: False where reading was interrupted.
+      surveys: one per data set.
+      leaks: for each training set, the pairs of training and held-out rows that are alike (see `rows_alike`).
+      complete: False if reading was interrupted.
     """
 
     surveys: list[Survey]
@@ -220,7 +230,9 @@ def read_all(config: Config, workers: int) -> Reading:
 
 
 def _leaks(heldout: Survey, surveys: list[Survey], options: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What the held-out rows share with each training set, with both encoded as that set's stage does.
+    """For each training set, finds the pairs of training and held-out rows that are alike.
+
+    Images of both rows are encoded with the pixel budget of the training set's stage.
 
     Args:
       options: arguments of `read`.

@@ -1,4 +1,4 @@
-"""What the check keeps of the data: a small record for each example, and a survey for each data set."""
+"""Defines the values that the check keeps in memory: a small record per example and a survey per data set."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from r1vl_jax.data.buckets import Buckets
 from r1vl_jax.data.sources import Source
 from r1vl_jax.keysteps import lint
 
-# Why training drops a row: a pattern that its error matches after the row's name, and the reason in words. The first
-# pattern that matches counts.
+# Why training drops a row: a pattern for the error message after the row's name, and the reason in words. The first
+# pattern that matches is used.
 REASONS = {
     "unread": ("$", "could not be read"),
     "image": (r", (images|videos)\[", "an image or a video is missing or cannot be used"),
@@ -23,11 +23,11 @@ REASONS = {
     "special": (r", \w+: the text holds the special token", "a special token in a text"),
     "other": ("", "something else"),
 }
-FILTERED = "filtered"  # left out by drop_matching, by a source that applies it when the row is read; not dropped
+FILTERED = "filtered"  # left out by drop_matching when the row is read (TfdsSource); not counted as dropped
 
 
 def reason_of(message: str, name: str) -> str:
-    """Which of REASONS an error is. `name`: that of its row, with which the message begins."""
+    """Returns the key of REASONS for an error message. `name`: name of the row, with which the message begins."""
     problem = message.removeprefix(name)
     return next(reason for reason, (pattern, _) in REASONS.items() if re.match(pattern, problem))
 
@@ -36,10 +36,10 @@ class Picture(NamedTuple):
     """An image or a video as the model sees it.
 
     Attributes:
-      t, h, w: its grid in patches.
+      t, h, w: the grid, in patches.
       pixels: width * height of the image file; 0 for a video.
-      scaled: -1 where the pixel budget shrinks the image, 1 where it enlarges it, else 0.
-      digest: hash of its patches and its grid.
+      scaled: -1 if the pixel budget shrinks the image, 1 if it enlarges the image, else 0.
+      digest: hash of the patches and the grid.
     """
 
     t: int
@@ -51,15 +51,17 @@ class Picture(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One example: a question with its answer.
+    """The check's record of one example, which is a question with its answer.
 
     Attributes:
-      row, turn: its row in the file, -1 where that is not known, and its turn in the row.
-      prompt, answer: tokens of the prompt (0 where it could not be encoded) and of the answer (RL: of the reference
-        solution).
-      image_tokens: tokens of the prompt that are images and videos.
-      question: hash of the questions' text, ignoring case and white space.
-      reason, message: why training drops it (see REASONS); empty where it does not.
+      row: number of the row in the file; -1 if it is not known.
+      turn: number of the question within the row, from 0.
+      prompt: number of tokens of the prompt; 0 if it could not be encoded.
+      answer: number of tokens of the answer (RL: of the reference solution).
+      image_tokens: number of tokens of the prompt that are images and videos.
+      question: hash of the text of all questions, ignoring case and white space.
+      reason, message: why training drops the example: a key of REASONS (or FILTERED) and the error; empty if it does
+        not.
     """
 
     row: int = -1
@@ -74,11 +76,11 @@ class Record(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Batches of one size that a stage makes of a data set.
+    """How a stage makes batches of one size from a data set.
 
     Attributes:
-      batches: the sizes of examples in batches.
-      shapes: the shapes that are planned from a sample of batches.
+      batches: a function that groups the sizes of examples into batches.
+      shapes: a function that plans shapes from a sample of batches.
     """
 
     name: str
@@ -92,11 +94,13 @@ class Part:
 
     Attributes:
       key: data.sft, data.rl or data.heldout.
+      section: the section of the configuration that names the data set.
       stage: the section with the pixel budget.
-      plans: the batches that are made of it, in shapes planned from the first `planned` examples of an epoch.
+      plans: the kinds of batches that are made of the data set.
+      planned: number of examples, from the start of an epoch, from which shapes are planned.
       budgets: for each series of numbers (see numbers.py), the configuration's limits by name.
-      max_answer_tokens: None where training encodes no answers.
-      limit: the most examples that are read; None: all.
+      max_answer_tokens: token limit of an answer; None if training encodes no answers.
+      limit: maximum number of examples to read; None: all.
     """
 
     key: str
@@ -111,12 +115,12 @@ class Part:
 
 @dataclasses.dataclass
 class Survey:
-    """A data set, as far as it has been read.
+    """The records of a data set, as far as it has been read.
 
     Attributes:
-      records: one for each example, in the source's order.
-      order: indices of the examples in training's order; empty while it is not known.
-      findings: key-step lint, `row` being the index of an example; None where it was not run.
+      records: one per example, in the source's order.
+      order: indices of the examples in training's order; empty until the order is known.
+      findings: findings of the key-step lint, with the index of an example as `row`; None if the lint was not run.
     """
 
     part: Part
@@ -127,7 +131,7 @@ class Survey:
 
     @property
     def to_read(self) -> int:
-        """How many examples training reads."""
+        """The number of examples that training reads."""
         return min(len(self.source), self.part.limit or len(self.source))
 
     @property

@@ -1,4 +1,4 @@
-"""The numbers of check.json as text for people."""
+"""Formats the numbers of check.json as text for people."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from r1vl_jax.data_check.records import REASONS
 from r1vl_jax.keysteps import lint
 
 INDENT = " " * 13
-NAMED = 5  # rows of a kind that the text names; check.json has all
+NAMED = 5  # maximum number of rows of each kind named in the text; check.json has all
 
 
 def report_text(numbers: dict[str, Any], named: int | None) -> str:
-    """The whole report. `named`: how many rows of a kind are named; None: all."""
+    """Formats the whole report. `named`: maximum number of rows to name of each kind; None: all."""
     blocks = [set_text(key, part, named) for key, part in numbers["sets"].items()]
     blocks += [leak_text(key, alike, named) for key, alike in numbers["heldout_like"].items()]
     dropped, leaked = numbers["rows_dropped"], numbers["rows_leaked"]
@@ -28,7 +28,7 @@ def report_text(numbers: dict[str, Any], named: int | None) -> str:
 
 
 def set_text(key: str, numbers: dict[str, Any], named: int | None) -> str:
-    """The numbers of one data set."""
+    """Formats the numbers of one data set."""
     budgets = [f"{name} {value:,}" for limits in numbers["budgets"].values() for name, value in limits.items()]
     lines = [f"{key}: {numbers['source']}", f"{INDENT}{', '.join(budgets[:-2])}", f"{INDENT}{', '.join(budgets[-2:])}"]
     lines += _row_lines(numbers, named)
@@ -46,7 +46,7 @@ def set_text(key: str, numbers: dict[str, Any], named: int | None) -> str:
 
 
 def leak_text(key: str, alike: dict[str, Any], named: int | None) -> str:
-    """What the held-out rows share with the training set `key`."""
+    """Formats which held-out rows are like a row of the training set `key`."""
     lines = [f"data.heldout: rows like one of {key}", *_alike_table(alike, named)]
     if leaked := alike["both"]["rows"]:
         lines += [f"  LEAK: {leaked:,} held-out rows are also in {key}, with the same question and images"]
@@ -54,7 +54,7 @@ def leak_text(key: str, alike: dict[str, Any], named: int | None) -> str:
 
 
 def _row_lines(numbers: dict[str, Any], named: int | None) -> list[str]:
-    """Rows, rows that are left out, dropped rows with their errors, usable examples."""
+    """Formats the numbers of rows, of rows left out, of dropped rows (with their errors) and of usable examples."""
     examples, source = numbers["examples"], numbers["source"]
     rows = ", ".join(["rows", *(f"{count:,} of {n} turn{'s' * (n != '1')}" for n, count in numbers["turns"].items())])
     if examples["read"] < examples["there"]:
@@ -79,7 +79,7 @@ def _image_lines(numbers: dict[str, Any]) -> list[str]:
 
 
 def _batch_lines(name: str, batches: dict[str, Any]) -> list[str]:
-    """The shapes of a plan's batches, and their padding."""
+    """Formats the shapes of a plan's batches, and their padding."""
     lines = [f"  {name}: batches of one epoch on one device, shapes planned from {batches['planned_from']:,} examples"]
     for shape in batches["shapes"]:
         size = f"of {shape['prompt']} tokens a row and {shape['rows']} x {shape['patches']} patches"
@@ -89,12 +89,12 @@ def _batch_lines(name: str, batches: dict[str, Any]) -> list[str]:
 
 
 def _line(count: int, what: str, deeper: int = 0) -> str:
-    """A count and what is counted. `deeper`: further blanks of indentation."""
+    """Formats a count and the name of the counted things. `deeper`: number of extra spaces before the count."""
     return f"{'':{deeper}}{count:>12,} {what}"
 
 
 def _some(messages: Sequence[str], named: int | None) -> list[str]:
-    """The first `named` messages, a line each, and how many more there are."""
+    """Formats the first `named` messages, one per line, and the number of further messages."""
     more = len(messages) - len(messages[:named])
     return [f"{INDENT}    {message}" for message in messages[:named]] + [f"{INDENT}    and {more:,} more"] * bool(more)
 
@@ -105,7 +105,7 @@ def _finding(finding: dict[str, Any]) -> str:
 
 
 def _alike_table(alike: dict[str, Any], named: int | None) -> list[str]:
-    """For each kind of likeness, how many rows and which."""
+    """Formats, for each kind of likeness, the number of rows and the pairs."""
     lines = []
     for kind, (label, _) in ALIKE.items():
         pairs = alike[kind]["pairs"]

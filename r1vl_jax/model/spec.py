@@ -118,11 +118,6 @@ def param_spec(cfg: ModelConfig) -> dict[str, Any]:
     return {"vision": _vision_spec(cfg.vision, cfg.width), "text": _text_spec(cfg)}
 
 
-def abstract_params(cfg: ModelConfig, dtype: Any = jnp.float32) -> Any:
-    """The parameter tree as ShapeDtypeStructs."""
-    return tree_map_spec(lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype), param_spec(cfg))
-
-
 def init_params(key: jax.Array, cfg: ModelConfig, dtype: Any = jnp.float32) -> Any:
     """Random parameters for training from scratch: matrices normal with deviation fan_in^-1/2, norms one, biases zero.
 

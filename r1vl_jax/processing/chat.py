@@ -1,6 +1,6 @@
-"""A question as chat text: system turn, user turn, assistant header.
+"""Renders a question as chat text: system turn, user turn, assistant header.
 
-Flow: data -> processing (here) -> rollout. The checkpoint's own chat template is used where it has one, since its
+Flow: data -> processing (here) -> rollout. If the checkpoint has a chat template, that template is used, since the
 weights were trained with it. Otherwise the format is that of Qwen2-VL (arXiv 2409.12191, section 2.2.1), ChatML:
 
     <|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n
@@ -29,13 +29,13 @@ PLACEHOLDERS = {"<image>": "image", "<video>": "video"}
 def split_questions(questions: Sequence[str], *, images: int, videos: int = 0) -> list[list[dict[str, str]]]:
     """Cuts the user's turns at their placeholders into the parts of chat messages.
 
-    Where no turn has a placeholder, the first turn gets all of them at its start, images before videos.
+    If no turn has a placeholder, the first turn gets all of them at its start, images before videos.
 
     Args:
       questions: texts with "<image>" and "<video>" as placeholders.
-      images, videos: how many images and videos the row has.
-    Returns: for each turn {"type": "text", "text": ...}, {"type": "image"} and {"type": "video"}, in order.
-    Raises: ValueError where the numbers of placeholders and of images or videos differ.
+      images, videos: number of images and of videos of the row.
+    Returns: for each turn, a list of {"type": "text", "text": ...}, {"type": "image"} and {"type": "video"}, in order.
+    Raises: ValueError if the number of placeholders differs from the number of images or videos.
     """
     turns = [re.split(f"({'|'.join(PLACEHOLDERS)})", question) for question in questions]
     if all(len(pieces) == 1 for pieces in turns):
@@ -55,10 +55,10 @@ def split_questions(questions: Sequence[str], *, images: int, videos: int = 0) -
 
 
 def find_chat_template(folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The checkpoint's chat template; None where it has none.
+    """Returns the checkpoint's chat template; None if it has none.
 
-    The processor's template (chat_template.jinja, chat_template.json) is preferred to the tokenizer's: the tokenizer
-    may come from a text-only model.
+    The processor's template (chat_template.jinja, chat_template.json) is preferred to the tokenizer's, because the
+    tokenizer may come from a text-only model.
 
     Raises: ValueError naming the file and the missing key.
     """
@@ -82,14 +82,14 @@ def render_chat(
     vision: Mapping[str, str],
     template: str | None = None,
 ) -> str:
-    """The chat text up to and including the assistant header.
+    """Returns the chat text up to and including the assistant header.
 
     Args:
-      turns: {"role", "content"}, the last one the user's. Contents are texts, or parts from `split_questions`. Without
-        a system turn the text gets the default one.
-      vision: the text of an "image" and of a "video" part; used where there is no template.
+      turns: a list of {"role", "content"}; the last turn is the user's. A content is a text, or the parts of one turn
+        from `split_questions`. If there is no system turn, the text gets the default one.
+      vision: texts for an "image" part and for a "video" part; used if `template` is None.
       template: Jinja text; None: the format at the top of this file.
-    Raises: ValueError, naming the checkpoint, where the template is not Jinja, cannot take images, or does not open
+    Raises: ValueError, naming the checkpoint, if the template is not Jinja, does not accept images, or does not begin
       the assistant's turn as Qwen2-VL does.
     """
     if template is None:
@@ -104,7 +104,7 @@ def render_chat(
         )
     except jinja2.TemplateError as error:
         raise ValueError(f"{name}: the chat template cannot be used ({error}); expected Qwen2-VL's") from error
-    except TypeError as error:  # a template for texts alone adds the list of parts to a text
+    except TypeError as error:  # a text-only template concatenates a text and the list of parts
         raise ValueError(
             f"{name}: the chat template takes no message with images ({error}); expected Qwen2-VL's"
         ) from error
@@ -115,7 +115,7 @@ def render_chat(
 
 
 def _plain(content: str | Sequence[Mapping[str, str]], vision: Mapping[str, str]) -> str:
-    """A message's content as text."""
+    """Returns the content of a message as text."""
     if isinstance(content, str):
         return content
     return "".join(part["text"] if part["type"] == "text" else vision[part["type"]] for part in content)

@@ -1,15 +1,16 @@
-"""Image files to the patches that the vision tower reads.
+"""Reads image files and cuts them into the patches that are the input of the vision tower.
 
 Flow: data -> processing (here) -> rollout. The rule is that of Qwen2-VL's image processor (arXiv 2409.12191;
 transformers `Qwen2VLImageProcessorPil`):
 
-- Both sides are resized, bicubic, to multiples of patch_size * merge_size inside a pixel budget.
-- The image is cut into patches of (channel, frame, y, x). Patches are ordered (t, h/merge, w/merge, merge, merge), so
-  that those that the merger joins into one token are next to each other.
+- The image is resized (bicubic), so that both sides are multiples of patch_size * merge_size and the number of pixels
+  is within a budget.
+- The image is cut into patches of (channel, frame, y, x). Patches are in the order (t, h/merge, w/merge, merge, merge),
+  so the patches that the merger joins into one token are next to each other.
 - A still image counts as temporal_patch_size equal frames.
 
-Patches are uint8, a quarter of the bytes of floats on the way to the device. The model normalises them there with the
-spec's mean and std.
+Patches are uint8, so a quarter of the bytes of float32 patches is copied to the device. There the model normalises the
+patches with the spec's mean and std.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ MAX_ASPECT_RATIO = 200
 MAX_IMAGE_PIXELS = 178_956_970  # PIL's own limit: half a GiB of RGB
 # Formats that PIL may try. Others are unsafe: for EPS, PIL would run an external program on a file from a data set.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-# What PIL's decoders raise on damaged files (warnings, where Python is told to raise them); see `load_image`.
+# Errors of PIL's decoders on damaged files (Warning: if Python is set to raise warnings); see `load_image`.
 DECODE_ERRORS = (
     OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError,
     struct.error, zlib.error, Warning,
@@ -49,14 +50,16 @@ class UnusableImage(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class ImageSpec:
-    """How images are resized, cut and normalised. The defaults are Qwen2-VL's, for a folder without such a file.
+    """The settings for resizing, cutting and normalising images.
+
+    The defaults are Qwen2-VL's. They apply to checkpoint folders that have no file with these settings.
 
     Attributes:
-      patch_size: side of a patch, in pixels.
-      temporal_patch_size: frames in a patch.
-      merge_size: patches on a side of one image token.
+      patch_size: width and height of a patch, in pixels.
+      temporal_patch_size: frames per patch.
+      merge_size: patches along each side of one image token.
       min_pixels, max_pixels: budget for height * width after resizing.
-      mean, std: for each channel (R, G, B), of pixels in [0, 1]; the model normalises with them.
+      mean, std: per channel (R, G, B), of pixels in [0, 1]; the model normalises with them.
     """
 
     patch_size: int = 14
@@ -86,7 +89,7 @@ class ImageSpec:
 
     @property
     def factor(self) -> int:
-        """Pixels on a side of one image token; the sides of a resized image are multiples of it."""
+        """Width and height of one image token, in pixels. The sides of a resized image are multiples of this number."""
         return self.patch_size * self.merge_size
 
     @classmethod
@@ -96,7 +99,7 @@ class ImageSpec:
         """Reads a checkpoint's `preprocessor_config.json` (or the `image_processor` of `processor_config.json`).
 
         Args:
-          min_pixels, max_pixels: replace the file's budget where given.
+          min_pixels, max_pixels: replacements for the file's budget; None: the file's value.
         Raises: ValueError naming the file and the field that is not supported.
         """
         path, fields = _read_image_fields(Path(folder))
@@ -117,11 +120,11 @@ class ImageSpec:
 
 
 def _read_image_fields(folder: Path) -> tuple[Path, dict]:
-    """The image processor's file and its fields. Raises ValueError where they ask for a step not supported here."""
+    """Returns the path of the image processor's file, and its fields. Raises ValueError if a field is not supported."""
     path, fields = folder / "preprocessor_config.json", {}
     if path.is_file():
         fields = read_object(path)
-    elif (folder / "processor_config.json").is_file():  # where transformers 5 writes it
+    elif (folder / "processor_config.json").is_file():  # written by transformers 5
         path = folder / "processor_config.json"
         fields = inner_object(read_object(path), "image_processor", path)
     supported = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": int(Image.Resampling.BICUBIC)}
@@ -138,10 +141,10 @@ def load_image(source: str | os.PathLike | bytes, *, name: str | None = None) ->
     """Reads an image file as upright 8-bit RGB: EXIF orientation applied, transparency over white, first frame.
 
     Args:
-      source: the path of an image file, or its bytes.
-      name: the file's name in errors; default: the path, "image file of N bytes" for bytes.
-    Raises: ValueError naming the file and what was expected, for a file that is missing, not an image of FORMATS,
-      damaged, cut short, over MAX_IMAGE_PIXELS, or over 200 times as long as wide. The size is checked before pixels
+      source: path of an image file, or its bytes.
+      name: name of the file in error messages; None: the path, or "image file of N bytes".
+    Raises: ValueError, naming the file, if the file is missing, not an image of FORMATS, damaged, cut short, larger
+      than MAX_IMAGE_PIXELS, or if one side is over 200 times as long as the other. The size is checked before pixels
       are decoded.
     """
     if name is None:
@@ -165,16 +168,16 @@ def load_image(source: str | os.PathLike | bytes, *, name: str | None = None) ->
 
 
 def _read_header(file: BinaryIO) -> Image.Image:
-    """The image in a file, its pixels not decoded yet.
+    """Returns the image in a file, without decoding its pixels.
 
-    Not `Image.open`: that has its own check of the size, which warns of sizes that are allowed here and raises before
-    the size is known here. Its limit is a setting of the whole process, which a library must not change.
+    `Image.open` is not used, because it checks the size, too: it warns about sizes that are allowed here, and raises
+    before the size can be read here. Its limit is a setting of the whole process, which a library must not change.
     """
     Image.init()  # registers all decoders
     start = file.read(16)
     for name in FORMATS:
         decoder, accepts = Image.OPEN.get(name, (None, None))  # PIL may be built without this format
-        if decoder and accepts and accepts(start) is True:  # it may also return a text: why the file is not supported
+        if decoder and accepts and accepts(start) is True:  # or a text that says why it is not supported
             file.seek(0)
             return decoder(file, "")
     raise ValueError("the file begins like none of these")
@@ -198,9 +201,9 @@ def _check_sides(width: int, height: int) -> None:
 
 
 def _no_bomb_warning(width: int, height: int) -> contextlib.AbstractContextManager:
-    """Silences the warning of PIL's decoders about an image that is large and yet allowed by `_check_size`.
+    """Silences the warning of PIL's decoders about an image that is large but allowed by `_check_size`.
 
-    Only for such images: warning filters apply to the whole process, in which other threads may be running.
+    Does nothing for smaller images, because warning filters apply to the whole process, including other threads.
     """
     if width * height <= (Image.MAX_IMAGE_PIXELS or math.inf):
         return contextlib.nullcontext()
@@ -208,9 +211,9 @@ def _no_bomb_warning(width: int, height: int) -> contextlib.AbstractContextManag
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as 8-bit RGB: 16-bit gray is scaled, transparent pixels are put over white.
+    """Converts any PIL image to 8-bit RGB: scales 16-bit gray, puts transparent pixels over white.
 
-    Raises: UnusableImage where the range of the pixel values is not known.
+    Raises: UnusableImage if the range of the pixel values is not known.
     """
     if image.mode == "I" or image.mode.startswith("I;16"):
         # PIL's own conversion clips at 255, which turns most 16-bit images white.
@@ -229,14 +232,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The size to resize an image to: multiples of `factor` inside the pixel budget, nearly of the same aspect ratio.
+    """Returns the size to which an image is resized, with nearly the same aspect ratio.
 
-    Sides are rounded to multiples of `factor` (half to even). Where that is over max_pixels, both sides are scaled by
-    one number and rounded down, to at least one factor; below min_pixels they are scaled and rounded up. A very long
-    image can therefore be a little over max_pixels.
+    Sides are rounded to multiples of `factor` (half to even). If the result has more than max_pixels, both sides are
+    instead scaled by the same number and rounded down, to at least `factor`. If it has fewer than min_pixels, both
+    sides are scaled and rounded up. A very long image can therefore have slightly more than max_pixels.
 
     Returns: (height, width) in pixels.
-    Raises: UnusableImage (a ValueError) where a side is 0, or the longer side is over 200 times the shorter.
+    Raises: UnusableImage (a ValueError) if a side is 0, or if the longer side is over 200 times the shorter.
     """
     _check_sides(width, height)
     new_height, new_width = (round(side / factor) * factor for side in (height, width))
@@ -250,25 +253,24 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_p
 
 
 def image_patches(image: Image.Image, spec: ImageSpec) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """A still image as patches.
+    """Cuts a still image into patches.
 
     Args:
       image: any PIL image.
-    Returns:
-      patches_PC uint8 (C = 3 * temporal_patch_size * patch_size**2; values of R, G and B, not normalised) and the grid
-      (1, h, w) in patches, P = h * w. The image becomes h * w / merge_size**2 tokens.
-    Raises: ValueError on an extreme aspect ratio.
+    Returns: patches_PC uint8 (C = 3 * temporal_patch_size * patch_size**2; values of R, G and B, not normalised), and
+      the grid (1, h, w) in patches, with P = h * w. The image becomes h * w / merge_size**2 tokens.
+    Raises: ValueError if a side is 0, or if the aspect ratio is extreme.
     """
     return video_patches([image], spec)
 
 
 def video_patches(frames: Sequence[Image.Image], spec: ImageSpec) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """Frames of one size as patches; the last frame is repeated up to a multiple of temporal_patch_size.
+    """Cuts frames of the same size into patches. Repeats the last frame up to a multiple of temporal_patch_size.
 
-    The pixel budget is that of each frame.
+    The pixel budget applies to each frame.
 
-    Returns: patches as in `image_patches` and the grid (t, h, w), t = frames / temporal_patch_size.
-    Raises: ValueError on no frames, on frames of different size, on an extreme aspect ratio.
+    Returns: patches as in `image_patches`, and the grid (t, h, w), with t = frames / temporal_patch_size.
+    Raises: ValueError if there are no frames, if frames have different sizes, or if the aspect ratio is extreme.
     """
     if not frames:
         raise ValueError("a video without frames; expected at least one")
@@ -280,7 +282,7 @@ def video_patches(frames: Sequence[Image.Image], spec: ImageSpec) -> tuple[np.nd
         height, width, factor=spec.factor, min_pixels=spec.min_pixels, max_pixels=spec.max_pixels
     )
     resized = [to_rgb(frame).resize((new_width, new_height), Image.Resampling.BICUBIC) for frame in frames]
-    # Channels are moved first here, not in `rearrange`, which then copies longer runs of pixels: three times as fast.
+    # Channels are moved first here, so `rearrange` copies longer runs of pixels (expected, not measured: 3x faster).
     pixels = [np.ascontiguousarray(np.moveaxis(np.asarray(frame), -1, 0)) for frame in resized]
     pixels += [pixels[-1]] * (-len(pixels) % spec.temporal_patch_size)
     patches_PC = rearrange(

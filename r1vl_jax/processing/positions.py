@@ -1,4 +1,4 @@
-"""M-RoPE positions: three rows (t, h, w) of indices for a prompt of text, images and videos.
+"""Computes M-RoPE positions: three rows (t, h, w) of indices for a prompt of text, images and videos.
 
 Flow: data -> processing (here) -> rollout, whose answers start at `next_position`. The rule is in section 2.1 of
 Qwen2-VL (arXiv 2409.12191):
@@ -7,8 +7,8 @@ Qwen2-VL (arXiv 2409.12191):
 - A token of an image or a video has the running position plus its index (t, h, w) in the block of tokens.
 - The text after a block starts at the block's maximum over all three rows + 1.
 
-transformers 5.23 leaves the t row out of that maximum, so positions repeat after a video with
-t > max(h, w)/merge_size. The published weights were trained with the maximum over all rows, which is used here.
+transformers 5.23 leaves the t row out of that maximum, so positions repeat after a video with t > max(h, w)/merge_size.
+The published weights were trained with the maximum over all rows, and so is the maximum here.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ import numpy as np
 
 
 def mrope_positions(segments: Iterable[int | tuple[int, int, int]], merge_size: int) -> tuple[np.ndarray, int]:
-    """Positions of a prompt.
+    """Returns the positions of a prompt.
 
     Args:
-      segments: the prompt's parts in order: a number of text tokens, or the (t, h, w) grid of an image or a video in
-        patches.
-      merge_size: patches on a side of one image token.
-    Returns:
-      positions_3T (3, T) int32 and the position of the first token after the prompt.
-    Raises: ValueError where h or w is not a multiple of merge_size.
+      segments: parts of the prompt in order. A part is a number of text tokens, or the (t, h, w) grid in patches of an
+        image or a video.
+      merge_size: patches along each side of one image token.
+    Returns: positions_3T (3, T) int32, and the position of the first token after the prompt.
+    Raises: ValueError if h or w is not a multiple of merge_size.
     """
     blocks = [np.zeros((3, 0), np.int32)]
     position = 0

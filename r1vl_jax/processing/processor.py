@@ -1,9 +1,9 @@
-"""`Processor`: one question to one `EncodedPrompt`, one answer to tokens.
+"""Defines `Processor`, which encodes a question as an `EncodedPrompt` and an answer as tokens.
 
 Flow: data (`Example`) -> processing (here) -> rollout and training (`EncodedPrompt`). Each image placeholder becomes
 t*h*w / merge_size**2 tokens (Qwen2-VL, arXiv 2409.12191). `image_slot_T` says which image feature each token gets, so
-that the model never looks for a token id. A prompt is never truncated: one over its budget raises a RowError, and the
-caller drops and counts the row.
+the model never searches for a token id. A prompt is never truncated: a prompt over its token limit raises a RowError,
+and the caller drops and counts the row.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ Grid = tuple[int, int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Processor:
-    """Turns questions into prompts, answers into tokens, and tokens into text.
+    """Encodes questions as prompts and answers as tokens, and decodes tokens to text.
 
     Attributes:
       tokenizer: the checkpoint's tokenizer.
-      ids: its special ids.
-      image_spec: how images are resized and cut.
-      video_spec: which frames of a video are sampled, and their size.
+      ids: the tokenizer's special ids.
+      image_spec: settings for resizing and cutting images.
+      video_spec: settings for sampling frames of a video.
       chat_template: Jinja text; None: the format in chat.py.
       reserved: texts that the tokenizer reads as one special token; questions and answers may not contain them.
     """
@@ -64,7 +64,8 @@ class Processor:
         """Reads tokenizer, ids, image settings and chat template of a checkpoint folder.
 
         Args:
-          min_pixels, max_pixels: replace the checkpoint's pixel budget for one image where given.
+          min_pixels, max_pixels: replacements for the checkpoint's pixel budget per image; None: the checkpoint's
+            value.
         Raises: ValueError naming the file and the key that is missing or wrong.
         """
         folder = Path(folder)
@@ -81,7 +82,7 @@ class Processor:
         text = inner_object(config, "text_config", folder / "config.json")  # transformers 5 nests the text fields
         tokenizer = read_tokenizer(folder)
         ids = special_ids(folder, text | config, tokenizer)
-        # `ids` too: a tokenizer that was loaded and saved again may no longer mark its tokens as special.
+        # `ids` are added, because a tokenizer that was loaded and saved again may no longer mark its tokens as special.
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         special |= set(tokenizer.convert_ids_to_tokens(list(dataclasses.astuple(ids))))
         processor = cls(
@@ -92,12 +93,12 @@ class Processor:
             chat_template=find_chat_template(folder, tokenizer),
             reserved=tuple(sorted(special)),
         )
-        # A template that cannot be used raises here, before a run has begun.
+        # If the template cannot be used, this raises before a run has begun.
         processor._render([{"role": "user", "content": [{"type": "image"}]}])
         return processor
 
     def for_stage(self, stage: SFTSection | RLSection, video: VideoSection) -> Processor:
-        """The same processor with a stage's pixel budget and the configuration's sampling of videos."""
+        """Returns the same processor with a stage's pixel budget and the configuration's video sampling."""
         spec = dataclasses.replace(self.image_spec, min_pixels=stage.min_pixels, max_pixels=stage.max_pixels)
         return dataclasses.replace(self, image_spec=spec, video_spec=VideoSpec(**dataclasses.asdict(video)))
 
@@ -117,7 +118,13 @@ class Processor:
     def encode_pair(
         self, example: Example, *, max_tokens: int | None = None, max_answer_tokens: int | None = None
     ) -> tuple[EncodedPrompt, np.ndarray]:
-        """Encodes a row's question and answer. Raises RowError, also where either is longer than its limit."""
+        """Encodes a row's question and answer. Returns the prompt and the answer's int32 tokens.
+
+        Args:
+          max_tokens: token limit of the prompt; None: no limit.
+          max_answer_tokens: token limit of the answer; None: no limit.
+        Raises: RowError if the row cannot be encoded or a limit is exceeded.
+        """
         answer = self.encode_answer(example.answer, name=f"{example.name}, answer")
         if max_answer_tokens is not None and len(answer) > max_answer_tokens:
             raise RowError(f"{example.name}, answer: {len(answer)} tokens, expected at most {max_answer_tokens}")
@@ -138,17 +145,17 @@ class Processor:
         """Encodes a question up to and including the assistant header.
 
         Args:
-          question: text with "<image>" and "<video>" as placeholders. Where there are none, all images and videos are
-            put before the text.
+          question: text with "<image>" and "<video>" as placeholders. If there are none, all images and videos are put
+            before the text.
           images: paths, image files as bytes, or PIL images, in the order of their placeholders.
           videos: paths of video files, or lists of frames, in the order of their placeholders.
-          system: the system turn; None: the default one.
-          history: earlier turns (question, answer); their images and videos come first.
-          name: the question's name in errors.
-          image_names: the images' names in errors, for images that are bytes.
-          max_tokens: the most tokens of the prompt; None: no limit. A longer prompt raises RowError.
-        Returns: the prompt; patches and grids in the order of the placeholders.
-        Raises: RowError, with `name` and the field in its message; ValueError where the chat template cannot be used.
+          system: text of the system turn; None: the default one.
+          history: earlier (question, answer) turns. Their images and videos come first.
+          name: name of the question in error messages.
+          image_names: names in error messages, for images given as bytes.
+          max_tokens: token limit of the prompt; None: no limit. A longer prompt raises RowError.
+        Returns: the prompt, with patches and grids in the order of the placeholders.
+        Raises: RowError, with `name` and the field in its message; ValueError if the chat template cannot be used.
         """
         questions = [*(earlier for earlier, _ in history), question]
         answers = [answer for _, answer in history]
@@ -181,23 +188,23 @@ class Processor:
         return prompt
 
     def encode_answer(self, text: str, *, name: str = "answer") -> np.ndarray:
-        """int32 tokens of an answer and of the "<|im_end|>\\n" after it: the targets of SFT.
+        """Returns int32 tokens of an answer and of the "<|im_end|>\\n" after it. These tokens are the targets of SFT.
 
-        Raises: RowError, with `name` in its message, where the text contains a special token.
+        Raises: RowError, with `name` in its message, if the text contains a special token.
         """
         self._check_text(text, name)
         return self._tokenize(f"{text}{IM_END}\n")
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """The text of tokens, without the special ones."""
+        """Returns the text of tokens, without the special tokens."""
         return decode(self.tokenizer, np.asarray(tokens).tolist())
 
     def token_at(self, tokens: Sequence[int] | np.ndarray, text: str, chars: Sequence[int]) -> list[int]:
-        """The index of the token that each of `chars` (ascending indices into the decoded `text`) comes from."""
+        """For each of `chars` (ascending indices into the decoded `text`), returns the index of its token."""
         return token_at(self.tokenizer, tokens, text, chars)
 
     def _check_text(self, text: str, name: str) -> None:
-        """Raises RowError on a special token: it would end a turn, or ask for image features that do not exist."""
+        """Raises RowError on a special token, which would end a turn or ask for image features that do not exist."""
         for token in self.reserved:
             if token in text:
                 raise RowError(f"{name}: the text holds the special token {token!r}; expected plain text")
@@ -207,7 +214,7 @@ class Processor:
             raise RowError(f"{name}: the text is not valid Unicode ({error})") from error
 
     def _vision_text(self) -> dict[str, str]:
-        """The chat text of an image and of a video, before the placeholder is repeated."""
+        """Returns the chat text of an image and of a video, before the placeholder token is repeated."""
         start, image, video, end = self.tokenizer.convert_ids_to_tokens(
             [self.ids.vision_start, self.ids.image, self.ids.video, self.ids.vision_end]
         )
@@ -220,12 +227,12 @@ class Processor:
         return render_chat(self.tokenizer, turns, vision=self._vision_text(), template=self.chat_template)
 
     def _image(self, name: str, image: ImageLike, label: str | None = None) -> tuple[np.ndarray, Grid]:
-        """Patches and grid of one image. `label`: the name of an image that is bytes."""
+        """Returns the patches and the grid of one image. `label`: name of an image given as bytes."""
         with _row_errors(name, image if label is None else label):
             return image_patches(_opened(image, label), self.image_spec)
 
     def _video(self, name: str, video: VideoLike) -> tuple[np.ndarray, Grid]:
-        """Patches and grid of one video, which is a file or a list of frames."""
+        """Returns the patches and the grid of one video, which is a file or a list of frames."""
         limit = min(self.video_spec.max_pixels, self.image_spec.max_pixels)
         spec = dataclasses.replace(self.image_spec, max_pixels=limit, min_pixels=min(self.image_spec.min_pixels, limit))
         with _row_errors(name, video):
@@ -235,23 +242,27 @@ class Processor:
             return video_patches(frames, spec)
 
     def _expand(self, tokens_T: np.ndarray, kinds: list[str], grids: tuple[Grid, ...], name: str) -> np.ndarray:
-        """Repeats each placeholder token once for each token of its image or video."""
+        """Repeats each placeholder token, so that an image or a video has as many as its features."""
         where = np.flatnonzero(np.isin(tokens_T, (self.ids.image, self.ids.video)))
         made = ["image" if token == self.ids.image else "video" for token in tokens_T[where]]
         if made != kinds:
-            # A template for texts alone drops images, or prints them as text. The row is right, so no RowError.
+            # A text-only template drops images, or prints them as text. The row is valid, so this is no RowError.
             raise ValueError(f"{name}: the chat template made the placeholders {made} of {kinds}; expected the same")
         counts_T = np.ones(len(tokens_T), np.int64)
         counts_T[where] = [t * h * w // self.image_spec.merge_size**2 for t, h, w in grids]
         return np.repeat(tokens_T, counts_T)
 
     def _assemble(self, tokens_T: np.ndarray, grids: tuple[Grid, ...], patches: list[np.ndarray]) -> EncodedPrompt:
-        """The prompt of expanded tokens: adds image slots and positions. `patches`: one PC array an image or video."""
+        """Builds the prompt from expanded tokens: adds image slots and positions.
+
+        Args:
+          patches: one array (P, C) per image or video.
+        """
         spec = self.image_spec
         is_image_T = np.isin(tokens_T, (self.ids.image, self.ids.video))
         slot_T = np.where(is_image_T, np.cumsum(is_image_T) - 1, -1).astype(np.int32)
         segments: list[int | Grid] = []
-        end, slot = 0, 0  # of the last segment; of the next image's first token
+        end, slot = 0, 0  # end of the last segment; slot of the next image's first token
         for grid in grids:
             start = int(np.flatnonzero(slot_T == slot)[0])
             size = math.prod(grid) // spec.merge_size**2
@@ -276,11 +287,11 @@ def _opened(image: ImageLike, name: str | None = None) -> Image.Image:
 
 @contextlib.contextmanager
 def _row_errors(name: str, source: object) -> Iterator[None]:
-    """Turns errors of reading an image or a video into RowErrors that name the row and the file.
+    """Turns errors while reading an image or a video into RowErrors that name the row and the file.
 
     Args:
-      name: of the row and its field.
-      source: the image or video; named where it is a path that the error does not name.
+      name: name of the row and the field.
+      source: the image or video. If it is a path that the error does not mention, the RowError adds it.
     """
     try:
         yield

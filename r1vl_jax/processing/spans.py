@@ -1,4 +1,4 @@
-"""Finds the token that a character of a decoded answer comes from: the advantage of a step is given to its tokens."""
+"""Finds the token that a character of a decoded answer comes from, so that each step's tokens get its advantage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    """The text of tokens, without the special ones."""
+    """Returns the text of tokens, without the special tokens."""
     text = tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)  # one row of tokens; for several rows it would be a list
     return text
@@ -19,14 +19,16 @@ def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
 def token_at(
     tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int] | np.ndarray, text: str, chars: Sequence[int]
 ) -> list[int]:
-    """For each of `chars`, the index of the first token that text[char] comes from.
+    """For each of `chars`, returns the index of the first token that text[char] comes from.
 
-    Where the tokens are those that the tokenizer makes of the text, its offsets say which token holds a character.
-    Sampled tokens may be others. Then the shortest prefix of the tokens whose text holds the character is searched.
+    If the tokens are the same as those of the encoded text, the tokenizer's offsets say which token contains a
+    character. Sampled tokens may differ from these. Then, for each character, finds the shortest prefix of the tokens
+    whose text contains the character.
 
     Args:
       text: `decode` of all of `tokens`.
-      chars: ascending indices of characters of `text`. None may be U+FFFD, which is what broken bytes decode to.
+      chars: ascending indices of characters of `text`. None of these characters may be U+FFFD, to which broken bytes
+        decode.
     """
     if not chars:
         return []

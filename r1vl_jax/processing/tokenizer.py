@@ -14,7 +14,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 @dataclasses.dataclass(frozen=True)
 class SpecialIds:
-    """Ids of the special tokens that are used here, read from the checkpoint's files."""
+    """The ids of the special tokens that this package uses, read from the checkpoint's files."""
 
     image: int
     video: int
@@ -25,19 +25,22 @@ class SpecialIds:
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer. Checks its files first: without a vocabulary transformers makes an empty tokenizer."""
+    """Reads the folder's tokenizer. Raises ValueError if it cannot be read or has no vocabulary.
+
+    The files are checked first, because transformers makes an empty tokenizer if there is no vocabulary.
+    """
     if not (folder / "tokenizer.json").is_file():
         for path in (folder / "vocab.json", folder / "merges.txt"):
             if not path.is_file():
                 raise ValueError(f"{path}: no such file; expected tokenizer.json, or vocab.json and merges.txt")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise Exception itself, among others
+    except Exception as error:  # transformers and tokenizers raise many types, even Exception itself
         raise ValueError(f"{folder}: the tokenizer or its chat template cannot be read ({error})") from error
 
 
 def special_ids(folder: Path, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
-    """The special ids: those of images and videos from config.json, the others from the tokenizer."""
+    """Returns the special ids. Image and video ids are read from config.json, the others from the tokenizer."""
     vocabulary = tokenizer.get_vocab()
 
     def from_config(key: str) -> int:

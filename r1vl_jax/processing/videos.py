@@ -1,15 +1,16 @@
-"""Video files to a few upright RGB frames, sampled at regular times.
+"""Samples a few frames of a video file at regular times, and returns them as upright RGB images.
 
 Flow: data -> processing (here) -> rollout; `images.video_patches` cuts the frames into patches. As in Qwen's
-qwen_vl_utils, two frames a second (`fps`) are sampled, an even number of them, since a patch spans two frames. From a
-video with more than that, `max_frames` are sampled, from the first frame to the last at equal distances.
+qwen_vl_utils, `fps` frames per second (default: 2) are sampled. The number of frames is even, since a patch spans two
+frames. If it would be more than `max_frames`, `max_frames` frames are sampled at equal distances from the first frame
+to the last.
 
-Two things differ from that package. It counts frames; here the times in the file are used, so a variable frame rate is
-sampled correctly. And where the number of sampling times is odd, one time is added, not removed: it is after the end,
-so its frame is the last one.
+There are two differences from qwen_vl_utils. It counts frames, but this module uses the times in the file, so a
+variable frame rate is sampled correctly. And if the number of sampling times is odd, this module adds a time and does
+not remove one. The added time is after the end, so its frame is the last one.
 
-A file is read twice. First the times of its packets, without decoding, say how long it is. Then it is decoded from
-start to end. In memory are two frames, those inside the decoder, and the sampled ones.
+A file is read twice: first the times of its packets, without decoding, to find its length; then it is decoded from
+start to end. At any time two frames, the decoder's own frames and the sampled frames are in memory.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ FORMATS = (
 
 @dataclasses.dataclass(frozen=True)
 class VideoSpec:
-    """Which frames of a video are sampled.
+    """The settings for sampling frames of a video.
 
     Attributes:
-      fps: frames a second.
-      max_frames: the most frames of one video, an even number; those of a longer one are spread over its length.
+      fps: frames per second.
+      max_frames: maximum number of frames per video, an even number. A longer video is sampled less densely.
       max_pixels: budget for height * width of each frame after resizing; applied by Processor.
     """
 
@@ -67,15 +68,15 @@ class VideoSpec:
 
 
 def load_video(path: str | os.PathLike, spec: VideoSpec) -> list[Image.Image]:
-    """Reads the frames of a video file that are nearest to the sampling times: RGB, upright, of one size.
+    """Reads the frames of a video file that are nearest to the sampling times, as upright RGB images of one size.
 
-    The file's rotation is applied. Frames of another size than the first are resized to it. Of a file that is damaged
-    or cut short, the part that can be decoded is sampled.
+    The file's rotation is applied. Frames with another size than the first are resized to the first frame's size. If a
+    file is damaged or cut short, the part that can be decoded is sampled.
 
-    Returns: an even number of frames, 2 to spec.max_frames. A frame that is nearest to two times is there twice, as
-      for a video of one frame.
-    Raises: ValueError naming the path and what was expected, for a file that is missing, not a video, or has no frame
-      that can be decoded; also where PyAV is not installed.
+    Returns: an even number of frames, from 2 to spec.max_frames. A frame that is nearest to two sampling times is
+      repeated, for example in a video of one frame.
+    Raises: ValueError, naming the path, if the file is missing, is not a video, or has no frame that can be decoded;
+      also if PyAV is not installed.
     """
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such video file")
@@ -83,7 +84,7 @@ def load_video(path: str | os.PathLike, spec: VideoSpec) -> list[Image.Image]:
     try:
         packet_span = _packet_span(path)
         frames, span = _nearest_frames(path, sample_times(packet_span, spec))
-        if span != packet_span:  # packets may be damaged, or hidden by the file's edit list: sample what is shown
+        if span != packet_span:  # packets may be damaged, or hidden by the file's edit list: sample the shown frames
             frames, span = _nearest_frames(path, sample_times(span, spec))
     except av.error.FFmpegError as error:
         raise ValueError(
@@ -94,12 +95,12 @@ def load_video(path: str | os.PathLike, spec: VideoSpec) -> list[Image.Image]:
 
 
 def sample_times(span: Fraction, spec: VideoSpec) -> list[Fraction]:
-    """The sampling times, in seconds after the first frame.
+    """Returns the sampling times, in seconds after the first frame.
 
     Args:
       span: seconds from the start of the first frame to the start of the last.
-    Returns: an even number of times, ascending: every 1/fps seconds, or, where those are more than max_frames,
-      max_frames from 0 to `span` at equal distances.
+    Returns: an even number of times, ascending, one every 1/fps seconds. If that is more than max_frames, returns
+      max_frames times at equal distances from 0 to `span`.
     """
     fps = Fraction(str(spec.fps))  # 0.3 exactly, not the float nearest to it
     count = math.floor(span * fps) + 1
@@ -110,14 +111,14 @@ def sample_times(span: Fraction, spec: VideoSpec) -> list[Fraction]:
 
 
 def pick_frames(count: int, limit: int) -> list[int]:
-    """Indices of the frames to sample from `count`: all, or `limit` of them from the first to the last."""
+    """Returns the indices of the frames to sample: all if `count` <= `limit`, else `limit` evenly spaced indices."""
     if count <= limit:
         return list(range(count))
     return np.linspace(0, count - 1, limit).round().astype(int).tolist()
 
 
 def _packet_span(path: str | os.PathLike) -> Fraction:
-    """Seconds from the first to the last frame according to the packets; 0 where there are none."""
+    """Returns the seconds from the first to the last frame according to the packets; 0 if there are no packets."""
     with _open(path) as container:
         stream = _video_stream(container, path)
         times = [_seconds(packet, number, stream) for number, packet in enumerate(_packets(container, stream))]
@@ -125,24 +126,24 @@ def _packet_span(path: str | os.PathLike) -> Fraction:
 
 
 def _nearest_frames(path: str | os.PathLike, times: Sequence[Fraction]) -> tuple[list[Image.Image], Fraction]:
-    """The frame nearest to each of `times`, and the seconds from the first frame to the last.
+    """Returns the frame nearest to each of `times`, and the seconds from the first frame to the last.
 
     Args:
-      times: ascending. Of two frames at the same distance the earlier one is nearest.
-    Raises: ValueError where no frame can be decoded.
+      times: ascending times in seconds. If two frames are equally near, the earlier one is used.
+    Raises: ValueError if no frame can be decoded.
     """
     images: list[Image.Image] = []
 
     def take(frame: av.VideoFrame, until: Fraction | float) -> None:
-        """Takes the frame for all times up to `until` that have no frame yet."""
+        """Uses the frame for all times up to `until` that have no frame yet."""
         if count := bisect_right(times, until, lo=len(images)) - len(images):
             images.extend([_upright(frame)] * count)
 
-    start, span = Fraction(0), Fraction(0)  # span: when `latest` is shown, in seconds after the first frame
+    start, span = Fraction(0), Fraction(0)  # span: time of `latest`, in seconds after the first frame
     latest: av.VideoFrame | None = None
     with _open(path) as container:
         stream = _video_stream(container, path)
-        stream.thread_type = "AUTO"  # several frames at once
+        stream.thread_type = "AUTO"  # decode several frames at once
         for number, frame in enumerate(_frames(container, stream)):
             seconds = _seconds(frame, number, stream)
             if latest is None:
@@ -165,7 +166,7 @@ def _open(path: str | os.PathLike) -> InputContainer:
 
 
 def _video_stream(container: InputContainer, path: str | os.PathLike) -> av.VideoStream:
-    """The first video stream that is not the cover picture of an audio file."""
+    """Returns the first video stream that is not the cover picture of an audio file."""
     cover = _pyav().stream.Disposition.attached_pic
     for stream in container.streams.video:
         if not stream.disposition & cover:
@@ -175,7 +176,7 @@ def _video_stream(container: InputContainer, path: str | os.PathLike) -> av.Vide
 
 
 def _packets(container: InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
-    """The stream's packets, up to the end of the file or to the first error in it."""
+    """Yields the stream's packets, up to the end of the file or to the first error in it."""
     with contextlib.suppress(_pyav().error.FFmpegError):
         for packet in container.demux(stream):
             if packet.size:  # the last one is empty: it only tells a decoder to return its remaining frames
@@ -183,14 +184,14 @@ def _packets(container: InputContainer, stream: av.VideoStream) -> Iterator[av.P
 
 
 def _frames(container: InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-    """The stream's frames in the order in which they are shown; packets that cannot be decoded are skipped."""
+    """Yields the stream's frames in the order of display; skips packets that cannot be decoded."""
     for packet in itertools.chain(_packets(container, stream), [None]):
         with contextlib.suppress(_pyav().error.FFmpegError):
             yield from stream.decode(packet)
 
 
 def _seconds(item: av.Packet | av.VideoFrame, number: int, stream: av.VideoStream) -> Fraction:
-    """When a frame is shown, in seconds. Raw streams have no times: there the frame's number is used."""
+    """Returns the display time of a frame, in seconds. Raw streams have no times, so the frame's number is used."""
     for ticks in (item.pts, item.dts):
         if ticks is not None and stream.time_base is not None:
             return ticks * stream.time_base
@@ -198,14 +199,14 @@ def _seconds(item: av.Packet | av.VideoFrame, number: int, stream: av.VideoStrea
 
 
 def _upright(frame: av.VideoFrame) -> Image.Image:
-    """A decoded frame as RGB with the file's rotation applied; the transparent parts of a GIF become white."""
+    """Returns a decoded frame as RGB with the file's rotation applied; transparent parts of a GIF become white."""
     transparent = any(component.is_alpha for component in frame.format.components)
     image = Image.fromarray(frame.to_ndarray(format="rgba" if transparent else "rgb24"))
     return to_rgb(image).rotate(round(frame.rotation / 90) * 90, expand=True)
 
 
 def _pyav() -> ModuleType:
-    """PyAV. Imported when the first video is read: without videos it need not be installed."""
+    """Returns the module PyAV, imported when the first video is read. Without videos it need not be installed."""
     try:
         import av
     except ImportError as error:

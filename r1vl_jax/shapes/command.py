@@ -1,4 +1,4 @@
-"""`python -m r1vl_jax.data.shapes --out DIR`: makes the built-in task (r1vl_jax.train makes it by itself)."""
+"""Implements `python -m r1vl_jax.data.shapes --out DIR`, which makes the built-in task."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from r1vl_jax.shapes.task import DEFAULTS, make_task
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line. Exits with code 1 and a message on standard error where the task cannot be made."""
+    """Runs the command. Exits with code 1 and a message on standard error if the task cannot be made."""
     parser = argparse.ArgumentParser(
         prog="python -m r1vl_jax.data.shapes",
         description="Make the built-in task: pictures of coloured shapes with questions, step-by-step solutions and "

@@ -1,9 +1,9 @@
-"""Scenes of coloured shapes and their pictures.
+"""Draws scenes of coloured shapes.
 
 Flow of the built-in task: scene (here) -> question (questions.py) -> files (task.py). A scene is a few shapes in
-different cells of a grid. With the default sizes a cell is 28 pixels wide, as is the part of a picture that one image
-token of Qwen2-VL covers (2x2 patches of 14 pixels). Each token then sees one whole cell, and a very small vision tower
-can learn the task from random weights.
+different cells of a grid. With the default sizes a cell is 28 x 28 pixels, the same area that one image token of
+Qwen2-VL covers (2x2 patches of 14 x 14 pixels). Each token then sees exactly one cell, so a very small vision tower can
+learn the task from random weights.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import random
 from PIL import Image, ImageDraw
 
 KINDS = ("circle", "square", "triangle")
-REPEAT = 1 / 3  # probability that a shape copies kind and colour of an earlier one: makes counts above 1 common
+REPEAT = 1 / 3  # probability that a shape copies an earlier one's kind and colour, so that counts above 1 are common
 COLOURS = (
     ("red", (222, 32, 38)),
     ("green", (28, 158, 62)),
@@ -25,19 +25,20 @@ COLOURS = (
 
 @dataclasses.dataclass(frozen=True)
 class ShapesConfig:
-    """What pictures and answers look like. Lengths are in pixels.
+    """The settings of the pictures and of the answers. Lengths are in pixels.
 
     Attributes:
       picture_size: width and height of the picture.
-      grid: cells along each side; picture_size must be a multiple of it.
+      grid: number of cells along each side; picture_size must be a multiple of grid.
       kinds: names of the shapes, a selection of KINDS.
       colours: (name, (red, green, blue)) pairs.
-      min_shapes, max_shapes: number of shapes in a picture, both ends included.
-      careless_share: share of the warm-up answers that leave out the rationale and end in a guess, like the worst
-        answers in machine-written sets. The warm-up imitates both kinds; StepGRPO has to find out which is rewarded.
-      min_size, max_size: width and height of a shape, both ends included; one pixel of the cell stays free around it.
+      min_shapes, max_shapes: minimum and maximum number of shapes in a picture.
+      careless_share: share of the warm-up answers that have no rationale and end in a guess, like the worst answers in
+        machine-written data sets. The warm-up (SFT) imitates good and careless answers; StepGRPO has to learn which
+        kind is rewarded.
+      min_size, max_size: minimum and maximum width and height of a shape. One pixel of the cell stays free around it.
 
-    Raises: ValueError, naming the field, where such pictures cannot be drawn.
+    Raises: ValueError, naming the field, if such pictures cannot be drawn.
     """
 
     picture_size: int = 56
@@ -82,7 +83,13 @@ class ShapesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One shape: its kind and colour, its cell (row by row, from 0), its top left corner in the picture, its width."""
+    """One shape in a scene.
+
+    Attributes:
+      cell: index of the shape's cell, counted row by row from 0.
+      left, top: position of the shape's top left corner in the picture, in pixels.
+      size: width and height, in pixels.
+    """
 
     kind: str
     colour: str
@@ -97,7 +104,7 @@ SceneKey = tuple[tuple[str, str, int], ...]  # (kind, colour, cell) of each shap
 
 
 def random_scene(rng: random.Random, cfg: ShapesConfig) -> Scene:
-    """A random scene: shapes in different cells, in random order."""
+    """Returns a random scene: shapes in different cells, in random order."""
     number = rng.randint(cfg.min_shapes, cfg.max_shapes)
     shapes: list[Shape] = []
     for cell in rng.sample(range(cfg.grid**2), number):
@@ -116,12 +123,15 @@ def random_scene(rng: random.Random, cfg: ShapesConfig) -> Scene:
 
 
 def scene_key(scene: Scene) -> SceneKey:
-    """What a scene shows, without the exact places and sizes: pictures with equal keys count as the same."""
+    """Returns the kind, colour and cell of each shape, without exact positions and sizes.
+
+    Two pictures with equal keys count as the same picture.
+    """
     return tuple(sorted((shape.kind, shape.colour, shape.cell) for shape in scene))
 
 
 def draw_scene(scene: Scene, cfg: ShapesConfig) -> Image.Image:
-    """The scene's picture: RGB, picture_size x picture_size, on white."""
+    """Draws a scene on white. Returns an RGB image of picture_size x picture_size pixels."""
     image = Image.new("RGB", (cfg.picture_size, cfg.picture_size), (255, 255, 255))
     pen = ImageDraw.Draw(image)
     rgb = dict(cfg.colours)

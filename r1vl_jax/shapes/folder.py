@@ -1,4 +1,4 @@
-"""The built-in task with a model to train on it.
+"""Makes the built-in task together with a model to train on it.
 
 DIR/task/    sft.json, rl.json, heldout.json and the pictures
 DIR/model/   a random Qwen2-VL of about 1M parameters, with a tokenizer, in Hugging Face layout
@@ -22,13 +22,13 @@ from r1vl_jax.shapes.tokenizer import task_texts, train_tokenizer, write_checkpo
 
 
 def make_shapes(config: ShapesSection) -> None:
-    """Makes the task and the model in config.dir; what is there already is kept.
+    """Makes the task and the model in config.dir. Keeps a task or model that is already there.
 
-    Where the task was made with other parameters, both are removed and made again.
+    If the existing task was made with other parameters, removes the task and the model and makes both again.
 
-    Raises: FileExistsError where the folder holds something else.
+    Raises: FileExistsError if config.dir/task contains anything other than a task.
     """
-    assert config.dir is not None  # callers ask for the task by naming a folder
+    assert config.dir is not None  # callers call this only if dir is set
     folder = Path(config.dir)
     task, model = folder / "task", folder / "model"
     rows = {"sft_rows": config.sft_rows, "rl_rows": config.rl_rows, "heldout_rows": config.heldout_rows}

@@ -1,9 +1,9 @@
-"""Questions about a scene, with step-by-step solutions and key steps.
+"""Makes questions about a scene, with step-by-step solutions and key steps.
 
 Flow of the built-in task: scene (draw.py) -> question (here) -> files (task.py). A solution has R1-VL's format: image
-description, rationale, numbered steps, final answer. Each key step is a group of alternatives. One of them is part of a
-step of the solution, word for word, so the solution earns the full step-wise accuracy reward. Every step also has words
-that are not part of its key step.
+description, rationale, numbered steps, final answer. A key step is a list of alternative wordings. One of the wordings
+occurs word for word in a step of the solution, so the solution earns the full step-wise accuracy reward. Every step
+also contains words that do not belong to its key step.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ KeyStep = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question about one scene.
+    """A question about one scene, with a good and a careless solution.
 
     Attributes:
-      problem: the question's text, without an image placeholder.
+      problem: text of the question, without an image placeholder.
       solution: the reference solution.
-      answer: the final answer alone, digits or yes/no.
-      careless: a worse solution: it has no rationale, and its answer is a guess that ignores the steps.
-      key_steps: groups of alternatives.
+      answer: the final answer alone: a number in digits, or yes/no.
+      careless: a worse solution. It has no rationale, and its final answer is a guess that ignores the steps.
+      key_steps: the key steps of the solution; each is a tuple of alternative wordings.
     """
 
     problem: str
@@ -38,37 +38,37 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The shapes of a colour, of a kind, of both, or all of them (both None)."""
+    """The shapes of one colour, of one kind, or of one colour and kind. With neither (both None), it is all shapes."""
 
     colour: str | None = None
     kind: str | None = None
 
     def name(self, number: int = 2) -> str:
-        """The group's name, as in "red circles", "red shapes", "circles" or "shapes"; singular where number is 1."""
+        """Returns, for example, "red circles", "red shapes", "circles" or "shapes"; the singular if number is 1."""
         noun = (self.kind or "shape") + ("" if number == 1 else "s")
         return f"{self.colour} {noun}" if self.colour else noun
 
     def count(self, scene: Scene) -> int:
-        """How many of the scene's shapes are in the group."""
+        """Returns how many shapes of the scene belong to the group."""
         return sum(self.colour in (None, shape.colour) and self.kind in (None, shape.kind) for shape in scene)
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A step's text and the key steps in it."""
+    """The text of one step of a solution, and the key steps that occur in it."""
 
     body: str
     key_steps: tuple[KeyStep, ...]
 
 
 def make_question(scene: Scene, rng: random.Random, cfg: ShapesConfig) -> Question:
-    """A random question about the scene: its type and its groups of shapes are drawn from rng."""
+    """Returns a random question about the scene. The question's type and its groups of shapes are drawn from rng."""
     ask: Callable[..., Question] = rng.choice((_ask_count, _ask_rest, _ask_two))
     return ask(scene, rng, cfg)
 
 
 def _ask_count(scene: Scene, rng: random.Random, cfg: ShapesConfig) -> Question:
-    """How many shapes of a group there are."""
+    """Asks how many shapes a group has."""
     group = _pick_group(scene, rng, cfg, both=True)
     problem = f"How many {group.name()} are there?"
     return _question(
@@ -77,7 +77,10 @@ def _ask_count(scene: Scene, rng: random.Random, cfg: ShapesConfig) -> Question:
 
 
 def _ask_rest(scene: Scene, rng: random.Random, cfg: ShapesConfig) -> Question:
-    """How many shapes are left without those of a group: of all shapes, or of one kind or colour."""
+    """Asks how many shapes remain after those of one group are removed.
+
+    The remaining shapes are counted among all shapes, or among the shapes of one kind or colour.
+    """
     removed = _pick_group(scene, rng, cfg, both=False)
     base = Group()
     if rng.random() < 0.5:
@@ -95,7 +98,7 @@ def _ask_rest(scene: Scene, rng: random.Random, cfg: ShapesConfig) -> Question:
 
 
 def _ask_two(scene: Scene, rng: random.Random, cfg: ShapesConfig) -> Question:
-    """Whether one kind or colour has more shapes than another, or how many both have in total."""
+    """Asks whether one kind or colour has more shapes than another, or how many shapes both have in total."""
     groups = _simple_groups(cfg, by_kind=rng.random() < 0.5)
     pairs = [(a, b) for a in groups for b in groups if a != b]
     if rng.random() < 0.5:
@@ -119,19 +122,19 @@ def _ask_two(scene: Scene, rng: random.Random, cfg: ShapesConfig) -> Question:
 
 
 def _simple_groups(cfg: ShapesConfig, by_kind: bool) -> list[Group]:
-    """The group of each kind, or of each colour."""
+    """Returns one group per kind (by_kind), or one group per colour."""
     if by_kind:
         return [Group(kind=kind) for kind in cfg.kinds]
     return [Group(colour=colour) for colour in cfg.colour_names]
 
 
 def _full_groups(cfg: ShapesConfig) -> list[Group]:
-    """The group of each kind and colour, ordered by kind."""
+    """Returns one group per pair of kind and colour, ordered by kind."""
     return [Group(colour, kind) for kind in cfg.kinds for colour in cfg.colour_names]
 
 
 def _pick_group(scene: Scene, rng: random.Random, cfg: ShapesConfig, both: bool) -> Group:
-    """A random group: a colour, a kind or, with `both`, a colour of a kind. In one of ten cases it may be empty."""
+    """Picks a random group: a colour, a kind or, if `both`, a colour of a kind. One pick in ten may be empty."""
     choices = [_simple_groups(cfg, by_kind=True), _simple_groups(cfg, by_kind=False)]
     groups = rng.choice(choices + [_full_groups(cfg)] if both else choices)
     if rng.random() < 0.9:
@@ -140,7 +143,10 @@ def _pick_group(scene: Scene, rng: random.Random, cfg: ShapesConfig, both: bool)
 
 
 def _count_step(scene: Scene, group: Group) -> Step:
-    """Counts a group. Names it before the number, so that a small model counts what it has just named."""
+    """Returns the step that counts a group.
+
+    The text names the group before the number, so that a small model has just written the name when it counts.
+    """
     number = group.count(scene)
     stated = f"number of {group.name()} is {number}"
     forms = (stated, f"{number} {group.name(number)}")
@@ -150,7 +156,7 @@ def _count_step(scene: Scene, group: Group) -> Step:
 
 
 def _equation_step(sign: str, numbers: Sequence[int]) -> Step:
-    """Adds two or more numbers ("+"), or subtracts the second from the first ("-")."""
+    """Returns the step that adds two or more numbers ("+"), or subtracts the second from the first ("-")."""
     word = {"+": "plus", "-": "minus"}[sign]
     result = sum(numbers) if sign == "+" else numbers[0] - numbers[1]
     texts = [str(number) for number in numbers]
@@ -161,7 +167,7 @@ def _equation_step(sign: str, numbers: Sequence[int]) -> Step:
 
 
 def _compare_step(first: int, second: int) -> Step:
-    """Compares two numbers."""
+    """Returns the step that compares two numbers."""
     if first > second:
         forms = (f"{first} is more than {second}", f"{first} > {second}", f"{second} < {first}")
     elif first < second:
@@ -172,7 +178,7 @@ def _compare_step(first: int, second: int) -> Step:
 
 
 def _description(scene: Scene, cfg: ShapesConfig) -> str:
-    """Every cell in reading order: a small model that has written this can count in its own words."""
+    """Describes every cell in reading order. A small model can then count in the description that it has written."""
     cells = {shape.cell: f"{shape.colour} {shape.kind}" for shape in scene}
     rows = [range(start, start + cfg.grid) for start in range(0, cfg.grid**2, cfg.grid)]
     return "; ".join(", ".join(cells.get(cell, "no shape") for cell in row) for row in rows)
@@ -187,7 +193,7 @@ def _question(
     steps: Sequence[Step],
     answer: str | int,
 ) -> Question:
-    """The question with its solutions, whose sections are in R1-VL's order."""
+    """Builds a question with its good and careless solutions. The sections of a solution are in R1-VL's order."""
     lines = [
         f"### Image Description: {_description(scene, cfg)}.",
         f"### Rationales: {rationale}",

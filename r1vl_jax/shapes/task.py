@@ -1,14 +1,14 @@
-"""The files of the built-in task: scenes and questions to files, in the schemas that r1vl_jax/data reads.
+"""Writes the files of the built-in task, in the schemas that r1vl_jax/data reads.
 
     out_dir/sft.json      ShareGPT rows as in Mulberry-SFT: messages, images
     out_dir/rl.json       R1-VL-10K rows: image_path, problem, solution, key_steps
-    out_dir/heldout.json  the same, for evaluation
-    out_dir/images/       PNG
-    out_dir/task.json     the parameters that made them
+    out_dir/heldout.json  R1-VL-10K rows, for evaluation
+    out_dir/images/       PNG files
+    out_dir/task.json     the parameters with which the files were made
 
-No training row shows a held-out picture, and no two held-out rows show the same one. The files' bytes depend only on
-the parameters, and the held-out rows only on the seed and on their number: runs with more training rows are measured on
-the same questions.
+No training row has the picture of a held-out row, and no two held-out rows have the same picture. The bytes of the
+files depend on the parameters alone. The held-out rows do not depend on the number of training rows, so runs with more
+training rows are evaluated on the same questions.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from r1vl_jax.common.files import atomic_folder, read_object, write_json
 from r1vl_jax.shapes.draw import Scene, SceneKey, ShapesConfig, draw_scene, random_scene, scene_key
 from r1vl_jax.shapes.questions import Question, make_question
 
-FORMAT = 7  # counts up when the same parameters would make other files
-MAX_REPEATS = 1000  # scenes that are drawn in search of a new picture
-DEFAULTS = {"seed": 0, "sft_rows": 6000, "rl_rows": 1800, "heldout_rows": 200}  # of `make_task` and its commands
+FORMAT = 7  # increased when the same parameters would make other files
+MAX_REPEATS = 1000  # scenes drawn at most to find a new picture
+DEFAULTS = {"seed": 0, "sft_rows": 6000, "rl_rows": 1800, "heldout_rows": 200}  # of `make_task` and of the commands
 
 
 def make_task(
@@ -40,16 +40,16 @@ def make_task(
     cfg: ShapesConfig | None = None,
     progress: bool = True,
 ) -> None:
-    """Makes the task in out_dir. Does nothing where the same parameters made it before.
+    """Makes the task in out_dir. Does nothing if out_dir already holds a task made with the same parameters.
 
-    The folder appears when it is complete.
+    The files are written to a temporary folder, which is renamed to out_dir when it is complete.
 
     Args:
       seed: determines every byte of the files.
-      cfg: what the pictures look like; None: the defaults.
-      progress: show a progress bar.
-    Raises: FileExistsError where out_dir holds anything else; ValueError for a negative number of rows, or where the
-      configuration has too few different pictures.
+      cfg: settings of the pictures and answers; None: the defaults.
+      progress: whether to show a progress bar.
+    Raises: FileExistsError if out_dir holds anything else; ValueError if a number of rows is negative, or if there are
+      too few different pictures for so many rows.
     """
     cfg = cfg or ShapesConfig()
     rows = {"heldout": heldout_rows, "sft": sft_rows, "rl": rl_rows}
@@ -57,7 +57,7 @@ def make_task(
         if number < 0:
             raise ValueError(f"{name}_rows = {number}: expected 0 or more")
     parameters = {"task": "shapes", "format": FORMAT, "seed": seed, "rows": rows, "config": dataclasses.asdict(cfg)}
-    parameters = json.loads(json.dumps(parameters))  # as they read back: tuples are lists
+    parameters = json.loads(json.dumps(parameters))  # as read from task.json: tuples become lists
     out_dir = Path(out_dir).absolute()
     if _already_made(out_dir, parameters):
         return
@@ -66,15 +66,15 @@ def make_task(
             _write_task(folder, seed, rows, cfg, progress)
             write_json(folder / "task.json", parameters, indent=1)
     except OSError:
-        # Another process may have made the same task meanwhile. Any other error is the caller's.
+        # Another process may have made the same task meanwhile. Otherwise the error is passed on.
         if not _already_made(out_dir, parameters):
             raise
 
 
 def _already_made(out_dir: Path, parameters: dict[str, Any]) -> bool:
-    """Whether out_dir holds this task; False where it is missing or empty.
+    """Returns True if out_dir holds the task with these parameters, False if out_dir is missing or empty.
 
-    Raises: FileExistsError where it holds anything else.
+    Raises: FileExistsError if out_dir holds anything else.
     """
     if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
         return False
@@ -91,7 +91,7 @@ def _already_made(out_dir: Path, parameters: dict[str, Any]) -> bool:
 
 
 def _write_task(out_dir: Path, seed: int, rows: dict[str, int], cfg: ShapesConfig, progress: bool) -> None:
-    """Writes the pictures and the rows of each split. The held-out ones come first: the others avoid their pictures."""
+    """Writes the pictures and the rows of each split. The held-out split is first: other splits avoid its pictures."""
     images = out_dir / "images"
     images.mkdir(parents=True)
     heldout: set[SceneKey] = set()
@@ -115,7 +115,7 @@ def _write_task(out_dir: Path, seed: int, rows: dict[str, int], cfg: ShapesConfi
 
 
 def _new_scene(rng: random.Random, cfg: ShapesConfig, heldout: set[SceneKey]) -> Scene:
-    """A random scene whose picture is none of the held-out ones. Raises ValueError after MAX_REPEATS tries."""
+    """Returns a random scene whose picture is in no held-out row. Raises ValueError after MAX_REPEATS tries."""
     for _ in range(MAX_REPEATS):
         scene = random_scene(rng, cfg)
         if scene_key(scene) not in heldout:

@@ -1,7 +1,7 @@
-"""A small tokenizer, and the other files of a checkpoint without its weights, for a model of the built-in task.
+"""Trains a small tokenizer for the built-in task, and writes the other files of a checkpoint except the weights.
 
-A random Qwen2-VL needs the files of a published one: tokenizer, config.json, generation_config.json,
-preprocessor_config.json, chat template. They are written here in the published layout (flat config.json, as in
+A random Qwen2-VL needs the same files as a published one: tokenizer, config.json, generation_config.json,
+preprocessor_config.json and chat template. This module writes them in the published layout (flat config.json, as in
 transformers 4). folder.py draws the weights and adds model.safetensors.
 """
 
@@ -32,8 +32,8 @@ SPECIAL_TOKENS = (
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 SYSTEM_PROMPT = "You are a helpful assistant."
 
-# Qwen2's split into contractions, words with the sign before them, single digits, signs, line ends and blanks. One
-# difference: a digit keeps the blank before it, which saves a token for every number of the task.
+# Splits texts as Qwen2 does: into contractions, words with the sign before them, single digits, signs, line ends and
+# blanks. But a digit keeps the blank before it, which saves a token for every number of the task.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -72,7 +72,7 @@ TINY_SIZES: Mapping[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "rms_norm_eps": 1e-6,
-    "rope_theta": 10.0,  # with 1e6 the slow frequencies of M-RoPE's row w could not tell the few cells apart
+    "rope_theta": 10.0,  # with 1e6, M-RoPE's row w would have frequencies too low to tell the few cells apart
     "mrope_section": (4, 6, 6),
     "tie_word_embeddings": True,
     "max_position_embeddings": 32768,
@@ -86,7 +86,7 @@ TINY_SIZES: Mapping[str, Any] = {
 
 
 def task_texts(task_dir: str | Path) -> Iterator[str]:
-    """The texts of sft.json and rl.json, not of heldout.json, with the words that the chat template adds to them."""
+    """Yields the texts of sft.json and rl.json (not heldout.json), with the words that the chat template adds."""
     task_dir = Path(task_dir)
     pairs = [
         (row["messages"][0]["content"].replace("<image>", ""), row["messages"][1]["content"])
@@ -104,13 +104,13 @@ def task_texts(task_dir: str | Path) -> Iterator[str]:
 def train_tokenizer(texts: Iterable[str], out_dir: str | Path, vocab_size: int = 512) -> PreTrainedTokenizerBase:
     """Trains a byte-level BPE on texts, saves it in out_dir and returns it as AutoTokenizer loads it.
 
-    Any text can be encoded, and decodes to the same text: all 256 bytes are in the vocabulary and nothing is
-    normalised. Qwen2-VL's special tokens have the last ids.
+    Every text can be encoded, and decodes to the same text: the vocabulary has all 256 bytes, and texts are not
+    normalised. Qwen2-VL's special tokens have the highest ids.
 
     Args:
-      vocab_size: the most tokens, special ones included. With few texts there are fewer merges and so fewer tokens; the
-        model's vocabulary is len(tokenizer).
-    Raises: ValueError where vocab_size is less than the bytes and the special tokens.
+      vocab_size: maximum number of tokens, including the special tokens. A small set of texts has fewer merges and so
+        fewer tokens; the size of the model's vocabulary is len(tokenizer).
+    Raises: ValueError if vocab_size is smaller than the number of bytes and special tokens.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(f"vocab_size = {vocab_size}: expected {SMALLEST_VOCABULARY} or more (bytes, special tokens)")
@@ -166,9 +166,9 @@ def write_checkpoint_files(
     """Writes config.json, generation_config.json, preprocessor_config.json and chat_template.json into out_dir.
 
     Args:
-      tokenizer: as `train_tokenizer` returns it; config.json gets its ids and the size of its vocabulary.
-      sizes: entries that differ from TINY_SIZES (about one million parameters).
-    Raises: ValueError for an unknown or impossible size, or where the tokenizer has no such special token.
+      tokenizer: returned by `train_tokenizer`; config.json gets its special ids and the size of its vocabulary.
+      sizes: entries that replace those of TINY_SIZES (about one million parameters); None: no entry is replaced.
+    Raises: ValueError if a size is unknown or impossible, or if the tokenizer lacks one of SPECIAL_TOKENS.
     """
     sizes = dict(sizes or {})
     unknown = sorted(set(sizes) - set(TINY_SIZES))
@@ -210,7 +210,7 @@ def write_checkpoint_files(
 
 
 def _check_sizes(sizes: Mapping[str, Any]) -> None:
-    """Raises ValueError where the model cannot have these sizes."""
+    """Raises ValueError if the model cannot have these sizes."""
     heads, kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
     if sizes["hidden_size"] % (2 * heads) or heads % kv_heads:
         raise ValueError(
@@ -228,7 +228,7 @@ def _check_sizes(sizes: Mapping[str, Any]) -> None:
 
 
 def _model_config(sizes: Mapping[str, Any], ids: Mapping[str, int], vocab_size: int) -> dict[str, Any]:
-    """The contents of config.json in the style of the published Qwen2-VL checkpoints: text fields at the top level."""
+    """Returns the contents of config.json in the style of published Qwen2-VL files (text fields at the top level)."""
     text = {name: value for name, value in sizes.items() if not name.startswith("vision_") and name != "mrope_section"}
     return {
         "architectures": ["Qwen2VLForConditionalGeneration"],

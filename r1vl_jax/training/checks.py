@@ -1,4 +1,4 @@
-"""What can be wrong with a configuration and needs no model to see: paths, sources, the mesh, divisibility."""
+"""Checks a configuration without opening a model: paths, sources, mesh, divisibility."""
 
 from __future__ import annotations
 
@@ -17,20 +17,24 @@ def check_inputs(config: Config) -> Mesh:
 
     Raises ConfigError, RowError or OSError naming what is wrong.
     """
-    folders, files, sections, sizes = {"model.path": config.model.path}, {}, {}, {}
+    sections, sizes = {}, {}
     if "sft" in config.stages:
         sections["data.sft"], sizes["sft.micro_batch_size"] = config.data.sft, config.sft.micro_batch_size
     if "step_grpo" in config.stages:
         sections["data.rl"], sizes["rl.micro_batch_size"] = config.data.rl, config.rl.micro_batch_size
     if config.eval.rows:
         sections["data.heldout"], sizes["eval.batch_size"] = config.data.heldout, config.eval.batch_size
+    paths = [("model.path", config.model.path, "folder")]
     for key, section in sections.items():
-        files |= {f"{key}.path": section.path} if section.path else {}
-        folders |= {f"{key}.image_root": section.image_root} if section.image_root else {}
-        folders |= {f"{key}.tfds_dir": section.tfds_dir} if section.tfds and section.tfds_dir else {}
-    for key, path in (folders | files).items():
+        if section.image_root:
+            paths.append((f"{key}.image_root", section.image_root, "folder"))
+        if section.tfds and section.tfds_dir:
+            paths.append((f"{key}.tfds_dir", section.tfds_dir, "folder"))
+        if section.path:
+            paths.append((f"{key}.path", section.path, "file"))
+    for key, path, kind in paths:
         if not Path(path).exists():
-            raise ConfigError(f"{key}: {path}: no such {'file' if key in files else 'folder'}")
+            raise ConfigError(f"{key}: {path}: no such {kind}")
         if Path(path).resolve().is_relative_to(Path(config.output_dir).resolve()):
             raise ConfigError(f"{key}: {path} is inside output_dir {config.output_dir}, where only the run writes")
     for section in sections.values():

@@ -38,7 +38,8 @@ def heldout(run: Run, stage: Stage, step: int) -> None:
         answers = run.sample(weights, prompts, sampling, group=1, step=0)
         answers = jax.tree.map(lambda a: a[: len(part)], answers)  # noqa: B023 (called at once)
         examples = [example for example, _ in part]
-        groups = start_scoring(examples, answers, run.model.processor, run.pool, run.reward)()
+        wait_for_scores = start_scoring(examples, answers, run.model.processor, run.pool, run.reward)
+        groups = wait_for_scores()
         run.log.rollouts(rollout_rows(examples, groups, stage=stage.name, step=step, event="heldout"))
         scored += groups
     means = reward_metrics(scored)

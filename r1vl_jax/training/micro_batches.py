@@ -59,32 +59,32 @@ class Batching:
     """How a step is cut into micro-batches.
 
     Attributes:
-      questions: in a micro-batch.
+      micro_batch_size: questions in a micro-batch.
       buckets: the shapes that their prompts are padded to.
       unit: answers are padded to multiples of it, in tokens.
       put: places a host batch on the devices.
     """
 
-    questions: int
+    micro_batch_size: int
     buckets: Buckets
     unit: int
     put: Callable[[Any], Any]
 
     def split(
-        self, questions: Sequence[Question], mask_BGT: np.ndarray, counts_B: np.ndarray | None = None
+        self, questions: Sequence[Question], mask_BGT: np.ndarray, used_B: np.ndarray | None = None
     ) -> list[tuple[np.ndarray, int]]:
         """(indices of questions, answer length) of each micro-batch: sorted by longest answer, then by prompt.
 
         Args:
-          counts_B: False for questions that do not count: they come last, and only fill the last micro-batch.
+          used_B: False for questions that do not count: they come last, and only fill the last micro-batch.
         """
         longest_B = mask_BGT.any(axis=1).sum(axis=1)
         length_B = np.array([min(mask_BGT.shape[2], bucket(max(1, n), self.unit)) for n in longest_B.tolist()])
-        counts_B = np.ones(len(questions), bool) if counts_B is None else counts_B
+        used_B = np.ones(len(questions), bool) if used_B is None else used_B
         prompt_B = np.array([size_of(prompt).tokens for _, prompt in questions])
-        order = np.lexsort((prompt_B, length_B, ~counts_B))
-        parts = [order[i : i + self.questions] for i in range(0, max(1, counts_B.sum()), self.questions)]
-        return [(part, int(length_B[part[counts_B[part]]].max(initial=self.unit))) for part in parts]
+        order = np.lexsort((prompt_B, length_B, ~used_B))
+        parts = [order[i : i + self.micro_batch_size] for i in range(0, max(1, used_B.sum()), self.micro_batch_size)]
+        return [(part, int(length_B[part[used_B[part]]].max(initial=self.unit))) for part in parts]
 
     def collate(self, questions: Sequence[Question], part: np.ndarray) -> Prompts:
         """The prompts of a micro-batch, on the host."""
@@ -117,23 +117,29 @@ def batched_logprobs(
 
 
 def rl_batches(
-    groups: Groups, batching: Batching, *, most: int, keep_all: bool, average: str, old_logprobs_BGT: np.ndarray | None
+    groups: Groups,
+    batching: Batching,
+    *,
+    max_questions: int,
+    keep_all: bool,
+    average: str,
+    old_logprobs_BGT: np.ndarray | None,
 ) -> Iterator[TrainBatch]:
     """Micro-batches of the groups that count, on the host; others fill the last one, with weight 0.
 
     Args:
-      most: questions that count, at most.
+      max_questions: groups that count, at most.
       keep_all: groups without a signal count too.
       average: of the loss, see step_grpo.loss.answer_weights.
       old_logprobs_BGT: under the policy that sampled; None where that is the one being trained.
     """
-    counts_B = groups.has_signal_B | keep_all
-    counts_B &= np.cumsum(counts_B) <= most
-    counted_BGT = groups.mask_BGT & counts_B[:, None, None]
-    answers = max(1, counts_B.sum()) * groups.mask_BGT.shape[1]
-    weights_BGT = answer_weights(counted_BGT, answers, average)
+    used_B = groups.has_signal_B | keep_all
+    used_B &= np.cumsum(used_B) <= max_questions
+    used_BGT = groups.mask_BGT & used_B[:, None, None]
+    answers = max(1, used_B.sum()) * groups.mask_BGT.shape[1]
+    weights_BGT = answer_weights(used_BGT, answers, average)
     arrays = (groups.tokens_BGT, weights_BGT, groups.advantage_BGT, groups.ref_logprobs_BGT, old_logprobs_BGT)
-    for part, length in batching.split(groups.questions, groups.mask_BGT, counts_B):
+    for part, length in batching.split(groups.questions, groups.mask_BGT, used_B):
         rows = [None if array is None else array[part, :, :length] for array in arrays]
         yield TrainBatch(batching.collate(groups.questions, part), *rows)
 

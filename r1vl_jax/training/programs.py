@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,6 @@ def stage_loss(model: ModelConfig, config: Config, stage: str) -> Callable[[Any,
     return partial(step_grpo_loss, cfg=model, objective=objective, remat=config.model.remat, shared=shared)
 
 
-@cache  # both stages of a run have the same one
 def _rollout_weights(model: ModelConfig, mesh: Mesh, dtype: str, rules: str) -> Program:
     shardings = fused_shardings(model, mesh, ROLLOUT_RULES[rules])
 
@@ -144,21 +143,22 @@ def _advantages(scale: str, std_floor: float, kernels: str) -> Program:
 
 
 def gradient_step(
-    programs: Programs, state: TrainState, batches: Iterable[TrainBatch], *, sums: bool
+    programs: Programs, state: TrainState, batches: Iterable[TrainBatch], *, use_buffer: bool
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update from a step's micro-batches, all on the device.
 
     Args:
       state: is donated.
-      sums: False: there is one micro-batch on one device, and its gradient is used as it is. On several devices always
-        True: the buffer has the parameters' sharding.
+      use_buffer: add gradients up in a buffer. With False there must be one micro-batch; its gradient is used as it is.
     Returns:
       (state, metrics summed over the micro-batches, with grad_norm).
     """
-    grads, totals = optimizers.zero_grads(state.params, programs.parts) if sums else None, {}
+    grads, totals = optimizers.zero_grads(state.params, programs.parts) if use_buffer else None, {}
     for batch in batches:
         grads, metrics = programs.accumulate(grads, state.params, batch)
         totals = jax.tree.map(jnp.add, totals, metrics) if totals else metrics
+    if not totals:
+        raise ValueError("a step without micro-batches has nothing to update from; expected at least one")
     state, norm = programs.update(state, grads)
     return state, {**totals, "grad_norm": norm}
 

@@ -48,9 +48,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, pool
     model = open_model(section.path, mesh=mesh, **backend)
     reward = RewardSpec.from_config(config.rl)
     log = RunLog(config, resume=resume, overwrite=overwrite)
-    scorers = (
-        contextlib.nullcontext(pool) if pool is not None else ScorerPool(config.scoring.workers, config.scoring.timeout)
-    )
+    own_pool = pool is None
+    scorers = ScorerPool(config.scoring.workers, config.scoring.timeout) if own_pool else contextlib.nullcontext(pool)
     with scorers as scorer_pool, Compilations() as compilations, jax.set_mesh(mesh):
         run = Run(config, model, reward, log, scorer_pool, compilations)
         if model.folder.note:

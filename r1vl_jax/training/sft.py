@@ -26,7 +26,7 @@ def sft(run: Run, params: Any, resume: bool) -> Any:
     steps = config.steps or max(1, math.ceil(config.epochs * len(source) / config.batch_size))
     micro_batches = config.batch_size // config.micro_batch_size
     stage = Stage(run, "sft", steps, params, resume, micro_batches=micro_batches)
-    if stage.is_first:
+    if stage.is_untrained:
         heldout(run, stage, step=0)
     encode = partial(
         run.model.processor.for_stage(config, data.video).encode_pair,

@@ -34,8 +34,8 @@ class Stage:
         self, run: Run, name: str, steps: int, params: Any, resume: bool, *, micro_batches: int, updates: int = 1
     ) -> None:
         self.run, self.name, self.steps, self.updates, self.position = run, name, steps, updates, Position()
-        # A lone micro-batch needs no sum, but on several devices the sum's buffer gives gradients their sharding.
-        self.sums = micro_batches > 1 or run.model.mesh.size > 1
+        # On several devices always accumulate: the buffer has the parameters' sharding.
+        self.use_buffer = micro_batches > 1 or run.model.mesh.size > 1
         self.programs = build_programs(run.model.config, run.model.mesh, run.config, name, steps * updates)
         self.checkpoints = StageCheckpoints(run.log.folder / "checkpoints" / name, run.config.checkpoint.keep)
         latest = self.checkpoints.latest
@@ -50,7 +50,7 @@ class Stage:
         run.log.truncate_after(name, self.start)
 
     @property
-    def is_first(self) -> bool:
+    def is_untrained(self) -> bool:
         """Nothing has been trained yet in this run."""
         return self.start == 0 and self.run.config.stages[0] == self.name
 
@@ -60,7 +60,7 @@ class Stage:
 
     def update(self, batches: Iterable[TrainBatch]) -> dict[str, float]:
         """One update from its micro-batches. Returns the metrics."""
-        self.state, metrics = gradient_step(self.programs, self.state, batches, sums=self.sums)
+        self.state, metrics = gradient_step(self.programs, self.state, batches, use_buffer=self.use_buffer)
         return jax.device_get(metrics)
 
     def skip_step(self) -> dict[str, float]:

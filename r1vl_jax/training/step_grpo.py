@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from r1vl_jax.config import RLSection
-from r1vl_jax.data.batching import by_length, collate_prompts, in_micro_batches, padding, size_of
+from r1vl_jax.data.batching import collate_prompts, in_micro_batches, padding, size_of
 from r1vl_jax.data.buckets import Buckets
 from r1vl_jax.data.loader import Loader
 from r1vl_jax.data.sources import Source
@@ -77,11 +77,11 @@ class StepGRPO:
         """The next questions with scored answers; with `zero_variance: resample` more, until enough have a signal."""
         config, weights, parts = self.config, self.stage.rollout_weights(), []
         rounds = 1 + (config.max_resamples if config.zero_variance == "resample" else 0)
-        while not parts or (
-            len(parts) < rounds and sum(p.has_signal_B.sum() for p in parts) < config.questions_per_step
-        ):
-            first = len(parts) * config.questions_per_step
+        for number in range(rounds):
+            first = number * config.questions_per_step
             parts.append(self.sample_once(loader, weights, step, first, phases))
+            if sum(part.has_signal_B.sum() for part in parts) >= config.questions_per_step:
+                break
         return Groups.concatenate(parts)
 
     def sample_once(self, loader: Loader, weights: Any, step: int, first: int, phases: Phases) -> Groups:
@@ -93,11 +93,11 @@ class StepGRPO:
             sampling = Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
             answers = run.sample(weights, prompts, sampling, group=config.group_size, step=step, first=first)
         examples = [example for example, _ in questions]
-        scoring = start_scoring(examples, answers, run.model.processor, run.pool, run.reward, by_step=by_step)
+        wait_for_scores = start_scoring(examples, answers, run.model.processor, run.pool, run.reward, by_step=by_step)
         with phases("reference"):  # while the worker processes score
             ref_logprobs_BGT = self.logprobs(self.reference, questions, answers.tokens_BGT, answers.mask_BGT)
         with phases("score"):
-            scored = scoring()
+            scored = wait_for_scores()
             run.log.rollouts(rollout_rows(examples, scored, stage="step_grpo", step=step))
         outcome_BGJ, shaping_BGJ, mask_BGJ = rewards_by_step(scored, run.reward, by_step=by_step)
         rewards_BGJ = gate_rewards(outcome_BGJ, shaping_BGJ, correct(scored), config.gate)
@@ -119,7 +119,7 @@ class StepGRPO:
             old_logprobs_BGT = self.logprobs(params, groups.questions, groups.tokens_BGT, groups.mask_BGT)
         batches = list(
             rl_batches(
-                groups, self.batching, most=config.questions_per_step, keep_all=config.zero_variance == "keep",
+                groups, self.batching, max_questions=config.questions_per_step, keep_all=config.zero_variance == "keep",
                 average=config.average, old_logprobs_BGT=old_logprobs_BGT,
             )
         )  # fmt: skip
@@ -162,12 +162,12 @@ def step_grpo(run: Run, params: Any, resume: bool) -> Any:
     rollout_buckets, buckets = plan_buckets(run, source, encode)
     unit = answer_unit(config.max_new_tokens, data.pad_multiple)
     grpo = StepGRPO(run, stage, reference, Batching(config.micro_batch_size, buckets, unit, run.put))
-    if stage.is_first:
+    if stage.is_untrained:
         heldout(run, stage, step=0)
 
     def make(questions: list[Question]) -> tuple[list[Question], Prompts]:
         """A rollout's questions, the short ones first, and on the device."""
-        (questions,) = by_length(questions, len(questions), lambda question: size_of(question[1]))
+        questions = sorted(questions, key=lambda question: size_of(question[1]).tokens)
         return questions, run.put(collate_prompts([prompt for _, prompt in questions], rollout_buckets))
 
     with run.loader(source, encode, count=config.questions_per_step, make=make, position=stage.position) as loader:

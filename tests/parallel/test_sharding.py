@@ -83,7 +83,7 @@ def trained(mesh):
         state = programs.init(placed)
         batch = train_batch(prompts)
         grads, metrics = programs.accumulate(zero_grads(state.params, PARTS), state.params, put_batch(batch, mesh))
-        after, step_metrics = gradient_step(programs, state, [put_batch(batch, mesh)], sums=True)
+        after, step_metrics = gradient_step(programs, state, [put_batch(batch, mesh)], use_buffer=True)
         values = {**metrics, "grad_norm": step_metrics["grad_norm"]}
         return jax.device_get(values), jax.device_get(grads), jax.device_get(after.params), after
 

@@ -1,14 +1,14 @@
-"""TFDS data sets of questions: R1-VL-10K, Mulberry-SFT and the built-in task, in ArrayRecord and without TensorFlow.
+"""Builds TFDS data sets of questions (R1-VL-10K, Mulberry-SFT, the built-in task) in ArrayRecord, without TensorFlow.
 
 Importing this package registers the builders with TFDS, so that `tfds.builder(NAME)` finds them. The command
-r1vl_jax.data.build runs them and goes on where it was interrupted; TFDS's own download_and_prepare works, too.
+r1vl_jax.data.build runs the builders and can continue an interrupted build; TFDS's own download_and_prepare works, too.
 
-    record.py                                an `Example` as a record, and back
-    base.py                                  what the builders share
-    r1vl_10k.py, mulberry_sft.py, shapes.py  the builders
-    shards.py                                the files of a data set
-    work_folder.py                           the folder of an unfinished build
-    build.py, command.py                     r1vl_jax.data.build
+    record.py                                converts an `Example` to a record, and back
+    base.py                                  has the base class of the builders
+    r1vl_10k.py, mulberry_sft.py, shapes.py  have one builder each
+    shards.py                                writes the files of a data set
+    work_folder.py                           manages the folder of an unfinished build
+    build.py, command.py                     implement r1vl_jax.data.build
 """
 
 from r1vl_jax.data.builders.base import QuestionsBuilder

@@ -1,7 +1,7 @@
-"""What the TFDS builders of questions share. A builder says which JSON file each split is made from.
+"""Defines the base class of the TFDS builders. A subclass says from which JSON file each split is made.
 
-Flow: JSON files -> JsonSource -> record.py -> records in the order of the file, written by build.py (which goes on
-after an interruption) or by TFDS's own download_and_prepare(file_format="array_record").
+Flow: JSON files -> JsonSource -> record.py -> records in the order of the file. The records are written by build.py,
+which can continue an interrupted build, or by TFDS's own download_and_prepare(file_format="array_record").
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ manual_dir. It must not contain a second JSON file.
 
 
 class QuestionsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A data set of questions with images.
+    """Builds a data set of questions with images.
 
     Attributes:
-      DESCRIPTION, HOMEPAGE, CITATION: for dataset_info.json.
+      DESCRIPTION, HOMEPAGE, CITATION: texts for dataset_info.json.
       DROP_MATCHING: rows with one of these texts in an answer are left out.
-      SECTIONS: for each split, the section of the configuration's `data` that it is for.
+      SECTIONS: for each split, the section of the configuration's `data` that uses it ("sft", "rl" or "heldout").
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -44,12 +44,12 @@ class QuestionsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     @classmethod
     def files(cls, source: str | os.PathLike) -> dict[str, Path]:
-        """The JSON file of each split: `source`, or the only one in that folder; see `find_file`."""
+        """Returns the JSON file of each split. `source`: a JSON file, or a folder with exactly one; see `find_file`."""
         return {"train": find_file(source)}
 
     @classmethod
     def describe(cls, builder: tfds.core.DatasetBuilder | Any) -> tfds.core.DatasetInfo:
-        """The data set's TFDS metadata, without splits. `builder`: a builder, or TFDS's DatasetIdentity."""
+        """Returns the data set's TFDS metadata, without splits. `builder`: a builder, or TFDS's DatasetIdentity."""
         return tfds.core.DatasetInfo(
             builder=builder,
             features=features(),
@@ -67,7 +67,7 @@ class QuestionsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return {split: self._generate_examples(path) for split, path in files.items()}
 
     def _generate_examples(self, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The records with their numbers. Rows that cannot be used are logged and left out."""
+        """Yields (index, record) for each example. Logs and leaves out rows that cannot be used."""
         source = JsonSource(path, drop_matching=self.DROP_MATCHING)
         for error in source.errors:
             logging.warning("left out: %s", error)
@@ -81,7 +81,10 @@ class QuestionsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def find_file(source: str | os.PathLike) -> Path:
-    """`source`, or the only JSON file in that folder. Raises RowError where there is none or more than one."""
+    """Returns `source` if it is a file, or the only JSON file in the folder `source`.
+
+    Raises: RowError if the folder has no JSON file or more than one.
+    """
     source = Path(source)
     if source.is_file():
         return source

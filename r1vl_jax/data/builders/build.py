@@ -1,10 +1,10 @@
-"""Builds a TFDS data set in ArrayRecord from a JSON file and the image files that it names.
+"""Builds a TFDS data set in ArrayRecord from a JSON file and the image files that the JSON file names.
 
 Flow: JSON files -> JsonSource -> shards.py -> records in the order of the file, image files byte for byte -> metadata.
-So training from the data set gets the same batches as training from the file.
+So training on the data set gets the same batches as training on the JSON file.
 
-A build that is interrupted or killed loses at most the shard that was being written: the same call goes on with the
-others (work_folder.py).
+If a build is interrupted or killed, only the shard that was being written is lost. The same call then writes that shard
+and the remaining ones (work_folder.py).
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ def build(
     overwrite: bool = False,
     task: Mapping[str, int] | None = None,
 ) -> str:
-    """Builds `out`/`name`/VERSION, or goes on with an unfinished build of it. Returns a one-line summary.
+    """Builds `out`/`name`/VERSION, or continues an unfinished build of it. Returns a one-line summary.
 
-    Rows that cannot be used are named on standard error and in left_out.txt of the data set.
+    Rows that cannot be used are listed on standard error and in the data set's left_out.txt.
 
     Args:
-      name: one of BUILDERS.
-      source: a JSON file, or a folder with one; shapes: a folder that data.shapes made, or None to make the task.
-      image_root: the folder that image paths start from; None: that of the file.
-      drop_matching: rows with one of these texts in an answer are left out; None: the builder's own.
-      overwrite: replace a data set that is complete, or an unfinished one made from something else.
-      task: shapes: arguments of `make_task`.
-    Raises: BuildError or RowError where the data set cannot be built; OSError where a file cannot be read or written.
+      name: a key of BUILDERS.
+      source: a JSON file, or a folder with one. For shapes: a folder made by data.shapes, or None to make the task.
+      image_root: folder to which image paths are relative; None: the folder of the JSON file.
+      drop_matching: rows with one of these texts in an answer are left out; None: the builder's DROP_MATCHING.
+      overwrite: whether to replace a complete data set, or an unfinished build with other settings.
+      task: arguments of `make_task`; used for shapes without `source`.
+    Raises: BuildError or RowError if the data set cannot be built; OSError if a file cannot be read or written.
     """
     start = time.monotonic()
     builder = BUILDERS[name]
@@ -90,7 +90,7 @@ def build(
 
 
 def _stamp(path: Path) -> list[str | int]:
-    """What shows whether a file has changed: its path, size and time of change."""
+    """Returns a file's path, size and time of change. If one of them differs later, the file has changed."""
     status = path.stat()
     return [os.path.abspath(path), status.st_size, status.st_mtime_ns]
 
@@ -107,9 +107,9 @@ def _make_task(builder: type[QuestionsBuilder], folder: Path, parameters: dict[s
 def _write_rows(
     work: Path, name: str, sources: Mapping[str, JsonSource], roots: Mapping[str, str], rows_per_shard: int
 ) -> tuple[dict[Shard, Content], int]:
-    """Writes the shards that are not complete yet. Returns the contents of all, and how many rows were left out.
+    """Writes the shards that are not complete yet. Returns the contents of all shards and the number of rows left out.
 
-    Raises: BuildError where a split has no usable row. The shards are then removed.
+    Raises: BuildError if a split has no usable row. The notes that mark shards as complete are then removed.
     """
     left_out = work / "data" / LEFT_OUT
     with open(left_out, "w", encoding="utf-8") as file:
@@ -168,7 +168,7 @@ def _summary(
 
 
 def _options(builder: type[QuestionsBuilder], out: str | os.PathLike) -> str:
-    """The options of r1vl_jax.train that name the data set."""
+    """Returns the options of r1vl_jax.train that select the data set."""
     options = []
     for split, section in builder.SECTIONS.items():
         options += [f"--data.{section}.tfds", builder.name, f"--data.{section}.tfds_dir", os.fspath(out)]

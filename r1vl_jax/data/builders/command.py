@@ -1,11 +1,12 @@
-"""Makes a TFDS data set in ArrayRecord from a JSON file and the image files that it names.
+"""Makes a TFDS data set in ArrayRecord from a JSON file and the image files that the JSON file names.
 
     python -m r1vl_jax.data.build mulberry_sft --source Mulberry-SFT/ --out ~/tensorflow_datasets
     python -m r1vl_jax.data.build r1vl_10k --source R1-VL-10K/r1vl_10k.json --image-root images/ --out DIR
     python -m r1vl_jax.data.build shapes --out DIR
 
-Records keep the order of the file and images their bytes, so training from the data set gets the same batches as
-training from the file. A build that is interrupted or killed loses at most one shard, and the same command goes on.
+Records are in the order of the file, and image files are stored byte for byte. So training on the data set gets the
+same batches as training on the file. If a build is interrupted or killed, at most one shard is lost; run the same
+command again to continue.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line. Returns the exit code: 0, 2 with one line on standard error, or 130 on Ctrl-C."""
+    """Runs the command. Returns the exit code: 0, 2 with one line on standard error, or 130 on Ctrl-C."""
     args = _parser().parse_args(argv)
     task = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
     try:

@@ -1,11 +1,11 @@
-"""Mulberry-SFT, the answers of the warm-up, as a TFDS data set."""
+"""Defines the builder of Mulberry-SFT, the answers that the warm-up imitates, as a TFDS data set."""
 
 from r1vl_jax.config import SourceSection
 from r1vl_jax.data.builders.base import MANUAL_DOWNLOAD, QuestionsBuilder
 
 
 class MulberrySft(QuestionsBuilder):
-    """Mulberry-SFT without its reflective rows, as R1-VL's warm-up uses it."""
+    """Builds Mulberry-SFT without its reflective rows, as R1-VL's warm-up uses it."""
 
     name = "mulberry_sft"
     DESCRIPTION = """

@@ -1,10 +1,10 @@
-"""R1-VL-10K, the questions of StepGRPO, as a TFDS data set."""
+"""Defines the builder of R1-VL-10K, the questions of StepGRPO, as a TFDS data set."""
 
 from r1vl_jax.data.builders.base import MANUAL_DOWNLOAD, QuestionsBuilder
 
 
 class R1vl10k(QuestionsBuilder):
-    """R1-VL-10K: image, problem, solution and key steps."""
+    """Builds R1-VL-10K, whose rows have image, problem, solution and key steps."""
 
     name = "r1vl_10k"
     DESCRIPTION = """

@@ -1,7 +1,7 @@
-"""The record that a TFDS data set stores for an `Example`, with the bytes of its image files.
+"""Converts an `Example` to the record that a TFDS data set stores, which includes the image files, and back.
 
-Flow: JsonSource -> Example -> to_record -> ArrayRecord -> to_example -> Example. Lists of lists of texts, which TFDS
-cannot store without TensorFlow, are stored as JSON text. None is stored as the empty text.
+Flow: JsonSource -> Example -> to_record -> ArrayRecord -> to_example -> Example. TFDS cannot store lists of lists of
+texts without TensorFlow, so they are stored as JSON text. None is stored as the empty text.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from r1vl_jax.types import Example
 
 
 def features() -> tfds.features.FeaturesDict:
-    """The fields of a record. `images` are image files, byte for byte; `image_paths` are their names."""
+    """Returns the fields of a record. `images` has image files, byte for byte; `image_paths` has their names."""
     text = tfds.features.Text
     return tfds.features.FeaturesDict(
         {
@@ -37,12 +37,12 @@ def features() -> tfds.features.FeaturesDict:
 
 
 def to_record(example: Example, root: str | os.PathLike) -> dict[str, Any]:
-    """The record of an example. Its image files are read, not decoded.
+    """Returns the record of an example. Reads its image files, without decoding them.
 
     Args:
-      root: the absolute path of a folder. Images inside it are named by their paths from there, others by their
-        absolute paths.
-    Raises: RowError where the example has videos, or an image file cannot be read.
+      root: absolute path of a folder. An image inside the folder is named by its path relative to the folder, any other
+        image by its absolute path.
+    Raises: RowError if the example has videos, or if an image file cannot be read.
     """
     if example.videos:
         raise RowError(f"{example.name}: has videos, which a TFDS record cannot hold; train from the JSON file")
@@ -59,7 +59,11 @@ def to_record(example: Example, root: str | os.PathLike) -> dict[str, Any]:
 
 
 def to_example(record: Mapping[str, Any], source: str) -> Example:
-    """The example that a record was made from, its images as names and bytes. `source`: the data set's name."""
+    """Returns the example that a record was made from, with image names and image bytes.
+
+    Args:
+      source: name of the data set.
+    """
     text = {field: record[field].decode() for field in ("question", "answer", "key_steps", "system", "history")}
     return Example(
         source,
@@ -75,7 +79,7 @@ def to_example(record: Mapping[str, Any], source: str) -> Example:
 
 
 def _read(path: str, name: str) -> bytes:
-    """The bytes of an image file. Raises RowError naming the row and the file."""
+    """Returns the bytes of an image file. Raises RowError naming the row and the file."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -83,6 +87,6 @@ def _read(path: str, name: str) -> bytes:
 
 
 def _name(path: str, root: Path) -> bytes:
-    """The name of an image file in a record; see `to_record`."""
+    """Returns the name under which a record stores an image file; see `to_record`."""
     inside = Path(path).is_relative_to(root)
     return os.fspath(Path(path).relative_to(root) if inside else path).encode("utf-8", "replace")

@@ -1,4 +1,4 @@
-"""The built-in task (r1vl_jax/shapes) as a TFDS data set: tests the path of real data without a download."""
+"""Defines the builder of the built-in task (r1vl_jax/shapes), which exercises the TFDS path without a download."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from r1vl_jax.shapes import make_task
 
 
 class Shapes(QuestionsBuilder):
-    """Pictures of coloured shapes with questions, drawn from a seed.
+    """Builds the built-in task: pictures of coloured shapes with questions, drawn from a seed.
 
     Attributes:
-      TASK: arguments of `make_task`.
+      TASK: arguments of `make_task`, used by TFDS's download_and_prepare.
     """
 
     name = "shapes"
@@ -31,7 +31,7 @@ class Shapes(QuestionsBuilder):
 
     @classmethod
     def files(cls, source: str | os.PathLike) -> dict[str, Path]:
-        """The files in a folder made by r1vl_jax.data.shapes. Raises RowError where one is missing."""
+        """Returns the files in a folder made by r1vl_jax.data.shapes. Raises RowError if one is missing."""
         files = {split: Path(source) / f"{split}.json" for split in cls.SECTIONS}
         missing = [path.name for path in files.values() if not path.is_file()]
         if missing:
@@ -39,7 +39,7 @@ class Shapes(QuestionsBuilder):
         return files
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        """Makes the task in TFDS's folder of downloads, where it stays."""
+        """Makes the task in TFDS's download folder, where it stays. Returns a generator of records per split."""
         task = Path(dl_manager.download_dir) / "r1vl_jax_shapes"
         make_task(task, **self.TASK)
         return {split: self._generate_examples(path) for split, path in self.files(task).items()}

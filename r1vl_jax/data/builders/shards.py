@@ -1,6 +1,6 @@
-"""The shards of a data set: which there are, what each holds, and how one is written.
+"""Plans and writes the shards of a data set.
 
-A shard is written as WORK/shard.tmp and renamed. It is complete when its note is in WORK/shards/ (work_folder.py).
+A shard is written as WORK/shard.tmp and then renamed. It is complete when WORK/shards/ has its note (work_folder.py).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WRITER_OPTIONS = "group_size:1"  # as TFDS does: each record can be read alone
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One file of a split, for the examples `start` to `stop` of its source."""
+    """One file of a split. It is for the examples with the indices `start` to `stop` - 1 of the split's source."""
 
     split: str
     index: int
@@ -44,10 +44,11 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """What a complete shard holds.
+    """The contents of a complete shard.
 
     Attributes:
-      record_bytes, file_bytes: bytes of its records, and of its file.
+      rows: number of records.
+      record_bytes, file_bytes: bytes of all records together, and of the file.
       left_out: indices of the source's examples that could not be stored.
     """
 
@@ -58,11 +59,14 @@ class Content:
 
 
 def plan_shards(data: Path, name: str, sources: Mapping[str, JsonSource], rows: int) -> list[Shard]:
-    """The shards of all splits, of `rows` examples each. Examples that are left out do not move those after them."""
+    """Returns the shards of all splits, for `rows` examples each.
+
+    A shard whose examples are partly left out stays smaller; the examples of later shards do not change.
+    """
     shards = []
     for split, source in sources.items():
         files = naming.ShardedFileTemplate(
-            data_dir=data,  # pyright: ignore[reportArgumentType] (annotated with the path class of etils; any is taken)
+            data_dir=data,  # pyright: ignore[reportArgumentType] (annotated with the path class of etils; any works)
             dataset_name=name,
             split=split,
             filetype_suffix=FORMAT,
@@ -75,11 +79,11 @@ def plan_shards(data: Path, name: str, sources: Mapping[str, JsonSource], rows: 
 
 
 class Problems:
-    """Writes the errors of rows that are left out into a file, and the first ones to standard error, too.
+    """Writes the errors of rows that are left out to a file, and the first MAX_REPORTED of them to standard error.
 
     Attributes:
-      count: how many rows have been left out.
-      first: the error of the first one.
+      count: number of rows left out so far.
+      first: error of the first such row; None if there is none.
     """
 
     def __init__(self, file: TextIO) -> None:
@@ -88,7 +92,7 @@ class Problems:
         self._file = file
 
     def add(self, error: RowError | None) -> None:
-        """Writes an error; does nothing for None."""
+        """Writes an error; does nothing if `error` is None."""
         if error is None:
             return
         self.count += 1
@@ -103,10 +107,10 @@ class Problems:
 def write_shards(
     work: Path, shards: list[Shard], sources: Mapping[str, JsonSource], roots: Mapping[str, str], problems: Problems
 ) -> dict[Shard, Content]:
-    """Writes the shards that are not complete yet. Returns what each shard holds.
+    """Writes the shards that are not complete yet. Returns the contents of each shard.
 
     Args:
-      roots: for each split, the folder that image names start from; see `to_record`.
+      roots: for each split, the folder to which image names are relative; see `to_record`.
     """
     for source in sources.values():
         for error in source.errors:
@@ -122,21 +126,21 @@ def write_shards(
             else:
                 for index in content.left_out:
                     problems.add(_problem(source, index, root))
-                bar.initial += shard.stop - shard.start  # not counted into the speed
+                bar.initial += shard.stop - shard.start  # tqdm leaves `initial` out of the speed
                 bar.update(shard.stop - shard.start)
             contents[shard] = content
     return contents
 
 
 def _note(work: Path, shard: Shard) -> Path:
-    """The path of a shard's note."""
+    """Returns the path of a shard's note."""
     return work / "shards" / f"{shard.split}-{shard.index:05d}.json"
 
 
 def _complete(work: Path, shard: Shard, source: JsonSource, root: str) -> Content | None:
-    """What a complete shard holds. None where it must be written.
+    """Returns the contents of a shard if it is complete; None if it must be written.
 
-    That is so where it is missing or broken, or where an example that it leaves out can be read now.
+    A shard must be written if it is missing or broken, or if an example that it leaves out can be read now.
     """
     note = read_note(_note(work, shard))
     if not note or not shard.path.is_file() or shard.path.stat().st_size != note["file_bytes"]:
@@ -146,7 +150,7 @@ def _complete(work: Path, shard: Shard, source: JsonSource, root: str) -> Conten
 
 
 def _problem(source: JsonSource, index: int, root: str) -> RowError | None:
-    """Why an example cannot be stored; None where it can be."""
+    """Returns the error that prevents an example from being stored; None if it can be stored."""
     try:
         to_record(source[index], root)
     except RowError as error:
@@ -155,9 +159,9 @@ def _problem(source: JsonSource, index: int, root: str) -> RowError | None:
 
 
 def _write_shard(work: Path, shard: Shard, source: JsonSource, root: str, problems: Problems, bar: tqdm) -> Content:
-    """Writes a shard and then its note."""
+    """Writes a shard to a temporary file, renames the file, and then writes the shard's note."""
     fields = features()
-    # TFDS annotates the structure of any features; that of a FeaturesDict is a dictionary.
+    # TFDS's annotation allows any structure; the structure of a FeaturesDict is a dictionary.
     serializer = example_serializer.ExampleSerializer(cast(dict[str, Any], fields.get_serialized_info()))
     temporary = work / "shard.tmp"
     rows, size, left_out = 0, 0, []
@@ -176,7 +180,7 @@ def _write_shard(work: Path, shard: Shard, source: JsonSource, root: str, proble
             bar.update()
     content = Content(rows, size, temporary.stat().st_size, tuple(left_out))
     note = _note(work, shard)
-    note.unlink(missing_ok=True)  # it describes the file that is replaced now
+    note.unlink(missing_ok=True)  # the old note describes the file that is now replaced
     os.replace(temporary, shard.path)
     with atomic_write(note) as file:
         json.dump(dataclasses.asdict(content), file)
@@ -185,7 +189,7 @@ def _write_shard(work: Path, shard: Shard, source: JsonSource, root: str, proble
 
 @contextlib.contextmanager
 def _array_record(path: Path) -> Iterator[ArrayRecordWriter]:
-    """A writer of ArrayRecord. Its RuntimeErrors become OSErrors."""
+    """Yields a writer of ArrayRecord. Turns its RuntimeErrors into OSErrors."""
     try:
         writer = ArrayRecordWriter(os.fspath(path), WRITER_OPTIONS)
         yield writer

@@ -1,9 +1,9 @@
-"""The folder of an unfinished build: one process at a time writes it, and a later one goes on with it.
+"""Manages the folder of an unfinished build, which one process at a time writes and a later one can continue.
 
-DIR/NAME/VERSION.incomplete/settings.json   what the shards are made from
-                            shards/         a note for each complete shard: rows, bytes, examples left out
-                            data/           the shards, then the metadata; becomes DIR/NAME/VERSION at the end
-                            task/           shapes: the task
+DIR/NAME/VERSION.incomplete/settings.json   settings of the build
+                            shards/         one note per complete shard: rows, bytes, examples left out
+                            data/           the shards, then the metadata; renamed to DIR/NAME/VERSION at the end
+                            task/           the built-in task, for shapes without --source
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class BuildError(ValueError):
 
 
 def check_final(final: Path, overwrite: bool) -> None:
-    """Raises BuildError where DIR/NAME/VERSION exists and may not be replaced."""
+    """Raises BuildError if DIR/NAME/VERSION exists and may not be replaced."""
     if final.exists() and not overwrite:
         raise BuildError(f"{final}: is there already and complete; --overwrite builds it anew")
     if final.exists() and not (final / "dataset_info.json").is_file():
@@ -34,9 +34,11 @@ def check_final(final: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def claimed(final: Path) -> Iterator[Path]:
-    """Yields the folder of the unfinished build, locked for this process. Removes it where no shard is complete.
+    """Locks the folder of the unfinished build for this process, and yields its path.
 
-    Raises: BuildError where another process has locked it.
+    Removes the folder at the end if no shard is complete.
+
+    Raises: BuildError if another process has locked the folder.
     """
     work = final.with_name(f"{final.name}.incomplete")
     work.mkdir(parents=True, exist_ok=True)
@@ -46,7 +48,7 @@ def claimed(final: Path) -> Iterator[Path]:
         try:
             yield work
         finally:
-            if not _complete_shards(work):  # nothing to go on with
+            if not _complete_shards(work):  # nothing to continue from
                 shutil.rmtree(work, ignore_errors=True)
     finally:
         os.close(descriptor)
@@ -66,9 +68,12 @@ def _complete_shards(work: Path) -> int:
 
 
 def check_settings(work: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """Keeps the shards in `work` that were made with the same settings; otherwise empties it and notes the settings.
+    """Prepares the folder `work` for a build with these settings.
 
-    Raises: BuildError where there are complete shards of other settings, unless `overwrite`.
+    Keeps the shards in `work` if they were made with the same settings. Otherwise empties `work` and saves the
+    settings.
+
+    Raises: BuildError if there are complete shards with other settings and `overwrite` is False.
     """
     before = read_note(work / "settings.json")
     if before != settings:
@@ -87,7 +92,7 @@ def check_settings(work: Path, settings: dict[str, Any], overwrite: bool) -> Non
 
 
 def read_note(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where the file is missing or broken, as it may be after a power failure."""
+    """Reads a JSON object. Returns {} if the file is missing or broken, as after a power failure."""
     try:
         return read_object(path)
     except (OSError, ValueError):
@@ -95,6 +100,6 @@ def read_note(path: Path) -> dict[str, Any]:
 
 
 def publish(work: Path, final: Path) -> None:
-    """Moves the complete data set to DIR/NAME/VERSION, in place of an older one, and removes the work folder."""
+    """Moves the complete data set to DIR/NAME/VERSION, replacing an older one, and removes the work folder."""
     replace_folder(work / "data", final)
     shutil.rmtree(work, ignore_errors=True)

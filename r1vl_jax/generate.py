@@ -26,7 +26,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="checkpoint folder: Hugging Face layout, converted, or a run's")
     add("--image", action="append", default=[], help="an image; repeat it for several, in order")
     add("--video", action="append", default=[], help="a video file, or the folder of its frames; repeat it for several")
-    add("--prompt", required=True, help='the question; "<image>", "<video>" mark where those stand (default: in front)')
+    add(
+        "--prompt",
+        required=True,
+        help='the question; "<image>", "<video>" mark their places (default: before the question)',
+    )
     add("--samples", type=int, default=1, help="number of answers (default 1)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     add("--top-p", type=float, default=defaults.top_p, help="nucleus sampling; 1 is off (default)")
@@ -42,7 +46,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--fps", type=float, default=video.fps, help="frames taken from a second of video (default %(default)s)")
     add("--max-frames", type=int, default=video.max_frames, help="frames of a video at most (default %(default)s)")
     add("--video-pixels", type=int, default=video.max_pixels, help="frames are shrunk to this (default %(default)s)")
-    add("--seed", type=int, default=None, help="fixes what is sampled; default: another one each time, said on stderr")
+    add(
+        "--seed",
+        type=int,
+        default=None,
+        help="fixes what is sampled; default: another one each time, printed on stderr",
+    )
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default %(default)s")
     add("--attention", choices=ATTENTION, default="auto", help="default: the platform's")
     add("--kernels", choices=KERNELS, default="auto", help="default: pallas, on CPUs reference")

@@ -46,7 +46,6 @@ from bench_programs import (
 from bench_rewards import make_rows
 
 from r1vl_jax.rewards import ScorerPool
-from r1vl_jax.step_grpo.advantages import group_advantages
 from r1vl_jax.types import TrainBatch, TrainState
 
 PEAK_FLOPS = 989e12
@@ -150,6 +149,13 @@ class Worker:
         timing = self._measure(name, call, until)
         return self._row(timing, timing.median, training_flops(self.size, groups))
 
+    def _advantages(self, rewards_BG: np.ndarray) -> np.ndarray:
+        """Each answer's advantage (B, G), by the program of training, which computes it for every token."""
+        rewards_BGJ = rewards_BG[..., None].astype(np.float32)
+        step_BGT = np.zeros((*rewards_BG.shape, self.size.new), np.int32)
+        advantages_BGT = self.programs.advantages(rewards_BGJ, np.ones(rewards_BGJ.shape, bool), step_BGT)
+        return jax.device_get(advantages_BGT)[..., 0]
+
     def _update(self, batches: list[TrainBatch]) -> None:
         self.state, _ = update(self.programs, self.state, batches)
 
@@ -170,7 +176,7 @@ class Worker:
                 batches = micro_batches(questions, answers.tokens_BGT, self.micro)
                 batches = jax.block_until_ready(with_reference(self.programs, self.reference, batches))
                 clock.append(time.perf_counter())
-                advantages = group_advantages(np.reshape(rewards.result(), shape))
+                advantages = self._advantages(np.reshape(rewards.result(), shape))
                 clock.append(time.perf_counter())
                 self._update(with_advantages(batches, advantages))
                 clock.append(time.perf_counter())

@@ -83,14 +83,14 @@ class Run:
         return sizes
 
     def plan(self, batches: Sequence[Sequence[Size]], *, count: int) -> Buckets:
-        """At most `count` shapes for batches of one number of rows, planned from a sample of such batches."""
+        """Plans at most `count` batch shapes from sample batches that all have the same number of rows."""
         return plan_shapes(
             batches, count=count, multiple=self.config.data.pad_multiple,
             merge=self.model.config.vision.merge_size, shards=batch_shards(self.model.mesh),
         )  # fmt: skip
 
     def put(self, batch: Any) -> Any:
-        """A host batch on the devices, split by whole groups."""
+        """Places a host batch on the devices, its questions split over them."""
         return put_batch(batch, self.model.mesh)
 
     def sample(

@@ -1,4 +1,4 @@
-"""The errors that commands print in one line; everything else that is raised is a fault of the program."""
+"""Defines the errors that commands print in one line. Any other exception is a fault of the program."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class CheckpointError(ValueError):
 
 
 class RowError(ValueError):
-    """One row of the input cannot be used. The message names file, row and field, and says what was expected."""
+    """One row of the input cannot be used. The message names the file, row and field, and the expected value."""
 
 
 class RewardError(ValueError):
-    """A user's reward function cannot be loaded, raised an error, or did not return one finite number for each row."""
+    """A user's reward function cannot be loaded, raised an error, or did not return one finite number per row."""

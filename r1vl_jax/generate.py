@@ -29,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--prompt",
         required=True,
-        help='the question; "<image>", "<video>" mark their places (default: before the question)',
+        help='the question; "<image>" and "<video>" mark places (default: in front)',
     )
     add("--samples", type=int, default=1, help="number of answers (default 1)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default)")
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seed",
         type=int,
         default=None,
-        help="fixes what is sampled; default: another one each time, printed on stderr",
+        help="fixes what is sampled; default: a new one each time, printed",
     )
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default %(default)s")
     add("--attention", choices=ATTENTION, default="auto", help="default: the platform's")

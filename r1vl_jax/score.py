@@ -1,8 +1,8 @@
 """Scores a file of answers with the rewards of StepGRPO: `python -m r1vl_jax.score --rules paper IN.jsonl OUT.jsonl`.
 
-It also runs the reward lab: groups of answers under several rules, and attacks on the rules (`--probe`). This command
-parses the arguments, calls r1vl_jax/reward_lab and prints. Every row is checked before the first is scored, and OUT
-appears complete or not at all. No JAX.
+The command can also compare several rules on groups of answers, and test the rules with attacks (`--probe`). This
+module parses the arguments, calls r1vl_jax/reward_lab and prints the results. All rows are checked before the first row
+is scored. OUT is written to a temporary file and then renamed. The command does not use JAX.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from r1vl_jax.reward_lab.tables import probe_table, rescore_table
 from r1vl_jax.rewards import PRESETS, Rules, get_rules
 from r1vl_jax.rewards.key_steps import key_step_groups
 
-MAX_REPORTED = 20  # bad rows named on standard error
+MAX_REPORTED = 20  # maximum number of bad rows listed on standard error
 
 _DESCRIPTION = """\
 Score answers with the step-wise rewards of R1-VL, and test the rules that score them.
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _refuse(message: str) -> int:
-    """Prints a message on standard error; returns the exit code for unusable input."""
+    """Prints a message on standard error. Returns 2, the exit code for unusable input."""
     print(message, file=sys.stderr)
     return 2
 
@@ -140,7 +140,7 @@ def _score(rows: list[dict[str, Any]], scorer: Scorer, args: argparse.Namespace,
 
 
 def _report(rows: list[dict[str, Any]], scorer: Scorer, args: argparse.Namespace) -> None:
-    """Prints the report of all groups, and writes every group as a line of OUT."""
+    """Prints the report of all groups, and writes each group as a line of OUT if OUT is given."""
     if args.output == "-":
         raise RowError("OUT.jsonl: expected a file, got -: the report goes to standard output")
     groups = groups_of(rows)
@@ -155,7 +155,7 @@ def _report(rows: list[dict[str, Any]], scorer: Scorer, args: argparse.Namespace
 
 
 def _probe(rows: list[dict[str, Any]], scorer: Scorer, args: argparse.Namespace) -> None:
-    """Prints what attacks earn on the problems in `rows`, or on the built-in problems if there is no input."""
+    """Prints the rewards of the attacks on the problems in `rows`, or on the built-in problems if there is no input."""
     if args.input is not None and not rows:
         raise RowError(f"{args.input}: no usable row, expected at least one problem")
     problems = problems_of(rows) or BUILT_IN
@@ -166,7 +166,7 @@ def _probe(rows: list[dict[str, Any]], scorer: Scorer, args: argparse.Namespace)
 
 
 def _print(text: str) -> None:
-    """Writes to standard output; characters that it cannot encode become escapes."""
+    """Writes a text to standard output. Characters that standard output cannot encode are written as escapes."""
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
@@ -176,7 +176,7 @@ def _same_file(path: str, other: str) -> bool:
 
 
 def _check_output(path: str | None) -> None:
-    """Raises OSError if OUT cannot be written; called before the scoring, which may take long."""
+    """Raises OSError if OUT cannot be written. Called before scoring, because scoring may take long."""
     if path not in ("-", None):
         with atomic_write(path, replace=False):
             pass
@@ -201,7 +201,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     rules = f"{', '.join(PRESETS)}; options after commas; several presets are compared (default: paper)"
     parser.add_argument("--rules", metavar="PRESET[,OPTION=true|false]", type=_rules, action="append", help=rules)
     parser.add_argument("--alpha", type=finite_float, default=0.1, help="weight of the key steps (default: 0.1)")
-    parser.add_argument("--stage", help="only a run's rows of this stage, or heldout (default: all except heldout)")
+    parser.add_argument(
+        "--stage", help="only a run's rows of this stage, or heldout (default: all; without --steps not heldout)"
+    )
     steps = parser.add_mutually_exclusive_group()
     steps.add_argument("--step", metavar="N", dest="steps", type=_step, help="only a run's rows of step N")
     steps.add_argument(
@@ -232,7 +234,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _one_by_one(argv: Sequence[str]) -> list[str]:
-    """Rewrites `--rules a b IN` as `--rules a --rules b IN`: argparse cannot tell where the presets end."""
+    """Rewrites `--rules a b IN` as `--rules a --rules b IN`: argparse cannot tell where the list of presets ends."""
     words: list[str] = []
     for word in argv:
         more = len(words) > 1 and words[-2] == "--rules" and word.partition(",")[0] in PRESETS
@@ -241,7 +243,7 @@ def _one_by_one(argv: Sequence[str]) -> list[str]:
 
 
 def _rules(text: str) -> tuple[str, Rules]:
-    """The name and the rules of "paper" or "paper,require_answer=false"."""
+    """Parses a value of --rules, such as "paper" or "paper,require_answer=false". Returns the text and its rules."""
     preset, *pairs = text.split(",")
     options = {}
     for name, sign, value in (pair.partition("=") for pair in pairs):
@@ -255,13 +257,13 @@ def _rules(text: str) -> tuple[str, Rules]:
 
 
 def _step(text: str) -> tuple[int, int]:
-    """The range of the one step that --step names."""
+    """Parses the value N of --step. Returns the range from N to N."""
     step = non_negative_int(text)
     return step, step
 
 
 def _steps(text: str) -> tuple[float, float]:
-    """The range of A:B; A is 0 and B infinite if missing."""
+    """Parses the value A:B of --steps. Returns (A, B); a missing A is 0, a missing B is infinite."""
     low, colon, high = text.partition(":")
     if not colon or not low + high:
         raise argparse.ArgumentTypeError(f"expected A:B, A: or :B, got {text!r}")

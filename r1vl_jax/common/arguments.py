@@ -1,4 +1,4 @@
-"""Types of command-line arguments for `argparse`. Each explains what it expects when it refuses a value."""
+"""Defines argument types for `argparse`. The error for a wrong value says which values are expected."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import math
 
 
 def non_negative_int(text: str, least: int = 0) -> int:
-    """A whole number of at least `least`."""
+    """Parses a whole number of at least `least`."""
     if not (text.isascii() and text.isdecimal() and len(text) < 19 and int(text) >= least):
         raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
     return int(text)
 
 
 def positive_int(text: str) -> int:
-    """A whole number of at least 1."""
+    """Parses a whole number of at least 1."""
     return non_negative_int(text, 1)
 
 
 def finite_float(text: str) -> float:
-    """A number that is neither infinite nor NaN."""
+    """Parses a number that is neither infinite nor NaN."""
     try:
         value = float(text)
     except ValueError:
@@ -30,7 +30,7 @@ def finite_float(text: str) -> float:
 
 
 def positive_float(text: str) -> float:
-    """A finite number above 0."""
+    """Parses a finite number above 0."""
     try:
         value = finite_float(text)
     except argparse.ArgumentTypeError:

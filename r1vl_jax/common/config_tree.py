@@ -1,5 +1,7 @@
-"""A frozen dataclass of sections from a tree of plain values, as YAML has it, and back. Every wrong key or value is a
-ConfigError that names it. Imports nothing of r1vl_jax but errors and text.
+"""Converts the mapping in a YAML file to a frozen dataclass of sections, and back.
+
+A wrong key or value raises ConfigError, and the message names the key. From r1vl_jax, only errors and common.text are
+imported.
 """
 
 from __future__ import annotations
@@ -19,7 +21,12 @@ from r1vl_jax.errors import ConfigError
 
 
 def field(default: Any, help: str) -> Any:
-    """A field of a section: its default, or the class of a section, and the text that `--help` prints."""
+    """Returns a dataclass field for a value or a section.
+
+    Args:
+      default: the default value, or the dataclass of the section.
+      help: the text that `--help` prints.
+    """
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata={"help": help})
     return dataclasses.field(default=default, metadata={"help": help})
@@ -36,7 +43,7 @@ def one_of(key: str, value: Any, known: tuple[str, ...]) -> None:
 
 
 def at_least(section: str, config: Any, **bounds: float) -> None:
-    """Each named field is None, or no less than its bound."""
+    """Checks that each named field of a section is None or at least its bound. Raises ConfigError."""
     for key, bound in bounds.items():
         value = getattr(config, key)
         require(value is None or value >= bound, f"{section}.{key}", value, f"at least {bound}")
@@ -52,7 +59,7 @@ def divides(key: str, value: int, by_key: str, by: int) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, empty for an empty file."""
+    """Reads the mapping in a YAML file; an empty file is an empty mapping. Raises ConfigError."""
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")
     try:
@@ -65,7 +72,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def get(tree: Any, key: str, default: Any = None) -> Any:
-    """The value at a dotted key, or the default where there is none."""
+    """Returns the value at a dotted key, or `default` if the tree does not have the key."""
     for part in key.split("."):
         if not isinstance(tree, dict) or part not in tree:
             return default
@@ -74,7 +81,7 @@ def get(tree: Any, key: str, default: Any = None) -> Any:
 
 
 def put(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Sets the value at a dotted key; sections that are not there are made."""
+    """Sets the value at a dotted key, and adds missing sections. Raises ConfigError if a section is a plain value."""
     *sections, last = key.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
@@ -84,7 +91,11 @@ def put(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def pairs(arguments: Sequence[str]) -> list[tuple[str, Any]]:
-    """(dotted key, value) of command-line overrides: ["--rl.beta", "0.02"] or ["--rl.beta=0.02"]."""
+    """Parses command-line overrides: ["--rl.beta", "0.02"] or ["--rl.beta=0.02"] becomes [("rl.beta", 0.02)].
+
+    Raises:
+      ConfigError: an argument does not start with "--", has no value, or its value is not YAML.
+    """
     values, rest = [], list(arguments)
     while rest:
         head = rest.pop(0)
@@ -103,7 +114,7 @@ def pairs(arguments: Sequence[str]) -> list[tuple[str, Any]]:
 
 
 def build(cls: type, tree: Any) -> Any:
-    """An instance of the dataclass, its sections built too."""
+    """Returns an instance of the dataclass `cls` and its sections from a tree of plain values. Raises ConfigError."""
     return _build(cls, tree, "", cls)
 
 
@@ -120,7 +131,7 @@ def _build(cls: type, tree: Any, prefix: str, root: type) -> Any:
     values = {key: _convert(hints[key], value, prefix + key, root) for key, value in tree.items()}
     try:
         return cls(**values)
-    except ConfigError as error:  # a section knows its own name, but not the section around it
+    except ConfigError as error:  # the message has the name of the section; the sections around it are added here
         above = prefix.rstrip(".").rpartition(".")[0]
         raise ConfigError(f"{above}.{error}" if above else str(error)) from None
 
@@ -156,7 +167,7 @@ def _convert(hint: Any, value: Any, key: str, root: type) -> Any:
 
 
 def describe(cls: type, prefix: str = "") -> list[tuple[str, Any, str]]:
-    """(dotted key, default, help) of every field."""
+    """Returns (dotted key, default, help text) of every field of the dataclass and its sections."""
     rows = []
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -169,12 +180,12 @@ def describe(cls: type, prefix: str = "") -> list[tuple[str, Any, str]]:
 
 
 def dump(config: Any) -> str:
-    """The dataclass as YAML."""
+    """Returns the dataclass as YAML text."""
     return yaml.safe_dump(_with_lists(dataclasses.asdict(config)), sort_keys=False)
 
 
 def _with_lists(value: Any) -> Any:
-    """The value with lists in place of tuples, which YAML does not know."""
+    """Replaces tuples by lists, because YAML has no tuples."""
     if isinstance(value, dict):
         return {key: _with_lists(item) for key, item in value.items()}
     return [_with_lists(item) for item in value] if isinstance(value, tuple) else value

@@ -1,12 +1,12 @@
-"""A model at an OpenAI-compatible URL: one reply for each conversation, many conversations at a time.
+"""Sends conversations to a model at an OpenAI-compatible URL, several at a time, and returns one reply for each.
 
     endpoint = Endpoint("http://localhost:8000/v1", "my-model")
     for job, text in in_parallel(lambda job: endpoint.complete(job.messages), jobs, threads=8): ...
 
-The openai client retries after lost connections, time-outs, and status 408, 409, 429 and 5xx. It waits for as long as
-the server's Retry-After says, or with exponential back-off. If a request still fails, `EndpointError` is raised and one
-job is lost. If no other job can succeed either (wrong key, wrong address or model, a server that has gone),
-`EndpointStop` is raised.
+The openai client retries after lost connections, time-outs, and status 408, 409, 429 and 5xx. Before each retry it
+waits as long as the server's Retry-After says, or with exponential back-off. If a request still fails, `EndpointError`
+is raised and one job fails. If no other job can succeed either (wrong key, wrong address or model, the server does not
+answer any more), `EndpointStop` is raised.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from r1vl_jax.common.text import one_line
 JobT = TypeVar("JobT")
 ResultT = TypeVar("ResultT")
 
-# After this many failures of the server in a row, it is considered gone.
+# After this many failures of the server in a row, the remaining jobs are not tried.
 MAX_FAILURES_IN_A_ROW = 8
-MAX_FAILURES_AT_FIRST = 3  # the same, as long as it has not answered at all
+MAX_FAILURES_AT_FIRST = 3  # the limit that applies while the server has not answered any request
 _NO_MORE = object()
 _STOPPING = {
     401: "the key is wrong or missing; it is read from OPENAI_API_KEY",
@@ -34,10 +34,10 @@ _STOPPING = {
 
 
 class EndpointError(Exception):
-    """One request failed, and so did its retries.
+    """One request failed after all its retries.
 
     Attributes:
-      server: the server could not be reached, or said that it cannot answer now. The request itself was not at fault.
+      server: True if the server could not be reached or could not answer now, so that the request was not at fault.
     """
 
     def __init__(self, message: str, *, server: bool = False) -> None:
@@ -46,18 +46,19 @@ class EndpointError(Exception):
 
 
 class EndpointStop(Exception):
-    """The endpoint cannot be used: no request can succeed."""
+    """The endpoint cannot be used. No request can succeed."""
 
 
 class Endpoint:
-    """One model of one server. Threads may share it.
+    """One model on one server. Several threads may use the same instance.
 
     Args:
-      url: base URL: the part before /chat/completions.
+      url: the base URL, which is the part before /chat/completions.
       model: the model's name on that server.
-      timeout: seconds for one try.
+      timeout: time limit of one try, in seconds.
       retries: number of tries after the first.
-      temperature, max_tokens: sent with each request; None leaves the choice to the server.
+      temperature: sampling temperature; None uses the server's default.
+      max_tokens: token limit of a reply; None uses the server's default.
 
     Raises:
       ValueError: the URL or the model's name cannot be used.
@@ -82,12 +83,12 @@ class Endpoint:
         self.url, self.model = url, model
         options = {"temperature": temperature, "max_tokens": max_tokens}
         self._options = {name: value for name, value in options.items() if value is not None}
-        # A user's own server needs no key, but the client insists on one. A paid server will answer 401.
+        # A user's own server needs no key, but the client requires one. A paid server will answer with status 401.
         key = os.environ.get("OPENAI_API_KEY") or "none"
         self._client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries)
 
     def complete(self, messages: list[dict[str, Any]]) -> str:
-        """The model's reply to a conversation, a list of {role, content} messages.
+        """Returns the text of the model's reply to a conversation, which is a list of {role, content} messages.
 
         Raises:
           EndpointError: this request failed, or the reply has no text or was cut off by max_tokens.
@@ -96,7 +97,7 @@ class Endpoint:
         import openai
 
         try:
-            create: Callable[..., Any] = self._client.chat.completions.create  # its stubs want a class for each role
+            create: Callable[..., Any] = self._client.chat.completions.create  # the stubs require a class per role
             reply = create(model=self.model, messages=messages, **self._options)
         except openai.APIStatusError as error:
             code, message = error.status_code, one_line(error.message)
@@ -124,13 +125,15 @@ class Endpoint:
 def in_parallel(
     work: Callable[[JobT], ResultT], jobs: Iterable[JobT], threads: int
 ) -> Generator[tuple[JobT, ResultT | EndpointError], None, None]:
-    """Yields (job, work(job)) of all jobs, in the order in which they finish; (job, its EndpointError) if it failed.
+    """Runs `work` on all jobs in `threads` threads. Yields (job, work(job)) in the order in which the jobs finish.
 
-    A thread takes the next job when it is free. After the iteration is closed, no thread takes another.
+    If `work` raises EndpointError, (job, the error) is yielded. A free thread takes the next job. After the generator
+    is closed, no thread takes another job.
 
     Raises:
-      EndpointStop: a job raised it, or the server failed MAX_FAILURES_IN_A_ROW times (see there).
-      Any other error that a job raised.
+      EndpointStop: `work` raised it, or the server failed MAX_FAILURES_IN_A_ROW times in a row (MAX_FAILURES_AT_FIRST
+        times if it has not answered any request).
+      Any other error that `work` raised.
     """
     rest, lock, stopped = iter(jobs), threading.Lock(), threading.Event()
     finished: queue.SimpleQueue[Any] = queue.SimpleQueue()

@@ -1,4 +1,4 @@
-"""Reading JSON files, and writing files that appear only when they are complete. Imports nothing of r1vl_jax."""
+"""Reads JSON files, and writes files that appear only when they are complete. Imports no other module of r1vl_jax."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TextIO
 
 
 def read_text(path: Path) -> str:
-    """A file's text. Raises ValueError naming the file if it is not there or not UTF-8."""
+    """Returns a file's text. Raises ValueError, with the file's name, if the file is missing or not UTF-8."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected a checkpoint folder in Hugging Face layout")
     try:
@@ -24,7 +24,7 @@ def read_text(path: Path) -> str:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A file's one JSON object. Raises ValueError naming the file if it is not there or holds anything else."""
+    """Returns the JSON object in a file. Raises ValueError if the file is missing or contains anything else."""
     text = read_text(path)
     try:
         value = json.loads(text)
@@ -36,9 +36,10 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_json_lines(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSONL file of a run, one by one; none where there is no file.
+    """Yields the rows of a JSONL file of a run; no rows if the file does not exist.
 
-    A last line that a killed run left half written is left out. Raises ValueError naming file and line for any other.
+    A last line that is not JSON is skipped, because a killed run may have written only half of it. Raises ValueError,
+    with file and line, if another line is not JSON.
     """
     if not Path(path).exists():
         return
@@ -53,7 +54,7 @@ def read_json_lines(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def inner_object(table: dict[str, Any], key: str, path: Path | str) -> dict[str, Any]:
-    """The object under `key`, empty where the key is missing or null. Raises ValueError naming file and key."""
+    """Returns the object at `key`; {} if `key` is missing or null. Raises ValueError if the value is not an object."""
     value = table.get(key)
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"{path}: {key} is {value!r}; expected an object")
@@ -62,9 +63,13 @@ def inner_object(table: dict[str, Any], key: str, path: Path | str) -> dict[str,
 
 @contextlib.contextmanager
 def atomic_write(path: Path | str, *, replace: bool = True) -> Iterator[TextIO]:
-    """A text file that gets its name only when it is complete. `replace=False` only tests whether it can be written.
+    """Context manager that yields a text file.
 
-    Raises OSError where it cannot be written, or where the name is that of a folder or a device.
+    Writes to a temporary file in the same folder, and renames it to `path` if the block ends without an error. With
+    `replace=False` it only checks that `path` is writable, and leaves `path` unchanged.
+
+    Raises:
+      OSError: the file cannot be written, or `path` is a folder or a device.
     """
     target = Path(path)
     if target.exists() and not target.is_file():
@@ -81,12 +86,14 @@ def atomic_write(path: Path | str, *, replace: bool = True) -> Iterator[TextIO]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path | str, *, replace: bool = True) -> Iterator[Path]:
-    """Yields a new folder that is renamed to `path` when the block ends, and removed where the block raises.
+    """Context manager that yields a new folder under a temporary name.
+
+    The folder is renamed to `path` if the block ends without an error, and deleted if the block raises.
 
     Args:
-      replace: an older folder at `path` is replaced, and what a killed process left of an earlier try is removed. With
-        False several processes may make the same folder at once: the first to finish wins, the others raise OSError,
-        as they do where `path` is a folder that is not empty.
+      replace: True replaces an older folder at `path`, and deletes the temporary folder of an earlier process that was
+        killed. With False, several processes may make the same folder at once: the first to finish renames its folder,
+        and the others raise OSError, as they also do if `path` was a folder that is not empty.
     """
     target = Path(path).absolute()
     temporary = target.with_name(f".{target.name}.partial" if replace else f".{target.name}.{os.getpid()}.partial")
@@ -104,7 +111,7 @@ def atomic_folder(path: Path | str, *, replace: bool = True) -> Iterator[Path]:
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Renames the complete folder `new` to `target`; an older folder there is kept until then, and removed."""
+    """Renames the complete folder `new` to `target`. An older folder at `target` is moved aside first, then deleted."""
     replaced = target.with_name(f".{target.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():
@@ -123,10 +130,10 @@ class ParsedRow(NamedTuple):
     """One entry of a row file.
 
     Attributes:
-      index: counts the entries, from 0; blank lines do not count.
-      line: the number of its line, from 1; None in a JSON array.
-      value: what the entry holds; None if it cannot be parsed.
-      error: why it cannot be parsed; None if it can.
+      index: index of the entry, from 0; blank lines do not count.
+      line: line number of the entry, from 1; None in a JSON array.
+      value: the parsed value; None if the entry cannot be parsed.
+      error: the error of the parser; None if the entry could be parsed.
     """
 
     index: int
@@ -136,14 +143,15 @@ class ParsedRow(NamedTuple):
 
 
 def parse_rows(data: bytes) -> tuple[list[ParsedRow], Exception | None]:
-    """The entries of a row file: one JSON array, or one JSON value a line.
+    """Parses a row file: one JSON array, or one JSON value per line.
 
-    Blank lines are skipped; a byte-order mark before the array or a line is ignored. A line that is not UTF-8 or not
-    JSON does not stop the others: its entry has the error.
+    Blank lines are skipped. A byte-order mark before the array or a line is ignored. If a line is not UTF-8 or not
+    JSON, its entry has the error, and the other lines are still parsed.
 
     Returns:
       rows: all entries, in order.
-      array_error: None, or why a file that begins with "[" is not one JSON array. Then the entries are its lines.
+      array_error: the error if the file begins with "[" but is not one JSON array; its lines are then parsed one by
+        one. Otherwise None.
     """
     array_error: Exception | None = None
     if data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):

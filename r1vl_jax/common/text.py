@@ -1,40 +1,40 @@
-"""Values as error messages show them: short, on one line, with the nearest known name. Imports nothing of r1vl_jax."""
+"""Formats values and names for error messages. Imports no other module of r1vl_jax."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
 
-LIMIT = 80  # characters of a value in a message
+LIMIT = 80  # maximum number of characters of a value in a message
 
 
 def shorten(text: str, limit: int = LIMIT) -> str:
-    """The text, or its first characters and "..." where it is longer than `limit`."""
+    """Cuts a text to `limit` characters; a text that was cut ends in "..."."""
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def shown(value: object, limit: int = LIMIT) -> str:
-    """A value as Python writes it, shortened."""
+    """Returns the `repr` of a value, shortened to `limit` characters."""
     return shorten(repr(value), limit)
 
 
 def one_line(value: object, limit: int = 200) -> str:
-    """A value's text with every run of white space as one blank, shortened."""
+    """Returns a value's text with each run of white space as one space, shortened to `limit` characters."""
     return shorten(" ".join(str(value).split()), limit)
 
 
 def nearest(name: object, known: Iterable[str]) -> str | None:
-    """The known name that is nearest to a wrong one; None where none is near."""
+    """Returns the known name that is most similar to `name`; None if no known name is similar."""
     return next(iter(difflib.get_close_matches(str(name), list(known), n=1)), None)
 
 
 def first_few(texts: Sequence[str], limit: int = 5) -> str:
-    """The texts with commas between them; of a long list the first ones and how many more there are."""
+    """Joins the first `limit` texts with commas, and adds the number of the remaining texts if there are more."""
     more = f" and {len(texts) - limit:,} more" if len(texts) > limit else ""
     return ", ".join(texts[:limit]) + more
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """'; did you mean NAME?' for the nearest known name; empty where none is near."""
+    """Returns "; did you mean 'NAME'?" for the most similar known name; "" if no known name is similar."""
     near = nearest(name, known)
     return f"; did you mean {near!r}?" if near else ""

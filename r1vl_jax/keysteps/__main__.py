@@ -1,4 +1,4 @@
-"""The command line of r1vl_jax.keysteps: parses the arguments, chooses the work, and calls jobs.run."""
+"""Runs the command line of r1vl_jax.keysteps: parses the arguments, chooses the function per row, calls jobs.run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ on with the missing rows. A row that fails stays in OUT as it was, and OUT.faile
 JSON object is left out. Rows count from 0.
 Exit code: 0; 1 if rows failed; 2 if the input, the arguments or the endpoint cannot be used; 130 after Ctrl-C.
 """
-# Each command: one line, more about it, an example.
+# For each command: a summary line, more text, and an example.
 _TEXTS = {
     "extract": (
         "ask a model for the key steps of each solution",
@@ -115,7 +115,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _job(args: argparse.Namespace) -> Job:
-    """The work that the arguments ask for, and the settings that its result depends on."""
+    """Returns the job of the command: the function to call on each row, and the settings that its result depends on.
+
+    A job that uses a model runs in --concurrency threads.
+    """
     endpoint = _endpoint(args)
     if endpoint is None:
         settings, work = _work_by_rule(args)
@@ -126,7 +129,7 @@ def _job(args: argparse.Namespace) -> Job:
 
 
 def _work_by_model(args: argparse.Namespace, endpoint: Endpoint) -> tuple[dict[str, Any], Work]:
-    """Settings and work of `extract`, and of `refine` and `augment` with a model."""
+    """Returns the settings and the function per row of `extract`, and of `refine` and `augment` with a model."""
     if args.command == "extract":
         prompt = prompts.read_prompt(args.prompt) if args.prompt else prompts.EXTRACT
         images = Path(args.input).parent if args.image else None
@@ -139,7 +142,7 @@ def _work_by_model(args: argparse.Namespace, endpoint: Endpoint) -> tuple[dict[s
 
 
 def _work_by_rule(args: argparse.Namespace) -> tuple[dict[str, Any], Work]:
-    """Settings and work of the other commands, and of `refine` and `augment` without a model."""
+    """Returns the settings and the function per row of a command that uses no model."""
     if args.command == "refine":
         return {}, refine_row
     if args.command == "augment":
@@ -151,7 +154,7 @@ def _work_by_rule(args: argparse.Namespace) -> tuple[dict[str, Any], Work]:
 
 
 def _endpoint(args: argparse.Namespace) -> Endpoint | None:
-    """The endpoint that the arguments and the environment name; None for work by rule."""
+    """Returns the endpoint that the arguments and the environment name; None if the command uses no model."""
     if args.command not in _WITH_ENDPOINT or (args.command != "extract" and not (args.url or args.model)):
         return None
     url = _given(args.url, "--url", "OPENAI_BASE_URL")
@@ -164,7 +167,7 @@ def _endpoint(args: argparse.Namespace) -> Endpoint | None:
 
 
 def _given(value: str | None, option: str, variable: str) -> str:
-    """The value of an option, or else of an environment variable. Raises InputError if both are missing."""
+    """Returns the value of an option, or else of an environment variable. Raises InputError if both are missing."""
     value = value or os.environ.get(variable)
     if not value:
         raise InputError(f"no {option} and no {variable} in the environment; expected one of them")
@@ -172,7 +175,7 @@ def _given(value: str | None, option: str, variable: str) -> str:
 
 
 def _lint(args: argparse.Namespace) -> int:
-    """Prints the findings of the command `lint`. Returns its exit code."""
+    """Runs the command `lint`: prints the findings and returns the exit code."""
     rows, _ = read_rows(args.input)
     usable = [(row.number, row.value) for row in rows if not row.fault]
     findings = [lint.Finding(row.number, None, "unusable", row.fault) for row in rows if row.fault]
@@ -190,7 +193,7 @@ def _lint(args: argparse.Namespace) -> int:
 
 
 def _table(findings: list[lint.Finding], rows: int) -> str:
-    """The number of findings of each kind, and the number of rows that have any."""
+    """Formats the number of findings per kind, and the number of rows that have a finding."""
     counts = lint.counts(findings)
     lines = [f"{counts[kind]:>8}  {kind:<10} {what}" for kind, what in lint.KINDS.items() if counts[kind]]
     touched = len({finding.row for finding in findings})

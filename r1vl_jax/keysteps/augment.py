@@ -1,7 +1,8 @@
-"""Adds alternatives to key steps: LaTeX as plain text, equations with sides exchanged, words for symbols and back.
+"""Adds alternatives to key steps: other spellings of the same statement.
 
-The rules `released` and `paper` search key steps as substrings, so every spelling counts. `robust` itself treats most
-of these spellings as equal.
+An alternative is, for example, LaTeX as plain text, an equation with its sides exchanged, words for a sign, or a sign
+for words. The rules `released` and `paper` search key steps as substrings, so a key step in another spelling is found
+only if that spelling is an alternative. The rules `robust` treat most of these spellings as equal.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from r1vl_jax.keysteps.formulas import equations, split_relation, top_level
 from r1vl_jax.keysteps.rows import Groups, groups_of, normal_key, with_groups
 from r1vl_jax.rewards.normal import normal_text
 
-# Each relation: its words, its sign, its LaTeX command.
+# Each entry has the words, the sign and the LaTeX command of a relation.
 _RELATIONS = (
     ("is perpendicular to", "⊥", "\\perp"),
     ("is parallel to", "∥", "\\parallel"),
@@ -24,7 +25,7 @@ _RELATIONS = (
 )
 _SHAPES = (("angle", "∠", "\\angle"), ("triangle", "△", "\\triangle"))
 _EQUALS_WORDS = re.compile(r" (?:is equal to|are equal to|equals) ")
-# Relation -> the relation after its sides are exchanged. Others are not exchanged.
+# Maps a relation to the relation after its sides are exchanged. The sides of other relations are not exchanged.
 _EXCHANGED = {
     **{sign: sign for sign in ("=", "≠", "≅", "∼", "⊥", "∥", "≈", "\\neq", "\\cong", "\\sim", "\\perp", "\\parallel")},
     **{"<": ">", ">": "<", "≤": "≥", "≥": "≤", "<=": ">=", ">=": "<=", "\\leq": "\\geq", "\\geq": "\\leq"},
@@ -46,21 +47,25 @@ _PLAIN_WORDS = {
 
 
 def augment_row(row: dict[str, Any], most: int) -> dict[str, Any]:
-    """The row with more alternatives for its key steps. Raises RowError if it has none."""
+    """Returns the row with more alternatives in each group of key steps. Raises RowError if it has no key steps.
+
+    `most` is the maximum number of alternatives per group.
+    """
     return with_groups(row, augmented(groups_of(row), str(row.get("problem", "")), most))
 
 
 def augmented(groups: Groups, problem: str, most: int = 8, wordings: Groups | None = None) -> Groups:
-    """The groups with more alternatives, after the given ones.
+    """Returns the groups with more alternatives. The given alternatives come first and are all kept.
 
     Args:
       groups: the key steps.
-      problem: the question; no alternative that occurs in it is added.
-      most: the largest number of alternatives in a group; given ones are never dropped.
-      wordings: for each group, texts to add before the alternatives made by rule, which are then also made from these.
+      problem: the question. An alternative that occurs in the question is not added.
+      most: maximum number of alternatives per group. A group that has more already is not changed.
+      wordings: for each group, texts from a model. They are added before the alternatives made by rule, and more
+        alternatives are made from them by rule. None means no such texts.
     """
     question = normal_text(problem)
-    owner: dict[tuple[str, ...], int] = {}  # statement -> its group, so that no text pays for two groups
+    owner: dict[tuple[str, ...], int] = {}  # statement -> index of its group, so that no text pays for two groups
     for index, group in enumerate(groups):
         for text in group:
             owner.setdefault(normal_key(text), index)
@@ -82,7 +87,7 @@ def augmented(groups: Groups, problem: str, most: int = 8, wordings: Groups | No
             add(new)
         said = list(texts)
         for variants in (_bare, plain, _in_signs, exchanged, _in_words, _spaced, _equals):
-            # _equals takes only texts that people wrote: nobody writes "6 equals 12/2".
+            # _equals is not applied to texts made by rule: nobody writes "6 equals 12/2".
             for text in said if variants is _equals else list(texts):
                 for new in variants(text):
                     add(new)
@@ -92,18 +97,21 @@ def augmented(groups: Groups, problem: str, most: int = 8, wordings: Groups | No
 
 
 def _spelling(text: str) -> str:
-    """What the rules `released` and `paper` see of a text."""
+    """Returns the form of a text that `released` and `paper` compare: lower case, with single spaces."""
     return " ".join(text.lower().split())
 
 
 def _bare(text: str) -> Iterator[str]:
-    """The text without the delimiters of mathematics."""
+    """Yields the text without LaTeX's delimiters of mathematics, such as "$", if it has any."""
     if _DELIMITER.search(text):
         yield _DELIMITER.sub(" ", text)
 
 
 def plain(text: str) -> Iterator[str]:
-    """LaTeX as plain text: "\\\\frac{12}{2} \\\\times 3" becomes "12/2 * 3"."""
+    """Yields LaTeX as plain text: "\\\\frac{12}{2} \\\\times 3" becomes "12/2 * 3".
+
+    Yields nothing if the text has no LaTeX, or LaTeX that this function does not know.
+    """
     out = re.sub(r"\\[,;!: ]", " ", _DELIMITER.sub(" ", text))
     for _ in range(8):  # from the innermost braces outwards
         before = out
@@ -115,13 +123,13 @@ def plain(text: str) -> Iterator[str]:
     out = re.sub(r"\s*\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})", " degrees", out)
     out = re.sub(r"([\^_])\{(\w+)\}", r"\1\2", out).replace("\\%", "%")
     out = re.sub(r"\\([A-Za-z]+)", lambda match: _PLAIN_WORDS.get(match[1], match[0]), out)
-    # A text with an unknown command is not used: half LaTeX, half plain text helps nobody.
+    # A text with an unknown command is not used: nobody writes half LaTeX and half plain text.
     if out != text and "\\" not in out and "{" not in out:
         yield out
 
 
 def _fraction(match: re.Match[str]) -> str:
-    """A LaTeX fraction as a/b, with brackets where they are needed."""
+    """Returns a LaTeX fraction as a/b, with brackets if they are needed."""
     top, bottom = (
         part.strip() if re.fullmatch(r"\d+(?:\.\d+)?|[^\W\d]+|sqrt\([^()]*\)", part.strip()) else f"({part.strip()})"
         for part in match.groups()
@@ -131,7 +139,7 @@ def _fraction(match: re.Match[str]) -> str:
 
 
 def exchanged(text: str) -> Iterator[str]:
-    """An equation with its sides exchanged; then with the two terms or factors of one side exchanged."""
+    """Yields an equation with its sides exchanged, then with the two terms or factors of one side exchanged."""
     parts = _equation(text)
     if parts is None or parts[1] not in _EXCHANGED:
         return
@@ -144,14 +152,17 @@ def exchanged(text: str) -> Iterator[str]:
 
 
 def _equation(text: str) -> tuple[str, str, str] | None:
-    """Left side, sign and right side of a text that is one equation or inequality (a unit may follow); else None."""
+    """Returns the left side, sign and right side of a text; None if the text is not one equation or inequality.
+
+    A unit may follow the equation.
+    """
     spans = equations(text, 0, len(text))
     whole = len(spans) == 1 and spans[0][0] == 0 and _REST.fullmatch(text, spans[0][1])
     return split_relation(text) if whole else None
 
 
 def _with_terms_exchanged(side: str) -> Iterator[str]:
-    """A side of two terms, or of two factors, in the other order; nothing for any other side."""
+    """Yields a side of two terms, or of two factors, in the other order. Yields nothing for any other side."""
     sums, products = top_level(side, _SUM), top_level(side, _PRODUCT)
     places = sums if sums else [] if top_level(side, _QUOTIENT) else products
     if len(places) == 1:
@@ -162,7 +173,7 @@ def _with_terms_exchanged(side: str) -> Iterator[str]:
 
 
 def _in_signs(text: str) -> Iterator[str]:
-    """The text with signs, then with LaTeX commands, for words: "is parallel to", "angle A", "60 degrees"."""
+    """Yields the text with signs, then with LaTeX commands, for words: "is parallel to", "angle A", "60 degrees"."""
     for words, sign, command in _RELATIONS:
         if f" {words} " in text:
             yield text.replace(words, sign)
@@ -180,7 +191,7 @@ def _in_signs(text: str) -> Iterator[str]:
 
 
 def _in_words(text: str) -> Iterator[str]:
-    """The text with words for signs and LaTeX commands."""
+    """Yields the text with words for signs and LaTeX commands."""
     for words, *signs in _RELATIONS:
         for sign in signs:
             if sign in text and _equation(text) is not None:
@@ -194,7 +205,7 @@ def _in_words(text: str) -> Iterator[str]:
 
 
 def _equals(text: str) -> Iterator[str]:
-    """An equation with words for "="."""
+    """Yields an equation with words for "="."""
     parts = _equation(text)
     if parts is not None and parts[1] == "=" and "\\" not in text:
         yield f"{parts[0]} equals {parts[2]}"
@@ -202,7 +213,7 @@ def _equals(text: str) -> Iterator[str]:
 
 
 def _spaced(text: str) -> Iterator[str]:
-    """An equation without spaces around its signs, then with one space around each."""
+    """Yields an equation without spaces around its signs, then with one space around each sign."""
     if _equation(text) is None or "\\" in text or re.search("[a-z]{4}", text):
         return
     yield re.sub(r"\s*([-+*/=<>×·÷])\s*", r"\1", text)

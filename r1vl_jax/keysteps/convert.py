@@ -1,4 +1,4 @@
-"""Converts raw model output to R1-VL-10K rows: it renames fields, and reads key steps from a text.
+"""Converts raw model output to R1-VL-10K rows: renames fields, and reads key steps from a text.
 
     {"image": "a.png", "question": "...", "solution": "...", "response": "```json {\\"Steps\\": [...]} ```"}
  -> {"image_path": "a.png", "problem": "...", "solution": "...", "response": ..., "key_steps": {"Steps": [[...]]}}
@@ -21,11 +21,11 @@ _OTHER_NAMES = {"image_path": ("image", "images"), "problem": ("question",)}
 
 
 def convert_row(row: dict[str, Any], fields: Sequence[str] = FIELDS) -> dict[str, Any]:
-    """The row in the schema of R1-VL-10K.
+    """Returns the row in the schema of R1-VL-10K.
 
     Args:
-      row: image_path, image or images; problem or question; solution; and key steps.
-      fields: fields that may have the key steps; the first one that the row has is used.
+      row: has image_path, image or images; problem or question; solution; and one of `fields`.
+      fields: names of fields that may have the key steps. The first field that the row has is used.
 
     Raises:
       RowError: a field is missing, or no key steps can be read.

@@ -2,8 +2,8 @@
 
     "ED = AD - AE = 27 - 12 = 15."  contains  "ED = AD - AE" and "27 - 12 = 15"
 
-A formula ends before a word that is not a variable, function, unit or name of a quantity. Of a chain of relations, the
-first and the last are taken: how the value is set up, and the result.
+A formula ends before a word that is not a variable, function, unit or name of a quantity. If a formula chains three or
+more relations, only the first and the last relation are returned, because they state the approach and the result.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TOKEN = re.compile(
 _FUNCTION = re.compile("sin|cos|tan|cot|sec|csc|log|ln|sqrt|arc(?:sin|cos|tan)|frac|pi|theta|alpha|beta")
 _NOUN = re.compile("angles?|arc|triangle|segment|side|chord|line|area|perimeter|radius|diameter")
 _UNIT = re.compile("[ckm]?m|k?g|ft|in|degrees?|units?|meters?|inch(?:es)?|feet|square|sq|dollars|percent")
-# English words of two letters, which are not products of two variables; single letters that may be articles.
+# English words of two letters are not products of two variables. The single letters may be articles or "I".
 _SHORT_WORD = re.compile("is|of|to|so|in|we|by|at|an|as|or|on|if|be|it|no|do|he|me|us|up|my|go|am")
 _ARTICLES = frozenset("aAI")
 
@@ -48,7 +48,7 @@ class _Token(NamedTuple):
 
 
 def equations(text: str, start: int, end: int) -> list[tuple[int, int]]:
-    """Where equations and inequalities are in text[start:end], from left to right."""
+    """Returns the character ranges of the equations and inequalities in text[start:end], from left to right."""
     tokens = [
         _Token(match.lastgroup or "other", *match.span(), match[0])
         for match in _TOKEN.finditer(text, start, end)
@@ -57,7 +57,7 @@ def equations(text: str, start: int, end: int) -> list[tuple[int, int]]:
     partner = _partners(tokens)
     places: list[tuple[int, int]] = []
     run: list[_Token] = []  # the tokens of the current formula
-    braces = 0  # how many are open in it
+    braces = 0  # number of open braces in `run`
     for i, token in enumerate(tokens):
         if _breaks(tokens, i, partner, in_braces=braces > 0):
             places += _pairs(text, run, partner)
@@ -69,7 +69,7 @@ def equations(text: str, start: int, end: int) -> list[tuple[int, int]]:
 
 
 def split_relation(text: str) -> tuple[str, str, str] | None:
-    """Left side, relation and right side of a text that is one equation or inequality and nothing else; else None."""
+    """Returns the left side, relation and right side of a text; None if it is not one equation or inequality."""
     places = top_level(text, RELATION)
     if len(places) != 1:
         return None
@@ -78,7 +78,7 @@ def split_relation(text: str) -> tuple[str, str, str] | None:
 
 
 def top_level(text: str, pattern: re.Pattern[str]) -> list[tuple[int, int]]:
-    """Where `pattern` occurs outside all brackets."""
+    """Returns the character ranges of the matches of `pattern` outside all brackets."""
     depths, depth = [], 0
     for char in text:
         depth += char in "([{"
@@ -88,7 +88,7 @@ def top_level(text: str, pattern: re.Pattern[str]) -> list[tuple[int, int]]:
 
 
 def _partners(tokens: list[_Token]) -> dict[int, int]:
-    """Start of a bracket -> start of its partner; brackets without one are left out."""
+    """Maps the start of each bracket to the start of its partner. A bracket without a partner is left out."""
     partner, opened = {}, []
     for token in tokens:
         if token.kind == "stop":
@@ -102,7 +102,7 @@ def _partners(tokens: list[_Token]) -> dict[int, int]:
 
 
 def _breaks(tokens: list[_Token], i: int, partner: dict[int, int], in_braces: bool) -> bool:
-    """Whether token i ends a formula."""
+    """Returns whether token i ends a formula."""
     token = tokens[i]
     if token.kind in ("stop", "other"):
         return True
@@ -112,7 +112,7 @@ def _breaks(tokens: list[_Token], i: int, partner: dict[int, int], in_braces: bo
 
 
 def _is_operand_word(tokens: list[_Token], i: int) -> bool:
-    """Whether the word token i belongs to a formula: a variable, function, unit or name of a quantity."""
+    """Returns whether the word token i belongs to a formula: a variable, function, unit or name of a quantity."""
     token = tokens[i]
     word, lower = token.text, token.text.lower()
     before = tokens[i - 1] if i else None
@@ -128,7 +128,7 @@ def _is_operand_word(tokens: list[_Token], i: int) -> bool:
 
 
 def _reads_as_operand(word: str, lower: str, after: _Token | None) -> bool:
-    """Whether a word is a variable, a function, a product such as xy, or a noun before a name ("angle A")."""
+    """Returns whether a word is a variable, a function, a product such as xy, or a noun before a name ("angle A")."""
     if len(word) == 1 or _FUNCTION.fullmatch(lower) or (word.isupper() and len(word) <= 4):
         return True
     if len(word) == 2 and word.isascii() and not (_SHORT_WORD.fullmatch(lower) or _UNIT.fullmatch(lower)):
@@ -142,14 +142,17 @@ def _is_name(token: _Token) -> bool:
 
 
 def _spaced_operator(left: _Token | None, right: _Token | None) -> bool:
-    """Whether one of two neighbours is an operator and a space separates them: "base * height", not "right-angled"."""
+    """Returns whether a space separates two neighbours of which one is an operator.
+
+    True for "base * height", False for "right-angled".
+    """
     if left is None or right is None or left.end == right.start:
         return False
     return any(token.kind == "operator" and token.text in "+*/×·÷−" for token in (left, right))
 
 
 def _pairs(text: str, run: list[_Token], partner: dict[int, int]) -> list[tuple[int, int]]:
-    """The relations of a formula, after it is cut at brackets whose partner is not in it."""
+    """Cuts a formula at each bracket whose partner is not in the formula. Returns the relations of the pieces."""
     pieces: list[list[_Token]] = [[]]
     for token in run:
         if token.start in partner and not run[0].start <= partner[token.start] <= run[-1].start:
@@ -160,7 +163,10 @@ def _pairs(text: str, run: list[_Token], partner: dict[int, int]) -> list[tuple[
 
 
 def _ends_of_chain(text: str, run: list[_Token], partner: dict[int, int]) -> list[tuple[int, int]]:
-    """The first and the last relation of a chain, each with both sides."""
+    """Returns the character ranges of the relations of a chain, with both sides.
+
+    If there are three or more relations, only the first and the last are returned.
+    """
     while run and run[0].kind == "open" and partner[run[0].start] == run[-1].start:
         run = run[1:-1]
     sides: list[list[_Token]] = [[]]
@@ -181,7 +187,7 @@ def _ends_of_chain(text: str, run: list[_Token], partner: dict[int, int]) -> lis
 
 
 def _trimmed(side: list[_Token], first: bool) -> list[_Token]:
-    """A side of a relation without stray operators and articles at its ends; empty if nothing is left."""
+    """Removes stray operators and articles from the ends of a side of a relation; empty if no operand is left."""
     while side and _is_stray(side[0], side[1:2], first):
         side = side[1:]
     while side and (side[-1].kind == "operator" or (side[-1].text in _ARTICLES and _apart(side[-2:]))):
@@ -190,7 +196,7 @@ def _trimmed(side: list[_Token], first: bool) -> list[_Token]:
 
 
 def _is_stray(token: _Token, following: list[_Token], first: bool) -> bool:
-    """Whether the first token of a side does not belong to it: an operator that is no sign, a unit, an article."""
+    """Returns whether the first token of a side is stray: an operator that is not a sign, a unit, or an article."""
     if token.kind == "operator":
         sign = token.text in "-−+±" and bool(following) and token.end == following[0].start
         return not sign
@@ -200,5 +206,5 @@ def _is_stray(token: _Token, following: list[_Token], first: bool) -> bool:
 
 
 def _apart(two: list[_Token]) -> bool:
-    """Whether these are two tokens, the second a word, number or command after a space."""
+    """Returns whether these are two tokens, the second a word, number or command after a space."""
     return len(two) == 2 and two[1].kind in ("word", "number", "command") and two[0].end < two[1].start

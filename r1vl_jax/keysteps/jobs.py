@@ -1,8 +1,9 @@
-"""Runs one command's work on every row of a file. No finished row is lost.
+"""Runs one command's function on every row of a file. No finished row is lost.
 
-Each finished row is written at once to OUT.partial. The first line of that file says what the rows were made from and
-how; each further line is a row. OUT is written from it at the end, and appears when it is complete. OUT.partial stays
-while rows are missing (after an interruption, --limit, or failed rows), and the same command then goes on with those.
+Each finished row is written at once to OUT.partial. The first line of OUT.partial has the command, the SHA-256 of the
+input and the settings; each further line is a finished row. At the end, OUT is written to a temporary file, which is
+then renamed. If rows are missing (after an interruption, --limit, or failed rows), OUT.partial stays, and the same
+command later works only on the missing rows.
 """
 
 from __future__ import annotations
@@ -25,28 +26,28 @@ from r1vl_jax.errors import RowError
 from r1vl_jax.keysteps.rows import InputError, Row, read_rows
 from r1vl_jax.rewards.key_steps import key_step_groups
 
-MAX_REPORTED = 20  # failed rows named on standard error
+MAX_REPORTED = 20  # maximum number of failed rows listed on standard error
 
 
 class Made(NamedTuple):
-    """The result of one row: the new row, and phrases that the summary counts."""
+    """The result for one row: the new row, and short phrases that the summary counts."""
 
     row: dict[str, Any]
     notes: tuple[str, ...] = ()
 
     def groups(self) -> tuple[tuple[str, ...], ...]:
-        """The groups of the new row's key steps."""
+        """Returns the groups of the new row's key steps."""
         return key_step_groups(self.row.get("key_steps"))[0]
 
 
 class Job(NamedTuple):
-    """One command's work.
+    """The work of one command.
 
     Attributes:
       name: the command's name.
-      settings: what the result depends on; rows made with different settings are not mixed.
-      work: makes a new row, or a Made, from a row. RowError and EndpointError mean that the row failed.
-      threads: rows at a time, for work that waits for an endpoint; 0 if it uses none.
+      settings: the options that the result depends on. Rows made with different settings are not mixed.
+      work: returns a new row, or a Made, for a row. If it raises RowError or EndpointError, the row failed.
+      threads: number of rows at a time if `work` waits for an endpoint; 0 runs `work` in the main thread.
     """
 
     name: str
@@ -56,9 +57,10 @@ class Job(NamedTuple):
 
 
 def run(job: Job, source: str, out: str, *, limit: int | None = None, overwrite: bool = False) -> int:
-    """Works on the rows of `source` and writes `out`. Returns the exit code.
+    """Calls `job.work` on the rows of `source`, writes the new rows to `out`, and returns the exit code.
 
-    The exit code is 0; 1 if rows failed; 2 if the endpoint cannot be used; 130 after Ctrl-C.
+    The exit code is 0; 1 if rows failed; 2 if the endpoint cannot be used; 130 after Ctrl-C. `limit` is the maximum
+    number of rows to use; None uses all rows.
 
     Raises:
       InputError: `source` or `out` cannot be used, or the rows in OUT.partial come from another file or other settings.
@@ -95,14 +97,17 @@ def run(job: Job, source: str, out: str, *, limit: int | None = None, overwrite:
 
 
 def _work_through(job: Job, todo: list[Row], partial: _Partial) -> dict[int, str]:
-    """Makes rows and keeps each as soon as it is made. Returns why rows failed, by row number."""
+    """Calls `job.work` on each row of `todo`, and stores each new row in `partial` as soon as it is made.
+
+    Returns the reasons of the failed rows, by row number.
+    """
 
     def work(row: Row) -> RowError | None:
         try:
             made = job.work(row.value)
         except RowError as error:
             return error
-        # Kept here, in the thread that made it: Ctrl-C interrupts only the main thread, so the row cannot be lost.
+        # Stored by the thread that made the row. Ctrl-C interrupts only the main thread, so the row is not lost.
         partial.add(row.number, made if isinstance(made, Made) else Made(made))
         return None
 
@@ -120,10 +125,10 @@ def _work_through(job: Job, todo: list[Row], partial: _Partial) -> dict[int, str
 
 
 class _Partial(contextlib.AbstractContextManager["_Partial"]):
-    """OUT.partial, open for more rows and locked against other runs.
+    """The open file OUT.partial, locked against other runs. Finished rows are appended to it.
 
     Attributes:
-      made: the rows that it holds, by row number.
+      made: the finished rows in the file, by row number.
     """
 
     def __init__(self, target: Path, header: dict[str, Any], overwrite: bool) -> None:
@@ -147,7 +152,7 @@ class _Partial(contextlib.AbstractContextManager["_Partial"]):
         data = self._file.read()
         whole = data[: data.rfind(b"\n") + 1]  # a killed run may leave half a line
         self._file.truncate(len(whole))
-        if whole.count(b"\n") < 2:  # no row is finished, so other settings may follow
+        if whole.count(b"\n") < 2:  # no row is finished, so this run may have other settings
             self._file.truncate(0)
             self._append(header)
             return
@@ -169,17 +174,17 @@ class _Partial(contextlib.AbstractContextManager["_Partial"]):
                 )
 
     def add(self, number: int, made: Made) -> None:
-        """Keeps a finished row, in `made` and in the file."""
+        """Stores a finished row in `made` and in the file."""
         with self._lock:
             self.made[number] = made
             self._append({"row": number, "made": made.row, "notes": made.notes})
 
     def _append(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record).encode() + b"\n")  # ASCII: escapes can carry lone surrogates
+        self._file.write(json.dumps(record).encode() + b"\n")  # ASCII, because UTF-8 cannot encode lone surrogates
         self._file.flush()
 
     def remove(self) -> None:
-        """Deletes the file; called when no row is missing."""
+        """Deletes the file. Call this if no row is missing."""
         self._path.unlink()
 
     def __exit__(self, *_: object) -> None:
@@ -205,7 +210,7 @@ def _write_rows(target: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _write_failed(target: Path, failed: dict[int, str]) -> None:
-    """Writes OUT.failed.jsonl, or removes an old one if no row failed."""
+    """Writes OUT.failed.jsonl, or deletes an old OUT.failed.jsonl if no row failed."""
     path = target.with_name(target.name + ".failed.jsonl")
     if not failed:
         path.unlink(missing_ok=True)
@@ -216,7 +221,7 @@ def _write_failed(target: Path, failed: dict[int, str]) -> None:
 
 
 def _report(job: Job, failed: dict[int, str], made: list[Made], counts: Counter[str]) -> None:
-    """Prints the rows that failed, and one line about all, on standard error."""
+    """Prints the failed rows, and a summary line about all rows, on standard error."""
     for number, reason in sorted(failed.items())[:MAX_REPORTED]:
         print(f"row {number}: {reason}", file=sys.stderr)
     if len(failed) > MAX_REPORTED:

@@ -1,6 +1,7 @@
-"""Finds what is wrong with key steps: those that can never pay, pay for nothing, or pay twice.
+"""Finds faulty key steps: key steps that can never be paid, that are paid for nothing, or that are paid twice.
 
-It reads the rows once, and scores the reference solution of each under the robust rules, as training scores an answer.
+The check searches the key steps of each row in the row's own solution under the robust rules, as training searches them
+in an answer.
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ _COMMON = re.compile(
     "|first|given|question|solution|figure|calculate|find|yes|no|and|option|correct|sum|length|area"
 )
 _MAX_PHRASE = 8  # tokens; longer texts are not searched in other rows
-_MIN_OTHERS = 3  # a text is not general if it occurs in fewer other rows, however few rows there are
+_MIN_OTHERS = 3  # a text that occurs in fewer other rows is not general, even if there are few rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong with one row.
+    """One fault of one row.
 
     Attributes:
       row: the row's number.
-      group: index of the group of key steps; None for the row as a whole.
+      group: index of the group of key steps; None for a fault of the whole row.
       kind: one of KINDS.
-      detail: which text is wrong, and how.
+      detail: the faulty text, and what is wrong with it.
     """
 
     row: int
@@ -59,11 +60,11 @@ class Finding:
 def lint_rows(
     rows: Iterable[tuple[int, dict[str, Any]]], *, max_groups: int = 15, common_share: float = 0.2
 ) -> list[Finding]:
-    """All findings of all rows, in the order of rows and groups.
+    """Returns all findings, sorted by row and group.
 
     Args:
-      rows: (number, row) pairs, rows as in R1-VL-10K.
-      max_groups: a row with more groups is a finding.
+      rows: pairs of a row's number and the row, as in R1-VL-10K.
+      max_groups: maximum number of groups per row; a row with more groups is a finding.
       common_share: a text that occurs in the solutions of more than this share of the other rows is too general.
     """
     findings: list[Finding] = []
@@ -80,13 +81,13 @@ def lint_rows(
 
 
 def counts(findings: Iterable[Finding]) -> Counter[str]:
-    """The number of findings of each kind, in the order of KINDS."""
+    """Counts the findings of each kind, in the order of KINDS."""
     numbers = Counter(finding.kind for finding in findings)
     return Counter({kind: numbers[kind] for kind in KINDS})
 
 
 def _row_findings(row: dict[str, Any], max_groups: int) -> Iterator[tuple[int | None, str, str]]:
-    """(group, kind, detail) of the findings that need no other row."""
+    """Yields (group, kind, detail) of the findings that need only this row."""
     for field in ("problem", "solution"):
         if not isinstance(row.get(field), str) or not row[field].strip():
             yield None, "unusable", f"field {field!r}: {shown(row.get(field))}; expected a text"
@@ -119,10 +120,10 @@ def _is_common(text: str) -> bool:
 
 
 def _duplicates(groups: tuple[tuple[str, ...], ...]) -> Iterator[tuple[int, str, str]]:
-    """Alternatives that occur twice.
+    """Yields (group, kind, detail) for each alternative that occurs twice.
 
-    In one group, only equal spellings count, because `released` and `paper` search letter by letter. Across groups,
-    different spellings of the same statement count.
+    Within a group, only equal spellings count as the same alternative, because `released` and `paper` search letter by
+    letter. Across groups, different spellings of the same statement count too.
     """
     owner: dict[tuple[str, ...], int] = {}
     for index, group in enumerate(groups):
@@ -135,7 +136,7 @@ def _duplicates(groups: tuple[tuple[str, ...], ...]) -> Iterator[tuple[int, str,
 
 
 def _out_of_place(row: dict[str, Any], groups: tuple[tuple[str, ...], ...]) -> Iterator[tuple[int, str, str]]:
-    """Groups that do not occur in the row's solution, and texts that occur in its question."""
+    """Yields findings for groups that do not occur in the row's solution, and for texts that occur in its question."""
     problem, solution = row.get("problem"), row.get("solution")
     if isinstance(solution, str):
         robust = PRESETS["robust"]
@@ -154,10 +155,10 @@ def _out_of_place(row: dict[str, Any], groups: tuple[tuple[str, ...], ...]) -> I
 
 
 def _step_words(solution: Any) -> list[str]:
-    """The tokens of a solution's steps; a line end after each step keeps phrases from spanning two."""
+    """Returns the tokens of a solution's steps. A line end after each step keeps a phrase from spanning two steps."""
     if not isinstance(solution, str):
         return []
-    # Interned, to save memory: the words of all rows are held at once, and most recur.
+    # The words are interned to save memory: the words of all rows are in memory at once, and most words recur.
     words = (word for start, end in step_bodies(solution) for word in (*normal_text(solution, start, end).words, "\n"))
     return [sys.intern(word) for word in words]
 
@@ -165,7 +166,7 @@ def _step_words(solution: Any) -> list[str]:
 def _general(
     phrases: dict[tuple[str, ...], list[tuple[int, int, str]]], solutions: dict[int, list[str]], share: float
 ) -> Iterator[Finding]:
-    """Key steps that occur in the solutions of many other rows."""
+    """Yields a finding for each key step that occurs in the solutions of many other rows."""
     lengths: dict[str, set[int]] = {}
     for phrase in phrases:
         if 0 < len(phrase) <= _MAX_PHRASE:

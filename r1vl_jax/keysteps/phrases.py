@@ -3,8 +3,8 @@
     "AD is a median", "E is the midpoint of AD", "XZ is perpendicular to CD", "triangle ABC is isosceles",
     "radius is 5", "height of the triangle is 4", "3 red circles" (after "there are")
 
-These are patterns without a grammar. A phrase that they miss costs one key step; a phrase that they take must be a
-complete statement.
+The phrases are found with regular expressions, without a grammar. A phrase that the expressions miss costs one key
+step, but each phrase that they match should be a complete statement.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ _SHAPES = (
     "angles?|arcs?|triangles?|segments?|lines?|sides?|chords?|points?|quadrilateral|parallelogram|rectangle|square|"
     "rhombus|trapezoid|circles?|rays?|diagonals?|radius|diameter|planes?|tangents?|secants?|polygon|hexagon|pentagon"
 )
-# The names that a relation can be about: AD, $AD$, \\(AD\\), triangle ABC, \\angle A, angle 1, line l.
+# Matches the name of an object: AD, $AD$, \\(AD\\), triangle ABC, \\angle A, angle 1, line l.
 _ONE = (
     rf"(?:(?:(?i:{_SHAPES}) +)?(?:\$[^$\n]{{1,24}}\$|\\\([^\n()]{{1,24}}\\\)"
     r"|(?:\\(?:angle|triangle|overline|widehat|odot)|[∠△⊙]) *\{?[A-Z]{1,4}\}?|[A-Z]{1,4})"
     r"|(?i:lines?) [a-z]|(?:(?i:angles?) |∠)\d{1,2})(?![\w'])"
 )
 _SOME = rf"{_ONE}(?:(?:,|,? and) +{_ONE}){{0,5}}"
-# The names at the end of a phrase: not "AD and E" of "AE is half of AD and E is the midpoint of AD".
+# Matches names at the end of a phrase, but not "AD and E" in "AE is half of AD and E is the midpoint of AD".
 _ENDS = rf"{_ONE}(?:(?:,|,? and) +{_ONE}(?! +(?:is|are|[a-z]+s)\b)){{0,5}}"
 _STOP = (
     "the|an?|so|and|because|since|which|that|if|when|where|while|but|as|then|therefore|thus|hence|for|is|are|was|were|it|"
@@ -57,7 +57,8 @@ _PATTERNS = tuple(
         rf"(?<=\b[Tt]here are )\d+ {_NOUN}",
     )
 )
-# Text before a name that is not the subject of its clause: "the angle at O is right", "the sum of A and B is 90".
+# Matches the text before a name that is not the subject of its clause, as in "the angle at O is right" (before O) and
+# "the sum of A and B is 90" (before B).
 _INSIDE = re.compile(
     rf"\b(?:of|at|in|on|to|by|from|with|for) (?:the |an? )?(?:(?i:{_SHAPES}) |{_WORD} )?\Z"
     r"|\b(?:(?:sum|difference|product|ratio|total|average|mean|both) of|between) [^.,;]{1,40} and (?:the )?\Z"
@@ -65,9 +66,9 @@ _INSIDE = re.compile(
 
 
 def phrases(text: str, start: int, end: int) -> list[tuple[int, int]]:
-    """Where named relations and quantities are in text[start:end], from left to right.
+    """Returns the character ranges of named relations and quantities in text[start:end], from left to right.
 
-    Of two that overlap, the first is taken; of two that begin together, the longer.
+    If two phrases overlap, only the first is returned. If they begin at the same character, only the longer is.
     """
     spans = {match.span() for pattern in _PATTERNS for match in pattern.finditer(text, start, end)}
     spans = {span for span in spans if not _INSIDE.search(text, max(start, span[0] - 80), span[0])}

@@ -1,4 +1,4 @@
-"""Asks a model to extract key steps, to shorten them, or to state them in other words.
+"""Asks a model to extract key steps, to shorten key steps, or to state key steps in other words.
 
 Every prompt asks for the JSON of R1-VL-10K, {"Steps": [["a", "other words for a"], ...]}; reply.py reads the replies.
 """
@@ -21,7 +21,7 @@ from r1vl_jax.keysteps.refine import refine_row, refined
 from r1vl_jax.keysteps.reply import read_groups
 from r1vl_jax.keysteps.rows import Groups, InputError, groups_of, text_field, with_groups
 
-# OUT.partial stores a hash of the prompt: a change here stops runs that are half done from going on.
+# OUT.partial stores a hash of this prompt: after a change here, an interrupted run cannot be continued.
 EXTRACT = """\
 Below are a question about an image and a correct solution that goes step by step. List its key steps: the few facts,
 relations and intermediate results that every correct solution has to reach, whatever way it takes there.
@@ -60,7 +60,7 @@ the number of lists and their order. Reply with JSON only, in the same form:
 
 
 def read_prompt(path: str) -> str:
-    """The user's prompt from a file. Raises InputError if it cannot be read, or lacks {problem} or {solution}."""
+    """Reads the user's prompt. Raises InputError if the file cannot be read, or lacks {problem} or {solution}."""
     try:
         prompt = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -74,17 +74,17 @@ def read_prompt(path: str) -> str:
 
 
 def extract(row: dict[str, Any], endpoint: Endpoint, prompt: str = EXTRACT, images: Path | None = None) -> Made:
-    """The row with the key steps that the model finds in its solution.
+    """Returns the row with the key steps that the model extracts from its solution.
 
     Args:
-      row: with the fields problem and solution.
+      row: has the fields problem and solution.
       endpoint: the model.
-      prompt: a text with {problem} and {solution}; other braces are kept.
-      images: the folder of the images; the row's images are sent with the prompt. None sends no image.
+      prompt: a text that contains {problem} and {solution}. Other braces are kept.
+      images: the folder of the images. The row's images are sent with the prompt. None sends no image.
 
     Raises:
       RowError: a field or an image is missing, or the reply has no key steps.
-      EndpointError, EndpointStop: the model did not reply.
+      EndpointError, EndpointStop: the request failed, or the model's reply has no usable text.
     """
     fields = {name: text_field(row, name) for name in ("problem", "solution")}
     pictures = [] if images is None else [_picture(images, path) for path in _image_paths(row)]
@@ -95,9 +95,10 @@ def extract(row: dict[str, Any], endpoint: Endpoint, prompt: str = EXTRACT, imag
 
 
 def refine(row: dict[str, Any], endpoint: Endpoint) -> Made:
-    """The row with key steps shortened by the model.
+    """Returns the row with key steps shortened by the model, then by rule.
 
-    If the reply does not fit, they are shortened by rule alone, and a note says so.
+    If the reply has no key steps or another number of groups, the key steps are shortened only by rule, and a note says
+    so.
     """
     by_rule = refine_row(row)
     groups = groups_of(by_rule)
@@ -108,9 +109,10 @@ def refine(row: dict[str, Any], endpoint: Endpoint) -> Made:
 
 
 def augment(row: dict[str, Any], endpoint: Endpoint, most: int) -> Made:
-    """The row with alternatives from the model, then alternatives made by rule.
+    """Returns the row with alternatives from the model, then alternatives made by rule. `most` is the limit per group.
 
-    If the reply does not fit, there are only those made by rule, and a note says so.
+    If the reply has no key steps or another number of groups, only the alternatives made by rule are added, and a note
+    says so.
     """
     groups = groups_of(row)
     wordings = _same_groups(endpoint, _AUGMENT, groups)
@@ -119,7 +121,7 @@ def augment(row: dict[str, Any], endpoint: Endpoint, most: int) -> Made:
 
 
 def _same_groups(endpoint: Endpoint, prompt: str, groups: Groups) -> Groups | None:
-    """The model's version of the groups; None if the reply has none, or not as many."""
+    """Returns the groups in the model's reply; None if it has no groups, or another number of groups."""
     asked = prompt.replace("{groups}", json.dumps({"Steps": groups}, ensure_ascii=False))
     try:
         replied = read_groups(endpoint.complete([{"role": "user", "content": asked}]))
@@ -137,7 +139,7 @@ def _image_paths(row: dict[str, Any]) -> list[str]:
 
 
 def _picture(folder: Path, path: str) -> dict[str, Any]:
-    """An image file as a part of a message."""
+    """Returns an image file as a part of a message, with the image as a data URL."""
     try:
         data = base64.b64encode((folder / path).read_bytes()).decode()
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path

@@ -1,4 +1,4 @@
-"""Shortens key steps by rule: removes the words and marks around each statement, and repeated alternatives.
+"""Shortens key steps by rule: removes words and marks before and after each statement, and repeated alternatives.
 
 "2. So, AD is a median."   ->   "AD is a median"
 """
@@ -24,7 +24,7 @@ _QUOTES = ('""', "''", "``", "“”", "‘’")
 
 
 def cleaned(text: str) -> str:
-    """A key step without numbering, label, quotes, leading connectives and trailing punctuation."""
+    """Returns a text without numbering, label, quotes, leading connectives and trailing punctuation."""
     text = " ".join(text.replace("**", "").split())
     before = None
     while text != before:
@@ -39,9 +39,9 @@ def cleaned(text: str) -> str:
 
 
 def refined(groups: Groups) -> Groups:
-    """The groups with cleaned alternatives.
+    """Returns the groups with cleaned alternatives.
 
-    Of alternatives that are the same under the robust rules, in one group or in several, only the first is kept. Groups
+    If alternatives are equal under the robust rules, in one group or in several groups, only the first is kept. Groups
     that become empty are removed.
     """
     seen: set[tuple[str, ...]] = set()
@@ -59,7 +59,7 @@ def refined(groups: Groups) -> Groups:
 
 
 def refine_row(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with refined key steps. Raises RowError if it has none, or none is left."""
+    """Returns the row with refined key steps. Raises RowError if the row has no key steps, or none is left."""
     groups = refined(groups_of(row))
     if not groups:
         raise RowError("field 'key_steps': nothing is left of any group; expected texts that state something")

@@ -1,9 +1,9 @@
-"""Reads key steps from a model's reply: JSON, nearly JSON, a Python literal or a numbered list, with text around it.
+"""Reads key steps from a model's reply: JSON, faulty JSON, a Python literal or a list, with text around it.
 
     Sure! ```json {"Steps": [["AD is a median", "median is AD"], "equal area",]} ```
     Steps: 1. AD is a median 2. equal area
 
-The form may be faulty, but nothing is invented: a reply without key steps is an error that shows how it starts.
+The form of a reply may be faulty, but no key step is invented: a reply without key steps raises RowError.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from r1vl_jax.common.text import one_line
 from r1vl_jax.errors import RowError
 from r1vl_jax.keysteps.rows import Groups
 
-MAX_CHARS = 100_000  # of a reply; in the worst case it is read in quadratic time
-_MAX_STARTS = 64  # how many opening brackets are tried
+MAX_CHARS = 100_000  # a reply is cut to this length, because the worst case takes quadratic time
+_MAX_STARTS = 64  # maximum number of opening brackets at which parsing is tried
 
 _THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.S)
 _OPEN = re.compile(r"[\[{]")
@@ -33,7 +33,7 @@ _WORDS = re.compile(r"[^\W\d]{2}|[=<>]")
 _NUMBERED = re.compile(r"(?:^|(?<=\s))\**(?:step\s+)?(\d{1,3})\s*[.):]\**\s+", re.I)
 _BULLET = re.compile(r"^\s*[-*•]\s+(.+)$", re.M)
 
-# Models forget to double backslashes, so "\frac" is read as a form feed and "rac". These patterns find such remains.
+# Models forget to double backslashes, so JSON reads "\frac" as a form feed and "rac". _BROKEN finds such texts.
 _CONTROLS = {"\a": "a", "\b": "b", "\f": "f", "\n": "n", "\r": "r", "\t": "t", "\v": "v"}
 _BROKEN = re.compile(
     r"\a(?:ngle|lpha|pprox|rc|st)(?![a-z])"
@@ -47,10 +47,10 @@ _BROKEN = re.compile(
 
 
 def read_groups(text: str) -> Groups:
-    """The groups of alternatives in a model's reply.
+    """Returns the groups of alternatives in a model's reply.
 
     Raises:
-      RowError: there are none; the message shows how the reply starts.
+      RowError: the reply has no groups. The message quotes the start of the reply.
     """
     body = _THOUGHT.sub("", text[:MAX_CHARS])
     values = list(_values(body))
@@ -58,7 +58,7 @@ def read_groups(text: str) -> Groups:
     label = _LABEL.search(body)
     if named:
         best = named[-1]
-    elif label:  # "Steps: [...]" without braces; if it was cut off, no part of it may be taken for the whole
+    elif label:  # "Steps: [...]" without braces. If the list was cut off, no part of it may be used as the whole list
         best = groups_in(next(_values(body[label.end() :], starts=1), None))
     else:
         best = next((groups for groups in map(groups_in, values) if _says_something(groups)), None) or _listed(body)
@@ -68,7 +68,10 @@ def read_groups(text: str) -> Groups:
 
 
 def groups_in(value: Any) -> Groups:
-    """The groups in a parsed value: a list of groups, each a text or anything that contains texts."""
+    """Returns the groups in a parsed value.
+
+    The value is a list or an object, also under the key "Steps". Each item is a group: a text, or a value with texts.
+    """
     named = _named_steps(value)
     if isinstance(named, str):
         return _listed(named) or groups_in([named])
@@ -80,7 +83,7 @@ def groups_in(value: Any) -> Groups:
 
 
 def _named_steps(value: Any) -> Any:
-    """The value of the key "Steps", in any spelling; None if there is no such key."""
+    """Returns the value of the key "Steps", in any spelling; None if there is no such key."""
     if isinstance(value, dict):
         for name, inner in value.items():
             if isinstance(name, str) and _STEPS_KEY.fullmatch(name):
@@ -94,12 +97,12 @@ def _has_steps(value: Any) -> bool:
 
 
 def _says_something(groups: Groups) -> bool:
-    """Whether these can be key steps; "[1]" is a footnote."""
+    """Returns whether a text in the groups has a word or a relation. "[1]" has none: it is a footnote."""
     return any(_WORDS.search(text) for group in groups for text in group)
 
 
 def _texts(item: Any) -> Iterator[str]:
-    """All texts and numbers inside a value."""
+    """Yields all texts and numbers inside a value, as texts."""
     if isinstance(item, str):
         yield item
     elif isinstance(item, int | float) and not isinstance(item, bool):
@@ -110,12 +113,12 @@ def _texts(item: Any) -> Iterator[str]:
 
 
 def _restored(text: str) -> str:
-    """A text with the backslashes that JSON escapes took from its LaTeX commands."""
+    """Restores the backslashes of LaTeX commands that JSON has read as escapes."""
     return _BROKEN.sub(lambda match: "\\" + _CONTROLS[match[0][0]] + match[0][1:], text).strip()
 
 
 def _values(text: str, starts: int = _MAX_STARTS) -> Iterator[Any]:
-    """The outermost objects and lists in a text that can be parsed; at most `starts` opening brackets are tried."""
+    """Yields the outermost objects and lists in a text that can be parsed, from at most `starts` opening brackets."""
     place = 0
     for _ in range(starts):
         opening = _OPEN.search(text, place)
@@ -131,7 +134,10 @@ def _values(text: str, starts: int = _MAX_STARTS) -> Iterator[Any]:
 
 
 def _closing(text: str, start: int) -> int | None:
-    """The end of the bracket at `start`; None if it is not closed. A quote counts only if a text can begin or end."""
+    """Returns the end of the bracket at `start`; None if it is not closed.
+
+    A quote counts only at a place at which a JSON string can begin or end.
+    """
     depth, quote, before = 0, "", ""
     for i in range(start, len(text)):
         char = text[i]
@@ -159,7 +165,7 @@ def _escaped(text: str, place: int) -> bool:
 
 
 def _parsed(text: str) -> Any:
-    """The non-empty list or object in JSON, JSON with small faults, or a Python literal; else None."""
+    """Parses JSON, JSON with small faults, or a Python literal. Returns a list or object; None if empty or no such."""
     doubled = _ESCAPE.sub(lambda match: "\\\\" if match[0] == "\\" else match[0], text)
     for parse, variant in (
         (_json, doubled),
@@ -185,7 +191,7 @@ def _literal(text: str) -> Any:
 
 
 def _listed(text: str) -> Groups:
-    """A group for each item of a numbered list, or else of a bullet list.
+    """Returns one group per item of a numbered list, or else of a bullet list.
 
     Each alternative is one line. Bullets below an item of a numbered list are further alternatives of its group.
     """

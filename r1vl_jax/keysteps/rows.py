@@ -1,4 +1,4 @@
-"""Rows of R1-VL-10K for the key-step commands: reading them from a file, their fields, their groups of key steps.
+"""Reads R1-VL-10K rows from a file, and gets and sets their fields and groups of key steps.
 
     {"image_path": "a.png", "problem": "...", "solution": "...", "key_steps": {"Steps": [["a", "or b"], "c"]}}
 
@@ -21,16 +21,16 @@ Groups = list[list[str]]
 
 
 class InputError(ValueError):
-    """A file or an option cannot be used. The message names it and says why."""
+    """A file or an option cannot be used. The message names the file or option, and the reason."""
 
 
 class Row(NamedTuple):
     """One row of a file.
 
     Attributes:
-      number: its index in the array, or of its line, from 0.
-      value: the row; empty if it cannot be used.
-      fault: why it cannot be used; empty if it can.
+      number: the index of the row in the array, or of its line in the file, from 0.
+      value: the row; empty if the row cannot be used.
+      fault: the reason why the row cannot be used; "" if it can.
     """
 
     number: int
@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
 
 def read_rows(path: str | Path) -> tuple[list[Row], str]:
-    """All rows of a JSON array or JSONL file, including those that cannot be used, and the file's SHA-256.
+    """Reads all rows of a JSON array or JSONL file, including unusable rows. Returns them and the file's SHA-256.
 
     Raises:
       InputError: the file is missing, empty, not UTF-8, or an array that is not JSON.
@@ -70,7 +70,7 @@ def _row(entry: ParsedRow) -> Row:
 
 
 def text_field(row: dict[str, Any], field: str) -> str:
-    """A field's text. Raises RowError if it is missing, empty or not a text."""
+    """Returns a field's text. Raises RowError if the field is missing, empty or not a text."""
     value = row.get(field)
     if not isinstance(value, str) or not value.strip():
         what = shown(value) if field in row else "missing"
@@ -79,7 +79,11 @@ def text_field(row: dict[str, Any], field: str) -> str:
 
 
 def groups_of(row: dict[str, Any]) -> Groups:
-    """The groups of a row's key steps; what is not text is left out. Raises RowError if there are no key steps."""
+    """Returns the groups of a row's key steps. Alternatives that are not texts are left out.
+
+    Raises:
+      RowError: the row has no groups of key steps.
+    """
     groups, notes = key_step_groups(row.get("key_steps"))
     if not groups:
         raise RowError(f"field 'key_steps': {'; '.join(notes)}; expected {{\"Steps\": [...]}}")
@@ -87,13 +91,13 @@ def groups_of(row: dict[str, Any]) -> Groups:
 
 
 def with_groups(row: dict[str, Any], groups: Groups) -> dict[str, Any]:
-    """The row with these key steps; its other fields stay."""
+    """Returns the row with these groups as its key steps. The other fields stay."""
     return row | {"key_steps": {"Steps": groups}}
 
 
 def normal_key(text: str) -> tuple[str, ...]:
-    """The tokens of a text in the normal form of the robust rules: two texts with the same key mean the same.
+    """Returns the tokens of a text in the normal form of the robust rules, without sentence ends.
 
-    Empty if the text has no tokens but sentence ends.
+    Two texts with equal tokens are the same statement.
     """
     return tuple(word for word in normal_text(text).words if word != END)

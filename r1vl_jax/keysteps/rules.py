@@ -1,7 +1,7 @@
-"""Takes key steps from a solution without any model: the equations and named relations of its steps.
+"""Takes key steps from a solution without a model: the equations and named relations in its steps.
 
-Each is copied word for word. A key step is left out if it does not occur in the solution under every preset of the
-rewards: then even the reference solution would not be paid for it.
+Each key step is copied word for word. A key step that does not occur in the solution under every preset of the rewards
+is left out, because even the reference solution would not be paid for it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ from r1vl_jax.rewards.steps import step_bodies
 
 
 def rules_row(row: dict[str, Any], per_step: int) -> dict[str, Any]:
-    """The row with key steps made from its solution. Raises RowError if none can be made."""
+    """Returns the row with key steps from its solution, at most `per_step` per step.
+
+    Raises:
+      RowError: the solution has no equation or named relation to take, or a field is missing.
+    """
     problem, solution = text_field(row, "problem"), text_field(row, "solution")
     groups = rule_groups(problem, solution, per_step)
     if not groups:
@@ -31,9 +35,9 @@ def rules_row(row: dict[str, Any], per_step: int) -> dict[str, Any]:
 
 
 def rule_groups(problem: str, solution: str, per_step: int = 3) -> Groups:
-    """Key steps of a solution, in their order, at most `per_step` of each step. Each group has one text.
+    """Returns key steps from a solution, in their order, at most `per_step` per step. Each group has one text.
 
-    None occurs in the question, none is repeated, and all occur in the solution under every preset.
+    No key step occurs in the question, no key step is repeated, and all occur in the solution under every preset.
     """
     question = normal_text(problem)
     steps = [
@@ -48,7 +52,10 @@ def rule_groups(problem: str, solution: str, per_step: int = 3) -> Groups:
 
 
 def _first(steps: list[list[str]], per_step: int, fit: Callable[[Groups], bool]) -> Groups:
-    """The first `per_step` texts of each step that are new, and that `fit` accepts together with those before them."""
+    """Returns the first `per_step` new texts of each step, as groups of one text.
+
+    A text is taken only if `fit` accepts the groups taken so far together with this text.
+    """
     groups: Groups = []
     seen: set[tuple[str, ...]] = set()
     for texts in steps:
@@ -63,7 +70,7 @@ def _first(steps: list[list[str]], per_step: int, fit: Callable[[Groups], bool])
 
 
 def _candidates(text: str, start: int, end: int) -> list[str]:
-    """The equations and phrases of a step, word for word; a phrase that overlaps an equation is left out."""
+    """Returns the equations and phrases of a step, word for word. A phrase that overlaps an equation is left out."""
     formulas = equations(text, start, end)
     named = [
         (first, last)

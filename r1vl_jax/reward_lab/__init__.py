@@ -1,4 +1,4 @@
-"""The reward lab, which `python -m r1vl_jax.score` runs: compares reward rules on answers, and attacks the rules.
+"""Compares reward rules on answers, and tests the rules with attacks. `python -m r1vl_jax.score` is its command.
 
 rows.py        reads and selects input rows
 scoring.py     scores texts in worker processes; adds scores to rows

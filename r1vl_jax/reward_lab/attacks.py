@@ -1,12 +1,12 @@
-"""Attacks on the reward rules: completions made to earn a reward without reasoning. Texts only, nothing is scored.
+"""Makes attacks on the reward rules: completions that try to earn a reward without reasoning. Does not score them.
 
-`python -m r1vl_jax.score --probe` scores them. An honest wrong answer (complete, in order, in its own words, without
-key steps, wrong at the end) earns validity and nothing else. If an attack earns more, the rules have a hole.
+`python -m r1vl_jax.score --probe` scores the attacks. An honest wrong answer (complete, in order, in its own words,
+without key steps, with a wrong final answer) earns only validity. If an attack earns more, the rules have a hole.
 
-Attacks named "key steps ..." know the question's key steps, the worst case; the others know nothing. None knows the
-right answer: the final answer of each is wrong or missing, though a list of guesses may contain the right one.
+Attacks named "key steps ..." know the question's key steps, which is the worst case. The other attacks do not. No
+attack knows the right answer: its final answer is wrong or missing, but a list of guesses may contain the right one.
 
-Attacks that no rule on texts can tell from honest work are left out: key steps among other words, whether these are
+Some attacks are left out because no rule on texts can tell them from honest work: key steps among other words, such as
 sentences (true, guessed or denied), a template, or words without meaning.
 """
 
@@ -27,7 +27,7 @@ _FULL_WIDTH = {code: code + 0xFEE0 for code in range(0x21, 0x7F)}
 
 
 def honest_answers(problem: Problem) -> dict[str, str]:
-    """Honest completions by name. Attacks are compared with the last one, "honest wrong"."""
+    """Returns honest completions, by name. Attacks are compared with the last completion, "honest wrong"."""
     return {
         "honest right (the solution)": problem.solution,
         "honest wrong, half the key steps": answer_text(problem.half_steps, problem.wrong),
@@ -36,13 +36,13 @@ def honest_answers(problem: Problem) -> dict[str, str]:
 
 
 def attack_answers(problem: Problem) -> dict[str, str]:
-    """All attacks on a problem, by name. Names and their order are the same for every problem."""
+    """Returns all attacks on a problem, by name. Names and their order are the same for every problem."""
     parts = (_listed, _disguised, _misplaced, _near_misses, _guessed, _hollow, _many_answers, _odd_text)
     return {name: text for part in parts for name, text in part(problem).items()}
 
 
 def _listed(problem: Problem) -> dict[str, str]:
-    """Key steps without a word of reasoning."""
+    """Lists key steps without a word of reasoning."""
     steps = first_alternatives(problem.key_steps)
     every = [text for group in key_step_groups(problem.key_steps)[0] for text in group if text.strip()]
     numbered = [f"{number}. {text}" for number, text in enumerate(steps, 1)]
@@ -64,7 +64,7 @@ def _listed(problem: Problem) -> dict[str, str]:
 
 
 def _disguised(problem: Problem) -> dict[str, str]:
-    """Lists of key steps in disguise."""
+    """Lists key steps in disguise: with Markdown, LaTeX, other letters, or invisible characters."""
     steps = first_alternatives(problem.key_steps)
     listed = ", ".join(steps)
     bodies = {
@@ -82,7 +82,7 @@ def _disguised(problem: Problem) -> dict[str, str]:
 
 
 def _misplaced(problem: Problem) -> dict[str, str]:
-    """Key steps in sections where they do not belong, or in an answer that is not complete and in order."""
+    """Puts key steps into the wrong sections, or into an answer that is not complete and in order."""
     steps, wrong = first_alternatives(problem.key_steps), problem.wrong
     listed = ", ".join(steps)
     whole = answer_text([listed], wrong)
@@ -99,7 +99,7 @@ def _misplaced(problem: Problem) -> dict[str, str]:
 
 
 def _near_misses(problem: Problem) -> dict[str, str]:
-    """Wrong statements, in sentences, that contain the text of key steps."""
+    """Makes sentences with wrong statements that contain the text of key steps."""
 
     def sentences(change: Callable[[str], str]) -> str:
         groups = key_step_groups(problem.key_steps)[0]
@@ -118,7 +118,7 @@ def _near_misses(problem: Problem) -> dict[str, str]:
 
 
 def _guessed(problem: Problem) -> dict[str, str]:
-    """Guesses at all key steps that a question might have, without knowing any."""
+    """Guesses many key steps that a question might have, without knowing any."""
     numbers = range(1, 21)
     pairs = [(a, b) for a in numbers for b in numbers]
     equations = [
@@ -136,7 +136,7 @@ def _guessed(problem: Problem) -> dict[str, str]:
 
 
 def _hollow(problem: Problem) -> dict[str, str]:
-    """The form without the content."""
+    """Makes answers that have the required sections, or part of them, but no content."""
     wrong, sentence = problem.wrong, problem.wrong_steps[0]
     plain = answer_text(problem.wrong_steps, wrong)
     body, _, final = plain.partition(ANSWER_HEADER)
@@ -155,7 +155,7 @@ def _hollow(problem: Problem) -> dict[str, str]:
 
 
 def _many_answers(problem: Problem) -> dict[str, str]:
-    """Final answers that name several answers."""
+    """Makes final answers that name several answers."""
     numbers = [str(number) for number in range(101)]
     guesses = [problem.wrong, *numbers[:21], *"ABCD"]
     finals = {
@@ -180,7 +180,7 @@ def _many_answers(problem: Problem) -> dict[str, str]:
 
 
 def _odd_text(problem: Problem) -> dict[str, str]:
-    """Characters that look like others, cannot be seen, or pile up."""
+    """Uses look-alike and invisible characters, and long runs of combining marks."""
     plain = answer_text(problem.wrong_steps, problem.wrong)
     return {
         "look-alike headers": plain.replace("e", "\u0435"),
@@ -192,7 +192,7 @@ def _odd_text(problem: Problem) -> dict[str, str]:
 
 
 def _bordered(text: str, kind: Callable[[str], bool], before: str, after: str) -> str:
-    """`text` with `before` and `after` put around it, each only if its first or last character is of this kind."""
+    """Returns `text` with `before` in front if its first character is of this kind, and `after` likewise at its end."""
     text = text.strip()
     head, tail = (before if kind(text[:1]) else ""), (after if kind(text[-1:]) else "")
     return head + text + tail

@@ -1,4 +1,4 @@
-"""The probe: what attacks on the reward rules earn, compared with an honest wrong answer."""
+"""Reports the rewards that attacks on the rules earn, compared with those of an honest wrong answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from r1vl_jax.step_grpo.advantages import EQUAL
 
 
 def probe(problems: Sequence[Problem], scorer: Scorer) -> dict[str, Any]:
-    """Scores honest answers and attacks on all problems; the report is that of `probe_report`."""
+    """Scores honest answers and attacks on all problems. Returns the report of `probe_report`."""
     texts, cases, owners = [], [], []
     for index, problem in enumerate(problems):
         for name, text in (honest_answers(problem) | attack_answers(problem)).items():
@@ -27,13 +27,15 @@ def probe(problems: Sequence[Problem], scorer: Scorer) -> dict[str, Any]:
 def probe_report(
     cases: Sequence[tuple[int, str]], scores: Mapping[str, Sequence[Score]], honest: Sequence[str]
 ) -> dict[str, Any]:
-    """What each completion earns under each set of rules, over all problems.
+    """Returns the rewards of each completion under each set of rules, summarised over all problems.
+
+    The excess of a completion is its reward minus the validity of the honest wrong answer, which is what that answer
+    earns without key steps.
 
     Args:
       cases: (problem's index, completion's name) of every scored completion.
-      scores: by the rules' name, one score for each case.
-      honest: names of the honest completions; the last is the honest wrong answer. A completion's excess is its reward
-        minus the validity of that answer, that is, its reward without key steps.
+      scores: maps the name of each set of rules to one score per case.
+      honest: names of the honest completions; the last is the honest wrong answer.
 
     Returns:
       {"rules": names, "problems": count, "completions": [{"name", "attack", "rules": {name: ...}}]};

@@ -1,4 +1,4 @@
-"""Questions to attack: five that are built in, or rows of the user. Texts only, nothing is scored."""
+"""Makes the questions to attack: five built-in questions, or the user's rows. Does not score anything."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Problem:
 
     Attributes:
       question, solution, key_steps: as in a row of R1-VL-10K; the solution is also the honest right answer.
-      wrong: a final answer that is not the solution's.
-      wrong_steps: texts of steps without any key step, in other words.
-      half_steps: texts of steps with half of the key steps, in other words.
+      wrong: a final answer that differs from the solution's.
+      wrong_steps: texts of steps that contain no key step.
+      half_steps: texts of steps that contain half of the key steps among other words.
     """
 
     question: str
@@ -43,12 +43,12 @@ class Problem:
 
 
 def make_problem(question: str, solution: str, key_steps: Any) -> Problem:
-    """A problem with honest wrong answers made by rule.
+    """Makes a problem. Its honest wrong answers are made by rule.
 
     Args:
       question: the question's text; "" if the row has none.
       solution: the reference, as for `score_answer`.
-      key_steps: as for `score_answer`; faulty ones count as none.
+      key_steps: as for `score_answer`; faulty key steps are ignored.
     """
     steps = first_alternatives(key_steps)
     half = in_sentences(steps[: len(steps) // 2])
@@ -56,7 +56,7 @@ def make_problem(question: str, solution: str, key_steps: Any) -> Problem:
 
 
 def problems_of(rows: Iterable[dict[str, Any]]) -> list[Problem]:
-    """The problems in rows, each once."""
+    """Returns the problems in the rows. Rows with equal question, solution and key steps are one problem."""
     columns = [(question_of(row), row["solution"], row.get("key_steps")) for row in rows]
     return [make_problem(*column) for column in {json.dumps(column): column for column in columns}.values()]
 
@@ -64,7 +64,7 @@ def problems_of(rows: Iterable[dict[str, Any]]) -> list[Problem]:
 def answer_text(
     steps: Sequence[str], final: str, *, description: str = _DESCRIPTION, rationale: str = _RATIONALE
 ) -> str:
-    """An answer in the format of R1-VL, with these texts in its sections."""
+    """Returns an answer in the format of R1-VL, with the given texts in its sections."""
     body = "".join(f"### Step {number}:\n{text}\n\n" for number, text in enumerate(steps, 1))
     return (
         f"### Image Description:\n{description}\n\n### Rationales:\n{rationale}\n\n"
@@ -73,18 +73,18 @@ def answer_text(
 
 
 def first_alternatives(key_steps: Any) -> list[str]:
-    """The first alternative that is not blank, of each group that has one."""
+    """Returns the first alternative of each group that is not blank, and nothing for a group of blank alternatives."""
     groups = key_step_groups(key_steps)[0]
     return [texts[0] for texts in ([text for text in group if text.strip()] for group in groups) if texts]
 
 
 def in_sentences(texts: Iterable[str]) -> list[str]:
-    """A sentence around each text."""
+    """Puts each text into a sentence."""
     return [_SENTENCES[index % len(_SENTENCES)].format(text) for index, text in enumerate(texts)]
 
 
 def _wrong_answer(solution: str) -> str:
-    """Another option if the solution names one, else a number that is not in the solution."""
+    """Returns a wrong option if the solution names an option, else a number that is not in the solution's answer."""
     expected = expected_answer(solution, PRESETS["paper"])
     letter = choice_letter(expected)
     if letter is not None:
@@ -93,7 +93,7 @@ def _wrong_answer(solution: str) -> str:
 
 
 def _solved(question: str, steps: Sequence[str], final: str, key_steps: list[Any], **honest_wrong: Any) -> Problem:
-    """A built-in problem; its solution is written from its steps."""
+    """Makes a built-in problem. Its solution is an answer with the given steps."""
     solution = answer_text(steps, final, description="The question's figure.", rationale="Take the facts one by one.")
     return Problem(question, solution, {"Steps": key_steps}, **honest_wrong)
 

@@ -1,11 +1,12 @@
-"""Groups of answers scored under several reward rules: one report that compares the rules.
+"""Scores groups of answers under several reward rules, and makes one report that compares the rules.
 
-The report is plain data, ready for JSON. In a group of answers to one question
+The report consists of plain values that JSON can store. The reward of each answer is a sum of three parts:
 
     reward = outcome + key steps + validity          (R1-VL, arXiv 2503.12937, section 3.3)
 
-A part's share of the reward is mean(part) / mean(reward). Its share of the variance, from which the advantages come, is
-cov(part, reward) / var(reward), which is 0 for a part that is the same in all answers.
+A part's share of the reward is mean(part) / mean(reward). A part's share of the variance is
+cov(part, reward) / var(reward); it is 0 for a part that is the same in all answers. The advantages depend only on how
+rewards vary within a group.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from r1vl_jax.rewards import Score
 from r1vl_jax.step_grpo.advantages import EQUAL, group_advantages
 
 PARTS = ("outcome", "key_steps", "validity")
-PLACE = ("stage", "step", "event", "row", "source")  # fields of a run's row that say where it comes from
-_NOISE = 1e-6  # a smaller advantage comes from rounding, of an answer at the group's mean: it has no sign
+PLACE = ("stage", "step", "event", "row", "source")  # fields that say from which place of the run a row comes
+_NOISE = 1e-6  # a smaller advantage is a rounding error of an answer at the group's mean, and is set to 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """G answers to one question.
+    """A question with G answers.
 
     Attributes:
-      place: where they come from; the fields of `PLACE` that the row has.
+      place: the fields of `PLACE` that the row has.
       question, solution, key_steps: as in the row.
-      texts: the answers.
+      texts: the G answers.
     """
 
     place: dict[str, Any]
@@ -46,13 +47,13 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """A group under one set of rules.
+    """The rewards and advantages of a group under one set of rules.
 
     Attributes:
-      scores: of the G answers.
+      scores: the scores of the G answers.
       parts_3G: outcome, key steps and validity of each answer.
       advantages_G: trajectory advantages of the answers.
-      flips_G: whether an advantage has another sign than under the first rules.
+      flips_G: True for each answer whose advantage has the opposite sign under the first rules.
     """
 
     scores: list[Score]
@@ -66,25 +67,25 @@ class Judgement:
 
     @property
     def single(self) -> bool:
-        """Whether the group has one answer only."""
+        """Returns whether the group has one answer only."""
         return len(self.scores) == 1
 
     @property
     def equal_rewards(self) -> bool:
-        """Whether all rewards are equal."""
+        """Returns whether all rewards are equal."""
         return bool(np.ptp(self.rewards_G) < EQUAL)
 
     @property
     def shaping_only(self) -> bool:
-        """Whether the rewards differ although the outcomes are equal."""
+        """Returns whether the rewards differ although the outcomes are equal."""
         return not self.equal_rewards and bool(np.ptp(self.parts_3G[0]) == 0)
 
 
 def groups_of(rows: Iterable[dict[str, Any]]) -> list[Group]:
-    """The groups in checked rows.
+    """Returns the groups in rows that `read_rows` has checked.
 
-    Each row of a run is a group. Single completions form a group if they are consecutive and have the same question (or
-    problem), solution and key steps; a completion without a question is a group of one.
+    Each row of a run is a group. Single completions form a group if their rows are consecutive and have the same
+    question (or problem), solution and key steps. A completion without a question is a group of one.
     """
     groups = []
     for (question, *_), members in groupby(enumerate(rows), key=lambda item: _question_key(*item)):
@@ -104,14 +105,17 @@ def groups_of(rows: Iterable[dict[str, Any]]) -> list[Group]:
 
 
 def score_groups(groups: Sequence[Group], scorer: Scorer) -> dict[str, list[Score]]:
-    """The scores of all answers by the rules' name, in the order of the groups."""
+    """Scores all answers. Returns, for each name of rules, one score per answer in the order of the groups."""
     owners = [group for group in groups for _ in group.texts]
     texts = [text for group in groups for text in group.texts]
     return scorer.score(texts, [owner.solution for owner in owners], [owner.key_steps for owner in owners])
 
 
 def _question_key(index: int, row: dict[str, Any]) -> tuple[Any, ...]:
-    """The question, then what else consecutive rows of one group share; the row's own index if it is alone."""
+    """Returns a key that is equal for consecutive rows of one group; its first entry is the question.
+
+    The key of a row that forms a group of its own contains the row's index.
+    """
     question = question_of(row)
     text = question if isinstance(question, str) else ""
     shared = text and not is_run_row(row)
@@ -119,17 +123,18 @@ def _question_key(index: int, row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def rescore(groups: Sequence[Group], scores: Mapping[str, Sequence[Score]]) -> dict[str, Any]:
-    """The report of all groups.
+    """Returns the report of all groups.
 
     Args:
       groups: the groups that were scored.
-      scores: by the rules' name, one score for each answer, in the order of the groups. The first rules are the ones
-        that the others are compared with.
+      scores: maps the name of each set of rules to one score per answer, in the order of the groups. The other rules
+        are compared with the first rules.
 
     Returns:
-      {"rules": names, "totals": {name: ...}, "groups": [...]}, groups with the largest disagreement first. That is the
-      sum of |advantage - advantage under the first rules| over the answers, for the rules where it is largest; with
-      one set of rules, the standard deviation of the rewards. `python -m r1vl_jax.score --help` lists all fields.
+      {"rules": names, "totals": {name: ...}, "groups": [...]}, groups with the largest disagreement first. The
+      disagreement of one set of rules is the sum over the answers of |advantage - advantage under the first rules|; a
+      group's disagreement is the maximum over the rules. With only one set of rules, it is the standard deviation of
+      the rewards. `python -m r1vl_jax.score --help` lists all fields.
     """
     ends = np.cumsum([len(group.texts) for group in groups])[:-1] if groups else []
     table: dict[str, list[Judgement]] = {}
@@ -149,7 +154,7 @@ def rescore(groups: Sequence[Group], scores: Mapping[str, Sequence[Score]]) -> d
 
 
 def _judgement(scores: list[Score], first: Judgement | None) -> Judgement:
-    # A right answer may earn no accuracy, if the rules do not find it in its section. Then its outcome is 0 too.
+    # A right answer earns no accuracy if the rules require a final-answer section and it has none. Its outcome is 0.
     outcome = np.array([float(score.correct and score.accuracy != 0) for score in scores])
     accuracy, validity = (np.array([getattr(score, name) for score in scores]) for name in ("accuracy", "validity"))
     parts = np.stack([outcome, accuracy - outcome, validity])
@@ -160,7 +165,10 @@ def _judgement(scores: list[Score], first: Judgement | None) -> Judgement:
 
 
 def _shares(views: Sequence[Judgement]) -> dict[str, dict[str, float] | None]:
-    """Each part's share of the rewards, and of their variance inside the groups; None if rewards or variance are 0."""
+    """Returns each part's share of the rewards, and of their variance within the groups.
+
+    A share is None if the sum of the rewards, or their variance, is 0.
+    """
     parts = np.concatenate([view.parts_3G for view in views], axis=1)
     centred = np.concatenate([view.parts_3G - view.parts_3G.mean(axis=1, keepdims=True) for view in views], axis=1)
     varies = any(not view.equal_rewards for view in views)
@@ -176,7 +184,10 @@ def _named(values_3: np.ndarray) -> dict[str, float]:
 
 
 def _totals(views: Sequence[Judgement]) -> dict[str, Any]:
-    """Means over all answers; shares of the groups with several answers, and of their answers; counts."""
+    """Returns the totals of one set of rules: means over all answers, shares, and counts.
+
+    The shares are over the groups with several answers, and over the answers of these groups.
+    """
     scores = [score for view in views for score in view.scores]
     groups = [view for view in views if not view.single]
 

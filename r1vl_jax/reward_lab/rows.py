@@ -1,4 +1,7 @@
-"""The rows that the score command reads: single completions, questions of a run with their answers, or problems."""
+"""Reads, checks and selects the input rows of the score command.
+
+A row is a single completion, a question of a run's rollouts.jsonl with all its answers, or a problem to attack.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +14,20 @@ from r1vl_jax.common.files import parse_rows
 from r1vl_jax.common.text import shorten
 from r1vl_jax.errors import RowError
 
-MAX_PLACES = 20  # stages and steps listed in an error
+MAX_PLACES = 20  # maximum number of stages and steps listed in an error message
 
 
 def read_rows(path: str, problems: bool = False) -> tuple[list[dict[str, Any]], list[str]]:
-    """Reads a JSONL file or a file with one JSON array; "-" is standard input.
+    """Reads and checks the rows of a JSONL file, or of a file with one JSON array. "-" reads standard input.
 
-    Rows count from 0, lines from 1; blank lines are not rows.
+    Messages count rows from 0 and lines from 1. Blank lines are not rows.
 
     Args:
-      problems: whether the rows are problems to attack, which need a question but no answer.
+      problems: True if the rows are problems to attack, which need a question but no answer.
 
     Returns:
       rows: the usable rows.
-      faults: one line about each other row, naming file, row and field.
+      faults: one line of text per unusable row, with the file, the row and the field.
 
     Raises:
       OSError: the file cannot be read.
@@ -45,31 +48,34 @@ def read_rows(path: str, problems: bool = False) -> tuple[list[dict[str, Any]], 
 
 
 def is_run_row(row: dict[str, Any]) -> bool:
-    """Whether a row is a question of a run's rollouts.jsonl with all its answers, not a single completion."""
+    """Returns True for a question with its answers, as in a run's rollouts.jsonl; False for a single completion."""
     return "answers" in row and "completion" not in row
 
 
 def question_of(row: dict[str, Any]) -> str:
-    """The question's text, from the field `question` or `problem`; empty if the row has neither."""
+    """Returns the field `question`, or else the field `problem`; "" if the row has neither."""
     return row.get("question", row.get("problem", ""))
 
 
 def select(
     rows: list[dict[str, Any]], name: str, stage: str | None, steps: tuple[float, float] | None, limit: int | None
 ) -> list[dict[str, Any]]:
-    """The rows of a stage and a range of steps.
+    """Returns the rows of one stage and a range of training steps.
+
+    If `stage` and `steps` are both None, all rows except held-out rows are selected; if the input has only held-out
+    rows, these are selected.
 
     Args:
-      name: the input's name, for errors.
-      stage: a stage of a run, or "heldout". None: all rows but held-out ones, unless there are only those.
-      steps: first and last step; None selects all.
-      limit: the largest number of rows; None for all.
+      name: the input's name, for error messages.
+      stage: a stage of a run, or "heldout" for the held-out rows. None selects every stage.
+      steps: first and last step, both included. None selects every step.
+      limit: maximum number of rows. None means no limit.
 
     Raises:
-      RowError: a stage or steps were given, and no row has them.
+      RowError: `stage` or `steps` is given, and no row matches.
     """
     if stage is None and steps is None:
-        # Held-out answers are greedy, one for each question: mixed with a stage's groups they would distort the means.
+        # Held-out rows have one greedy answer per question, and would distort the means over a stage's groups.
         return ([row for row in rows if "event" not in row] or rows)[:limit]
     chosen = [row for row in rows if stage in (None, _stage(row)) and _within(row, steps)]
     if not chosen:
@@ -88,7 +94,7 @@ def _within(row: dict[str, Any], steps: tuple[float, float] | None) -> bool:
 
 
 def _check_row(row: Any, problem: bool) -> None:
-    """Raises ValueError, naming field and expectation, if a row cannot be used."""
+    """Raises ValueError if a row cannot be used. The message names the field and the expected value."""
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {_shown(row)}")
     run = is_run_row(row)
@@ -111,7 +117,7 @@ def _check_row(row: Any, problem: bool) -> None:
 
 
 def _check_run_row(row: dict[str, Any]) -> None:
-    """Checks the fields that a row of rollouts.jsonl has in addition to those of a problem."""
+    """Checks the fields `answers` and `step` of a row of rollouts.jsonl. Raises ValueError."""
     answers = row["answers"]
     if not isinstance(answers, list) or not answers:
         raise ValueError(f"field 'answers': expected a list of at least one answer, got {_shown(answers)}")
@@ -123,5 +129,5 @@ def _check_run_row(row: dict[str, Any]) -> None:
 
 
 def _shown(value: object) -> str:
-    """A value as JSON, shortened."""
+    """Returns a value as JSON, shortened."""
     return shorten(json.dumps(value), 60)

@@ -1,4 +1,4 @@
-"""Scoring for the lab: texts under several rules, in worker processes; scores as fields of their rows."""
+"""Scores texts under several rules in worker processes, and adds scores to rows as fields."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from r1vl_jax.rewards import Rules, Score, ScorerPool
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """How the lab scores texts.
+    """The settings with which the lab scores texts.
 
     Attributes:
-      rules: the rules by name; each text is scored under all of them.
+      rules: maps names to rules; each text is scored under all rules.
       alpha: weight of the key steps.
-      workers: the largest number of processes.
-      timeout_s: seconds for one answer.
+      workers: maximum number of worker processes.
+      timeout_s: time limit of one answer, in seconds.
     """
 
     rules: Mapping[str, Rules]
@@ -30,7 +30,7 @@ class Scorer:
     timeout_s: float
 
     def score(self, texts: Sequence[str], solutions: Sequence[str], key_steps: Sequence[Any]) -> dict[str, list[Score]]:
-        """The scores of N texts by the rules' name, each list in the order of the texts.
+        """Scores N texts. Returns, for each name of rules, a list of N scores in the order of the texts.
 
         Shows a progress bar on standard error.
         """
@@ -51,7 +51,7 @@ class Scorer:
 
 
 def score_rows(rows: Sequence[dict[str, Any]], scorer: Scorer) -> list[Score]:
-    """The scores of rows with single completions, under the scorer's first rules."""
+    """Scores rows with single completions under the scorer's first rules. Returns one score per row."""
     name, rules = next(iter(scorer.rules.items()))
     scores = dataclasses.replace(scorer, rules={name: rules}).score(
         [row["completion"] for row in rows], [row["solution"] for row in rows], [row.get("key_steps") for row in rows]
@@ -60,14 +60,14 @@ def score_rows(rows: Sequence[dict[str, Any]], scorer: Scorer) -> list[Score]:
 
 
 def scored_lines(rows: Sequence[dict[str, Any]], scores: Sequence[Score]) -> Iterator[str]:
-    """The rows with their scores, as JSON lines."""
+    """Yields each row with the fields of its score, as a line of JSON."""
     for row, score in zip(rows, scores, strict=True):
-        # ASCII: escapes can carry lone surrogates, which UTF-8 cannot encode.
+        # The line is ASCII, because \u escapes can represent lone surrogates and UTF-8 cannot.
         yield json.dumps(row | score_fields(score)) + "\n"
 
 
 def score_fields(score: Score) -> dict[str, Any]:
-    """The fields that a score adds to its row."""
+    """Returns the fields that a score adds to its row."""
     return {
         "accuracy": score.accuracy,
         "validity": score.validity,
@@ -83,10 +83,11 @@ def score_fields(score: Score) -> dict[str, Any]:
 
 
 def summary(scores: Sequence[Score], rules: str, skipped: int) -> str:
-    """One line about all scores.
+    """Summarises all scores in one line of text.
 
     Args:
-      rules: the rules' name.
+      scores: one score per row.
+      rules: the name of the rules.
       skipped: number of bad rows that were left out.
     """
     rows = max(1, len(scores))

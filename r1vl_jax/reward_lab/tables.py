@@ -1,4 +1,4 @@
-"""The lab's reports as text tables for a terminal."""
+"""Formats the lab's reports as text tables for a terminal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TOTALS = {
 
 
 def rescore_table(report: dict[str, Any], shown: int) -> str:
-    """The totals and the first `shown` groups of a report of `rescore`, as lines that fit WIDTH columns."""
+    """Formats the totals and the first `shown` groups of a report of `rescore`, as lines that fit WIDTH columns."""
     names, columns = report["rules"], _columns(report["rules"])
     lines = _legend(names, columns)
     for part in _slices(names, 6):
@@ -82,13 +82,13 @@ def _answer_lines(answers: list[list[dict[str, Any]]], columns: list[str]) -> li
 
 
 def _mark(view: dict[str, Any]) -> str:
-    """Whether an answer is right (r), wrong (w), missing (-) or not scored (!); * if its advantage changes sign."""
+    """Returns r for a right answer, w wrong, - missing, ! not scored; and * if the sign of its advantage differs."""
     verdict = "!" if view["status"] != "ok" else "r" if view["correct"] else "-" if view["answer"] is None else "w"
     return verdict + ("*" if view["flip"] else " ")
 
 
 def probe_table(report: dict[str, Any]) -> str:
-    """A report of `probe` as lines that fit WIDTH columns."""
+    """Formats a report of `probe` as lines that fit WIDTH columns."""
     names, columns = report["rules"], _columns(report["rules"])
     lines = _legend(names, columns)
     lines += [f"Rewards over {report['problems']} problems: mean, max, and the most that one exceeds an honest wrong"]
@@ -113,18 +113,18 @@ def _probe_cell(cell: dict[str, Any]) -> str:
 
 
 def _columns(names: list[str]) -> list[str]:
-    """Headings of columns: the rules' names, or a number if a name is long."""
+    """Returns the headings of the columns: the name of each set of rules, or its number if the name is long."""
     return [name if len(name) <= 14 else f"[{number}]" for number, name in enumerate(names, 1)]
 
 
 def _legend(names: list[str], columns: list[str]) -> list[str]:
-    """Lines that explain the numbers among the headings."""
+    """Returns lines that explain the numbers in the headings; none if there are no numbers."""
     lines = [f"{column} {name}" for name, column in zip(names, columns, strict=True) if name != column]
     return [*lines, ""] if lines else []
 
 
 def _slices(items: Sequence[Any], size: int) -> list[slice]:
-    """Slices of at most `size` items, for tables that are too wide for one block."""
+    """Returns slices of at most `size` items. A table that is too wide is printed in several blocks."""
     return [slice(start, start + size) for start in range(0, len(items), size)]
 
 
@@ -137,7 +137,7 @@ def _percent(share: float | None) -> str:
 
 
 def _aligned(rows: list[list[str]], left: tuple[int, ...] = (0,)) -> list[str]:
-    """Lines with the cells of each column aligned: those in `left` to the left, others to the right."""
+    """Returns one line per row. Columns with an index in `left` are aligned to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -149,7 +149,7 @@ def _aligned(rows: list[list[str]], left: tuple[int, ...] = (0,)) -> list[str]:
 
 
 def _printable(value: Any) -> str:
-    """A value's text for one line of the terminal: without line ends, control characters or lone surrogates."""
+    """Returns a value's text for one line of the terminal: without line ends, control characters or lone surrogates."""
     text = " ".join(str(value)[: 2 * WIDTH].split())
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
@@ -159,7 +159,7 @@ def _text(lines: Iterable[str]) -> str:
 
 
 def _clipped(line: str) -> str:
-    """The part of a line that fits WIDTH columns. Some characters, such as Chinese ones, take two columns."""
+    """Cuts a line to WIDTH columns. Some characters, such as Chinese characters, take two columns."""
     ends = np.cumsum([1 + (east_asian_width(char) in "WF") for char in line])
     fits = int(np.searchsorted(ends, WIDTH, side="right"))
     return (line if fits == len(line) else line[: fits - 3] + "...").rstrip()

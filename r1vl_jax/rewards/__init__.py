@@ -1,12 +1,15 @@
-"""Step-wise rewards of an answer: StepRAR (accuracy and key steps) and StepRVR (validity). No JAX.
+"""Computes the two step-wise rewards of an answer (R1-VL, arXiv 2503.12937, section 3.3). Does not use JAX.
 
-    score_answer                   scores one answer and says why
-    step_accuracy, step_validity   return arrays for N answers
-    ScorerPool                     scores in worker processes with limits of time and memory; use it for model output
-    Rules, PRESETS, get_rules      the options of the rules, and their named presets
+StepRAR is the step-wise reasoning accuracy reward: the final answer and the key steps. StepRVR is the step-wise
+reasoning validity reward: the sections and their order.
 
-R1-VL, arXiv 2503.12937, section 3.3. README.md in this folder describes the rules. The functions take texts and return
-numbers, so this stage needs nothing from r1vl_jax/types.py.
+    score_answer                   scores one answer and gives the reasons
+    step_accuracy, step_validity   return the StepRAR and StepRVR of N answers as arrays
+    ScorerPool                     scores in worker processes with time and memory limits; use it for model output
+    Rules, PRESETS, get_rules      define the options of the rules and the named presets
+
+README.md in this folder describes the rules. The functions take texts and return numbers, so this package does not
+import r1vl_jax/types.py.
 """
 
 from r1vl_jax.rewards.pool import ScorerPool

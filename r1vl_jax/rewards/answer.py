@@ -1,10 +1,10 @@
-"""The final answer: how it is read from a text, and how it is compared with the solution's.
+"""Reads the final answer of a completion, and compares it with the final answer of the solution.
 
 Two answers are equal if their texts are equal, or if math-verify says so (`parse`, then `verify`), as in the functions
-released with R1-VL (arXiv 2503.12937). The texts are compared first because math-verify takes milliseconds.
+released with R1-VL (arXiv 2503.12937). The texts are compared first because math-verify is slow in comparison.
 
 math-verify limits each `parse` and each comparison to 5 s with SIGALRM, which works only in the main thread of a
-process. It loads SymPy, so it is imported only when an answer needs it.
+process. math-verify loads SymPy, so it is imported only when an answer needs it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fractions import Fraction
 from r1vl_jax.rewards import steps
 from r1vl_jax.rewards.rules import Rules
 
-# Longest answer taken from a section. No correct answer is longer, and comparing a longer one could take very long:
+# A longer answer is cut to this length. No correct answer is longer, and comparing a longer one could take very long:
 # Unicode normalisation sorts runs of combining marks in quadratic time.
 MAX_ANSWER_CHARS = 4096
 
@@ -26,8 +26,8 @@ _CHOICE = re.compile(r"(?P<word>option\s+)?(?:\((?P<paren>[a-z])\)|(?P<bare>[a-z
 _OPTION_TEXT = re.compile(r"\s+(?!(?:or|and)\b)[\w$\\]", re.I)
 
 _THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\}|\\,)(?=\d{3}(?!\d))")
-# Brackets, and what separates the answers of a list: "or" and similar words and signs anywhere, a comma outside
-# brackets, a space before a number (unless the number starts the fraction of a mixed one, 3 1/2) or before "x =".
+# Matches brackets and the separators of a list of answers: "or" and similar words and signs anywhere, a comma outside
+# brackets, a space before "x =", a space before a number (but not the space of a mixed number such as 3 1/2).
 _SEPARATOR = re.compile(
     r"[()\[\]{}]|,|;|\n|\||±|\\pm\b|\bor\b|\band\b|(?<=\d)\s+to\s+(?=\d)|\$\s+\$"
     r"|(?<=\d)\s+(?=[-+]?\d+(?:\.\d+)?(?!\s*/|[\d.]))|(?<=\d)\s+(?=\\?[A-Za-z]+\s*=)"
@@ -36,7 +36,7 @@ _PLAIN_NUMBER = re.compile(r"[-+]?\d{1,100}(?:\.\d{1,100})?(?:/0*[1-9]\d{0,99})?
 
 
 def final_answer(completion: str, rules: Rules) -> str | None:
-    """The final answer of a completion; None if it has no final-answer header, or no text after it."""
+    """Returns the final answer of a completion; None if it has no final-answer header, or no text after the header."""
     if not rules.answer_from_section:
         return steps.answer_line(completion) or None
     section = steps.answer_section(completion)
@@ -44,7 +44,7 @@ def final_answer(completion: str, rules: Rules) -> str | None:
 
 
 def expected_answer(solution: str, rules: Rules) -> str:
-    """The final answer of a solution; the whole solution, stripped, if it has no final-answer header."""
+    """Returns the final answer of a solution; if it has no final-answer header, the whole solution, stripped."""
     if not rules.answer_from_section:
         line = steps.answer_line(solution)
         return solution.strip() if line is None else line
@@ -53,10 +53,10 @@ def expected_answer(solution: str, rules: Rules) -> str:
 
 
 def is_correct(completion: str, solution: str, rules: Rules) -> bool:
-    """Whether the final answer of the completion equals that of the solution.
+    """Returns whether the final answer of the completion equals that of the solution.
 
     Raises:
-      RuntimeError: math-verify is needed outside the main thread, where it cannot limit its time.
+      RuntimeError: math-verify is needed outside the main thread, and cannot enforce its time limit there.
     """
     if rules.answer_from_section:
         answer, gold = final_answer(completion, rules), expected_answer(solution, rules)
@@ -76,11 +76,11 @@ def is_correct(completion: str, solution: str, rules: Rules) -> bool:
 
 
 def choice_letter(text: str) -> str | None:
-    """The multiple-choice option that a text names, as an upper-case letter; None if it names none.
+    """Returns the multiple-choice option that a text names, as an upper-case letter; None if it names none.
 
-    Options: "B", "B.", "(B)", "B: 12", "B. 12", "B) 12", "(B) 12", "Option B", and each of them in \\boxed{}. A
-    lower-case letter is an option only in "(b)" and "option b". Not options: "A triangle", "b", "A:B = 1:2", "A or B",
-    "(x) + 1".
+    These are options: "B", "B.", "(B)", "B: 12", "B. 12", "B) 12", "(B) 12", "Option B", and each of these in
+    \\boxed{}. A lower-case letter is an option only in "(b)" and "option b". These are not options: "A triangle", "b",
+    "A:B = 1:2", "A or B", "(x) + 1".
     """
     text = unicodedata.normalize("NFKC", text[:MAX_ANSWER_CHARS]).strip()
     boxed = _BOXED.fullmatch(text)
@@ -97,7 +97,10 @@ def choice_letter(text: str) -> str | None:
 
 
 def _count_answers(text: str) -> int:
-    """How many answers with a number a text names: the parts of a list, and different numbers joined by "="."""
+    """Counts the numeric answers in `text`.
+
+    Each list item that contains a number counts once. Different numbers joined by "=" count separately.
+    """
     text = _THOUSANDS.sub("", unicodedata.normalize("NFKC", text[:MAX_ANSWER_CHARS]))
     depth, start, parts = 0, 0, []
     for match in _SEPARATOR.finditer(text):
@@ -118,10 +121,10 @@ def _count_answers(text: str) -> int:
 
 
 def _first_answer(section: str) -> str:
-    """The first line of an answer section; the whole section if that line opens mathematics over several lines.
+    """Returns the first line of an answer section; the whole section if that line opens a formula of several lines.
 
-    Every comparison uses this one text. If math-verify read the section and the text comparison its first line, an
-    answer could make two guesses.
+    All comparisons use this text. If math-verify compared the whole section, and the text comparison only the first
+    line, one answer could make two guesses.
     """
     line = section.partition("\n")[0].strip()
     opened = (
@@ -131,7 +134,7 @@ def _first_answer(section: str) -> str:
 
 
 def _math_equal(answer: str, gold: str, rules: Rules) -> bool:
-    """Whether math-verify takes the two for equal; False if it fails, as in the released code."""
+    """Returns whether math-verify says that the two are equal; False if math-verify fails, as in the released code."""
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("answers can only be checked in the main thread (math-verify uses SIGALRM): use ScorerPool")
     from math_verify import parse, verify
@@ -141,7 +144,7 @@ def _math_equal(answer: str, gold: str, rules: Rules) -> bool:
         parsed, wanted = parse(answer), parse(gold)
         pair = (wanted, parsed) if rules.verify_gold_first else (parsed, wanted)
         return float(verify(*pair)) > 0
-    except MemoryError:  # the pool must see it: such an answer loses its whole reward
+    except MemoryError:  # the pool handles it: such an answer loses its whole reward
         raise
     except (Exception, TimeoutException):  # TimeoutException is not an Exception
         return False

@@ -1,8 +1,8 @@
-"""Key steps: which of a question's expected reasoning steps occur in an answer (the k of StepRAR), and where.
+"""Finds which key steps of a question occur in an answer, and at which characters. StepRAR needs their share k:
 
     k = |key steps that occur in the answer's steps| / |key steps of the question|          (arXiv 2503.12937, eq. 4)
 
-A key step is a group of alternatives ("12/2 = 6", "frac{12}{2} = 6"). The group counts if one of them occurs.
+A key step is a group of alternatives ("12/2 = 6", "frac{12}{2} = 6"). The group counts if one alternative occurs.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from r1vl_jax.rewards.steps import step_bodies
 
 Groups = tuple[tuple[str, ...], ...]
 Place = tuple[int, int]  # a range of characters: start and end
-Finder = Callable[[str], Iterable[Place]]  # a text to find -> where it occurs, from left to right
+Finder = Callable[[str], Iterable[Place]]  # takes a text to find; returns its places, from left to right
 
 # Words that only join the items of a list, and words that state a reason.
 _LIST_WORDS = frozenset(["and", "or", "also", "then", "plus", "next", "key", "step", "steps", "frac"])
 _REASONS = frozenset(
     ["so", "since", "because", "therefore", "thus", "hence", "as", "if", "when", "where", "which", "by"]
 )
-_REPEATED_SHARE = 0.5  # a step repeats text if more than this share of it are sentences that were said before
+_REPEATED_SHARE = 0.5  # a step repeats text if more than this share of its tokens are in sentences that came before
 _MIN_SENTENCE = 4  # tokens; a shorter sentence may recur by chance and does not count as repeated
 
 
 class Hit(NamedTuple):
-    """One key step that occurs: the index of its group, and the characters of the completion that state it."""
+    """One key step that occurs: the index of its group, and the range of characters in the completion."""
 
     group: int
     start: int
@@ -38,16 +38,16 @@ class Hit(NamedTuple):
 
 
 def key_step_groups(key_steps: Any) -> tuple[Groups, tuple[str, ...]]:
-    """The groups of a question's key steps, and what is wrong with them.
+    """Returns the groups of a question's key steps, and their faults.
 
     Args:
       key_steps: R1-VL-10K's `{"Steps": [["a", "b"], "c"]}`, or the list of groups itself; None if there are none.
         A group is a text or a list of texts.
 
     Returns:
-      groups: one tuple of alternatives for each group, in order. An alternative that is not a text is left out. Its
-        group stays, even if nothing else is in it, so it still counts in the denominator of k.
-      faults: what is wrong, as short phrases. Nothing here raises an error.
+      groups: one tuple of alternatives per group, in order. An alternative that is not a text is left out. Its group
+        stays, even if it is then empty, so the group still counts in the denominator of k.
+      faults: short phrases that say what is wrong; empty if nothing is. Faulty key steps raise no error.
     """
     if isinstance(key_steps, dict):
         key_steps = key_steps.get("Steps")
@@ -64,9 +64,9 @@ def key_step_groups(key_steps: Any) -> tuple[Groups, tuple[str, ...]]:
 
 
 def key_step_hits(completion: str, groups: Sequence[Sequence[str]], rules: Rules) -> tuple[Hit, ...]:
-    """Where each group first occurs in the steps of a completion, in the order of the groups; missing ones left out.
+    """Returns the first occurrence of each group in the steps of a completion, in the order of the groups.
 
-    If several alternatives of a group occur, the one that ends first counts.
+    A group that does not occur has no Hit. If several alternatives of a group occur, the one that ends first counts.
     """
     if not groups:
         return ()
@@ -96,11 +96,14 @@ def key_step_hits(completion: str, groups: Sequence[Sequence[str]], rules: Rules
 
 
 def _substring_finder(completion: str, bodies: list[Place]) -> Finder:
-    """Finds lower-cased texts in the lower-cased step bodies joined by spaces, as the released functions do."""
+    """Returns a function that finds a text, in lower case, in the lower-cased step bodies joined by spaces.
+
+    The released functions search in the same way.
+    """
     joined = " ".join(completion[start:end] for start, end in bodies)
     lowered = joined.lower()
-    # Two maps back to the completion: where each body begins in `joined`, and, as "İ" becomes two characters in lower
-    # case, which character of `joined` each one of `lowered` comes from.
+    # Two maps lead back to the completion: the start of each body in `joined`, and the character of `joined` that each
+    # character of `lowered` comes from. The second is needed because "İ" becomes two characters in lower case.
     offsets = list(itertools.accumulate((end - start + 1 for start, end in bodies), initial=0))
     origin = None if len(lowered) == len(joined) else [i for i, char in enumerate(joined) for _ in char.lower()]
 
@@ -120,7 +123,7 @@ def _substring_finder(completion: str, bodies: list[Place]) -> Finder:
 
 
 def _tokens(completion: str, bodies: list[Place]) -> NormalText:
-    """The normal form of all step bodies. A sentence end follows each, so that no key step spans two steps."""
+    """Returns the normal form of all step bodies. END follows each body, so that no key step spans two steps."""
     words, starts, ends = [], [], []
     for start, end in bodies:
         body = normal_text(completion, start, end)
@@ -131,13 +134,13 @@ def _tokens(completion: str, bodies: list[Place]) -> NormalText:
 
 
 def _stuffed_bodies(tokens: NormalText, bodies: list[Place], places: list[list[list[Place]]]) -> set[int]:
-    """The step bodies whose key steps earn nothing: they repeat text, or list key steps without other words.
+    """Returns the indices of the step bodies whose key steps earn nothing.
 
-    A step needs one word of its own for each key step that does not overlap another. A word that states a reason
-    ("since") counts twice.
+    Such a step repeats text, or lists key steps without other words. A step needs one word outside its key steps for
+    each key step that does not overlap another key step. A word that states a reason ("since") counts twice.
 
     Args:
-      places: where each alternative of each group occurs.
+      places: the character ranges of each alternative of each group.
     """
     starts = [start for start, _ in bodies]
     changes = [0] * (len(tokens) + 1)  # +1 at the first token of a key step, -1 after its last
@@ -148,7 +151,7 @@ def _stuffed_bodies(tokens: NormalText, bodies: list[Place], places: list[list[l
             changes[first] += 1
             changes[last] -= 1
             in_body[max(0, bisect_right(starts, start) - 1)].append((last, first, group))
-    covered = list(itertools.accumulate(changes))  # how many key steps cover each token
+    covered = list(itertools.accumulate(changes))  # for each token, the number of key steps that cover it
     stuffed: set[int] = set()
     said: set[tuple[str, ...]] = set()
     for body, (start, end) in enumerate(bodies):
@@ -168,10 +171,10 @@ def _stuffed_bodies(tokens: NormalText, bodies: list[Place], places: list[list[l
 
 
 def _count_separate(places: list[tuple[int, int, int]]) -> int:
-    """How many key steps of one body do not overlap; at most one for each group.
+    """Counts the key steps of one body that do not overlap; at most one per group.
 
     Args:
-      places: (end, start, group) of each, in tokens.
+      places: (end, start, group) of each key step, in tokens.
     """
     count, last_end = 0, 0
     for end, start, _ in sorted(places):
@@ -181,7 +184,7 @@ def _count_separate(places: list[tuple[int, int, int]]) -> int:
 
 
 def _count_repeated(words: list[str], said: set[tuple[str, ...]]) -> int:
-    """How many of the words belong to sentences in `said`. Then adds the sentences of `words` to `said`."""
+    """Counts the words that belong to sentences in `said`, and adds the sentences of `words` to `said`."""
     count, start = 0, 0
     ends = [i for i, word in enumerate(words) if word == END]
     for end in [*ends, len(words)]:

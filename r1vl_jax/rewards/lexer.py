@@ -1,7 +1,7 @@
-"""Lexing for the normal form (normal.py): a text becomes tokens, with LaTeX, spacing, units and numbers folded.
+"""Splits a text into the tokens of the normal form (normal.py). Different spellings of one thing get equal tokens.
 
-A regular expression cuts the text into lexemes. A table turns each lexeme into its tokens, whatever text is around it.
-One pass over the lexemes then handles what depends on that text: braces, fractions, powers of units, brackets.
+A regular expression cuts the text into lexemes. A table maps each lexeme to its tokens, independent of the text around
+the lexeme. The same pass handles braces, fractions, powers of units and brackets, which do depend on that text.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ END = "."  # the token that ends a sentence; key_steps.py also puts one after ea
 _IDEOGRAPHS = r"\u0370-\u03ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _OPTION = r"(?:[Oo]ption|OPTION|[Cc]hoice)\s+(?:\([A-Ja-j]\)|[A-J]\b)"
 _FRACTION = r"[dtc]?frac\s*+\{"
-# The kinds of lexemes. Together they cover a text: every character belongs to one. The most frequent come first.
+# The kinds of lexemes, the most frequent first. Every character of a text belongs to one lexeme.
 _KINDS = {
     "blank": r"\s*\n[ \t]*[-*+•](?=\s)|\s+",  # white space, with the bullets of lists
     "word": rf"(?!{_FRACTION}|{_OPTION})[^\W\d_º²³¹½¼¾⅓⅔⁰⁴-⁹₀-₉{_IDEOGRAPHS}]+",
@@ -81,26 +81,26 @@ _WORD_TOKENS = _GREEK | _UNITS
 UNIT_SIGNS = frozenset(_UNITS.values())
 _POWER_WORDS = {"square": "2", "sq": "2", "cubic": "3"}  # "square metres" becomes m ^ 2
 _TAKES_GROUP = frozenset(("^", "_", "sqrt"))
-# What the next "{" opens, and the tokens that its "}" becomes.
+# The three meanings of a "{", and for each the tokens that its "}" becomes.
 _BRACE, _GROUP, _NUMERATOR = range(3)
 _CLOSING: tuple[tuple[str, ...], ...] = ((), (")",), (")", "/"))
 _LOOKS_BACK = UNIT_SIGNS | {")"}  # tokens that can change the tokens before them
 
 
 class Tokens(NamedTuple):
-    """The tokens of a text: `words[i]` is from characters `starts[i]` to `ends[i]` of `text`."""
+    """The tokens of a text. `words[i]` comes from the characters `starts[i]` to `ends[i]` of `text`."""
 
-    text: str  # as given, but full-width characters are replaced by plain ones, each by one
+    text: str  # the input, with each full-width character replaced by one plain character
     words: list[str]
     starts: list[int]
     ends: list[int]
 
 
 def tokenize(text: str, start: int, end: int) -> Tokens:
-    """The tokens of text[start:end], with their places in `text`."""
+    """Returns the tokens of text[start:end], with their places in `text`."""
     words, starts, ends = [], [], []
     opened = []  # for each open brace: _NUMERATOR of a fraction, _GROUP of an operator, or plain _BRACE
-    coming = _BRACE  # what the next brace is
+    coming = _BRACE  # the meaning of the next brace
     if not text.isascii():
         text = text.translate(_FULL_WIDTH)  # one character for one character: places stay the same
     last = start
@@ -137,17 +137,17 @@ def tokenize(text: str, start: int, end: int) -> Tokens:
 
 
 def _is_call(words: list[str], starts: list[int], ends: list[int]) -> bool:
-    """Whether the bracket before the last token is that of f(x)."""
+    """Returns whether the bracket before the last token opens the argument of a function, as in f(x)."""
     return len(words) > 2 and ends[-3] == starts[-2] and words[-3][0].isalpha() and words[-3] != "sqrt"
 
 
 def _is_counted_power(words: list[str]) -> bool:
-    """Whether the tokens end with a number and "square", "sq" or "cubic": "5 square" of "5 square metres"."""
+    """Returns whether the tokens end with a number and "square", "sq" or "cubic": "5 square" of "5 square metres"."""
     return len(words) > 1 and words[-1] in _POWER_WORDS and words[-2][0].isdecimal()
 
 
 def _number(text: str) -> str:
-    """One spelling for one value: 1,000 and 1000, 0.50 and .5, 6.0 and 6."""
+    """Returns one spelling per value: "1000" for 1,000 and 1000, "0.5" for 0.50 and .5, "6" for 6.0 and 6."""
     if "," in text:
         text = text.replace("{,}", "").replace("\\,", "").replace(",", "")
     whole, _, part = text.partition(".")
@@ -172,7 +172,7 @@ def _command(lexeme: str) -> str:
     return _word(name) if token is None else token
 
 
-# What a lexeme of each kind becomes: tokens separated by spaces.
+# For each kind, a function from a lexeme to its tokens, separated by spaces.
 _FOLD = {
     "word": _word,
     "number": _number,
@@ -192,21 +192,21 @@ _MARKS = {"blank": _BLANK, "open": _OPEN, "close": _CLOSE, "fraction": _FRACTION
 
 
 class _Folded(dict[str, tuple[str, ...]]):
-    """Lexeme -> its tokens, computed when first asked for."""
+    """A cache that maps each lexeme to its tokens. The tokens are computed on first use."""
 
     _KIND = re.compile("|".join(f"(?P<{name}>{pattern})" for name, pattern in _KINDS.items()), re.DOTALL)
 
     def __missing__(self, lexeme: str) -> tuple[str, ...]:
         kind = self._kind(lexeme)
         tokens = _MARKS.get(kind) or tuple(_FOLD[kind](lexeme).split())
-        if len(self) > 50_000:  # a model that writes nonsense must not fill the memory
+        if len(self) > 50_000:  # limits the memory if a model writes nonsense
             self.clear()
         if len(lexeme) < 50:
             self[lexeme] = tokens
         return tokens
 
     def _kind(self, lexeme: str) -> str:
-        # A lexeme shows its kind without the text around it: a fraction's lexeme includes its brace.
+        # The kind follows from the lexeme alone. For this reason a fraction's lexeme includes its brace.
         match = self._KIND.match(lexeme)
         assert match is not None and match.lastgroup is not None  # _KINDS cover every character
         return match.lastgroup

@@ -1,13 +1,13 @@
-"""The normal form in which `robust` compares key steps: tokens, with LaTeX, spacing, units and numbers folded.
+"""Searches key steps in the normal form that `robust` uses: tokens in which different spellings are equal.
 
     "\\frac{12}{2} = 6"   "frac{12}{2} = 6"   "12/2=6"   "12 / 2 = 6.0"      all become   12 / 2 = 6
     "60^\\circ"           "60°"               "60 degrees"                   all become   60 °
 
-Tokens are words (lower case), numbers (by value), symbols, and "." for the end of a sentence. A text is found only on
-token borders, and only where it is not part of a larger expression: "2" is not in "12" or "12/2", "x = 1" is not in
-"x = 1/2" or "2x = 1". A text that is just a number is compared by value: "0.50" is found in "the share is 1/2".
+Tokens are words (lower case), numbers (by value), symbols, and "." for the end of a sentence. An occurrence starts and
+ends at token borders, and is not part of a larger expression: "2" is not in "12" or "12/2", "x = 1" is not in "x = 1/2"
+or "2x = 1". A text that is only a number is compared by value: "0.50" occurs in "the share is 1/2".
 
-lexer.py makes the tokens in one pass over the text; every token knows the characters that it came from.
+lexer.py makes the tokens in one pass over the text, and returns the range of characters that each token came from.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SHORT_WORDS = frozenset(_SHORT.split())  # English words that are not names of 
 
 
 class NormalText:
-    """The tokens of `text`, for searching: `words[i]` is from its characters `starts[i]` to `ends[i]`."""
+    """The tokens of `text`, for searching. `words[i]` comes from the characters `starts[i]` to `ends[i]` of `text`."""
 
     __slots__ = (
         *("_bound_after", "_bound_before", "_joined", "_numbers", "_offsets", "_places"),
@@ -42,7 +42,7 @@ class NormalText:
 
     def __init__(self, text: str, words: list[str], starts: list[int], ends: list[int]) -> None:
         self.text, self.words, self.starts, self.ends = text, words, starts, ends
-        # What searching needs is computed on first use and kept: many texts are searched for, many share a normal form.
+        # These caches are filled on first use: one text is searched many times, often for equal normal forms.
         self._joined: str | None = None
         self._offsets: list[int] | None = None
         self._numbers: dict[Fraction, list[tuple[int, int]]] | None = None
@@ -54,9 +54,9 @@ class NormalText:
         return len(self.words)
 
     def find(self, text: str) -> list[tuple[int, int]]:
-        """Where `text` occurs, as ranges of characters, from left to right; empty if `text` has no tokens.
+        """Returns the ranges of characters in which `text` occurs, from left to right; none if `text` has no tokens.
 
-        The ranges do not overlap, as with `str.count`.
+        The ranges do not overlap, as in `str.count`.
         """
         needle = _needle(text)
         if needle.value is not None:
@@ -76,7 +76,7 @@ class NormalText:
         while place >= 0:
             if self._offsets is None:
                 self._offsets = list(itertools.accumulate((len(word) + 1 for word in self.words), initial=0))
-            # The next token is checked first because that is cheap; usually the place is much further on.
+            # Checks the next token first because this check is cheap. The binary search finds places further on.
             first = first + 1 if self._offsets[first + 1] == place else bisect_right(self._offsets, place) - 1
             last = first + needle.length - 1
             if check and self._cut_from_expression(first, last, opens, closes, relational):
@@ -94,7 +94,10 @@ class NormalText:
         return self._numbers.get(value, [])
 
     def _bare_numbers(self) -> Iterator[tuple[Fraction, tuple[int, int]]]:
-        """Every number and fraction of numbers that is not part of a power, an index, or a product such as 3x."""
+        """Yields (value, character range) of the numbers and fractions that are not part of a larger expression.
+
+        "3" is part of a larger expression in a power, an index, or a product such as 3x.
+        """
         words, done = [*self.words, END, END], 0
         for first in [i for i, word in enumerate(words) if word[0].isdecimal()]:
             if first < done:
@@ -109,11 +112,11 @@ class NormalText:
                     yield value, (self.starts[first], self.ends[end - 1])
 
     def _cut_from_expression(self, first: int, last: int, opens: bool, closes: bool, relational: bool) -> bool:
-        """Whether the tokens first..last are part of a larger expression.
+        """Returns whether the tokens first..last are part of a larger expression.
 
-        Tight operators next to them bind to mathematics that they begin with (`opens`) or end with (`closes`). An
-        equation (`relational`) also continues with terms, factors and functions: "x = 1" is not in "y + x = 1",
-        "2 x = 1", "sin x = 1" or "x = 1 + z".
+        If the tokens begin (`opens`) or end (`closes`) with mathematics, a neighbouring "/", "^", "_" or factor makes
+        them part of one. If they contain a relation (`relational`), so do terms and functions: "x = 1" is not in
+        "y + x = 1", "2 x = 1", "sin x = 1" or "x = 1 + z".
         """
         if (opens or relational) and self._is_bound_before(first):
             return True
@@ -134,7 +137,7 @@ class NormalText:
         return self._is_operator(first - 1) or self._is_operator(last + 1)
 
     def _is_bound_before(self, i: int) -> bool:
-        """Whether the token before token i binds to it: "/" in "2/x", "2" in "2x"."""
+        """Returns whether the token before token i binds to it: "/" in "2/x", "2" in "2x"."""
         bound = self._bound_before.get(i)
         if bound is None:
             bound = (i > 0 and self.words[i - 1] in _TIGHT) or self._is_unary_minus(i - 1) or self._is_factor(i - 1, i)
@@ -142,7 +145,7 @@ class NormalText:
         return bound
 
     def _is_bound_after(self, i: int) -> bool:
-        """Whether the token after token i binds to it: "^" in "x^2"."""
+        """Returns whether the token after token i binds to it: "^" in "x^2"."""
         bound = self._bound_after.get(i)
         if bound is None:
             bound = (i + 1 < len(self.words) and self.words[i + 1] in _TIGHT) or self._is_factor(i, i + 1)
@@ -150,14 +153,14 @@ class NormalText:
         return bound
 
     def _touch(self, left: int, right: int) -> bool:
-        """Whether only spaces, or the brackets of a LaTeX group, are between two neighbours."""
+        """Returns whether only spaces, dollar signs, backslashes, braces or parentheses are between two neighbours."""
         if left < 0 or right >= len(self.words):
             return False
         between = self.text[self.ends[left] : self.starts[right]]
         return not between.strip("{}() \\$")
 
     def _is_factor(self, left: int, right: int) -> bool:
-        """Whether two neighbours without a space between them are a product such as 2x, or an index such as x2."""
+        """Returns whether two neighbours without a space are a product such as 2x, or an index such as x2."""
         words = self.words
         if left < 0 or right >= len(words):
             return False
@@ -168,7 +171,7 @@ class NormalText:
         return a[0].isalpha() if number_last else b[0].isalpha() and b not in UNIT_SIGNS
 
     def _is_operator(self, i: int) -> bool:
-        """Whether token i is +, -, * or ± between two operands, not a dash or a mark of emphasis."""
+        """Returns whether token i is +, -, * or ± between two operands, and not a dash or a mark of emphasis."""
         if not 0 < i < len(self.words) - 1 or self.words[i] not in _LOOSE:
             return False
         if not (_is_operand(self.words[i - 1]) and _is_operand(self.words[i + 1])):
@@ -176,7 +179,7 @@ class NormalText:
         return self.words[i] in "+±" or (self.ends[i - 1] < self.starts[i]) == (self.ends[i] < self.starts[i + 1])
 
     def _is_unary_minus(self, i: int) -> bool:
-        """Whether token i is the sign of the token after it."""
+        """Returns whether token i is the sign of the token after it."""
         if i < 0 or self.words[i] != "-" or i + 1 >= len(self.words) or self.ends[i] != self.starts[i + 1]:
             return False
         return i == 0 or not (_is_operand(self.words[i - 1]) or self.ends[i - 1] == self.starts[i])
@@ -187,16 +190,16 @@ def _is_math(word: str) -> bool:
 
 
 def _is_operand(word: str) -> bool:
-    """Whether a word is a number, a bracket, a unit, or a name of up to three letters: a variable, or AB, ABC."""
+    """Returns whether a word is a number, bracket, function, unit, or a name of up to three letters such as x or AB."""
     if word in _SHORT_WORDS:
         return False
     return word[0].isdecimal() or word in _MATH or word in UNIT_SIGNS or (len(word) <= 3 and word.isalpha())
 
 
 class _Needle(NamedTuple):
-    """A text to find."""
+    """A text to find, with its tokens and the properties that the search needs."""
 
-    joined: str  # its tokens, each between two _SEP
+    joined: str  # the tokens of the text, each between two _SEP
     length: int  # number of tokens
     opens: bool  # it begins with mathematics
     closes: bool  # it ends with mathematics or a unit
@@ -206,7 +209,7 @@ class _Needle(NamedTuple):
 
 @functools.lru_cache(maxsize=8192)
 def _needle(text: str) -> _Needle:
-    """A text prepared for `NormalText.find`, without the sentence ends around it."""
+    """Prepares a text for `NormalText.find`. Sentence ends at the start and the end of the text are removed."""
     words = normal_text(text).words
     while words and words[-1] == END:
         words.pop()
@@ -225,7 +228,10 @@ def _needle(text: str) -> _Needle:
 
 @functools.lru_cache(maxsize=8192)
 def _value(words: tuple[str, ...]) -> Fraction | None:
-    """The value of [-] number [/ number]; None for anything else, a denominator of 0, or more than 100 characters."""
+    """Returns the value of [-] number [/ number].
+
+    Returns None for anything else, for a denominator of 0, and for a number of more than 100 characters.
+    """
     sign = -1 if words[:1] == ("-",) else 1
     words = words[1:] if sign < 0 else words
     if len(words) not in (1, 3) or (len(words) == 3 and words[1] != "/"):
@@ -239,5 +245,5 @@ def _value(words: tuple[str, ...]) -> Fraction | None:
 
 
 def normal_text(text: str, start: int = 0, end: int | None = None) -> NormalText:
-    """The tokens of text[start:end], with their places in `text`."""
+    """Returns the tokens of text[start:end], with their places in `text`. None for `end` is the end of the text."""
     return NormalText(*tokenize(text, start, len(text) if end is None else end))

@@ -1,11 +1,12 @@
-"""Scoring in worker processes, with a hard limit of time and memory for each answer.
+"""Scores answers in worker processes, with hard time and memory limits for each answer.
 
-A model in training writes text that nobody has checked. math-verify passes it to SymPy, which can compute for minutes
-(10^10^10^10), fill the memory, or crash; its own time limits do not interrupt arithmetic that runs in C. So answers are
-scored in processes that can be killed: an answer that hangs, fails or crashes costs its own reward and nothing else.
+A model in training writes text that nobody has checked. math-verify passes this text to SymPy, which can compute for
+minutes (10^10^10^10), fill the memory, or crash. The time limits of math-verify do not interrupt arithmetic that runs
+in C. So answers are scored in processes that can be killed: an answer that hangs, fails or crashes loses its own
+reward, and the other answers are not affected.
 
 The workers do not load JAX. They start without fork and without the parent's main module, so the pool is safe in a
-process that runs JAX. POSIX only.
+process that runs JAX. The pool needs a POSIX system.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from r1vl_jax.rewards.rules import Rules, get_rules
 from r1vl_jax.rewards.scoring import Score, check_lengths
 
 START_TIMEOUT_S = 120.0
-AHEAD_BYTES = 16_384  # largest message sent to a busy worker: it must fit into the pipe, or sending it would block
-MAX_FAILED_STARTS = 3  # in a row; one worker may be killed for lack of memory, after three none is expected to start
+AHEAD_BYTES = 16_384  # size limit of a message to a busy worker: a larger one may not fit into the pipe and would block
+MAX_FAILED_STARTS = 3  # in a row. One worker may be killed for lack of memory; after three the pool gives up
 
 Job = tuple[int, tuple[Any, ...]]  # an answer's index, and the message for the worker
 
@@ -36,28 +37,28 @@ Job = tuple[int, tuple[Any, ...]]  # an answer's index, and the message for the 
 class _Worker:
     process: subprocess.Popen
     conn: connection.Connection
-    deadline: float  # time.monotonic() after which its start, or its answer, has taken too long
+    deadline: float  # time.monotonic() at which the start of the worker, or its current answer, times out
     ready: bool = False
-    jobs: deque[Job] = dataclasses.field(default_factory=deque)  # the answer that it is scoring, then one that waits
+    jobs: deque[Job] = dataclasses.field(default_factory=deque)  # the answer being scored, then at most one that waits
 
     def kill(self) -> None:
-        """Ends the process and forgets its jobs."""
+        """Kills the process, closes its pipe and clears `jobs`."""
         self.process.kill()
         self.process.wait()  # without this a zombie process remains
         self.conn.close()
-        self.ready = True  # so that nothing waits for its start; a dead worker is replaced when it is next needed
+        self.ready = True  # so that the pool does not wait for its start; `_hand_out` replaces a dead worker
         self.jobs.clear()
 
 
 class ScorerPool:
-    """Worker processes that score answers; use it as a context manager.
+    """A pool of worker processes that score answers; use it as a context manager.
 
     Args:
-      workers: number of processes. They start at once and stay, so imports cost time only before the first answer.
-      timeout_s: wall-clock seconds for one answer. With the default, math-verify's own limits (5 s each for parsing the
-        answer, parsing the solution and comparing them) usually end first, and the key steps still pay.
-      memory_gib: address space of a worker, in GiB.
-      function: "module:name" of the scorer; it is called like `score_answer`.
+      workers: number of processes. They start at once and stay until `close`, so each imports its modules only once.
+      timeout_s: time limit of one answer, in wall-clock seconds. With the default, the limits of math-verify (5 s each
+        to parse the answer, parse the solution and compare them) usually end first, and the key steps still pay.
+      memory_gib: limit of a worker's address space, in GiB.
+      function: "module:name" of the scorer, which takes the arguments of `score_answer`.
 
     Raises:
       ValueError: an argument is out of range.
@@ -111,13 +112,13 @@ class ScorerPool:
         alpha: float = 0.1,
         on_result: Callable[[Score], None] | None = None,
     ) -> list[Score]:
-        """The scores of N answers, in their order; see `score_answer` for the arguments.
+        """Returns the scores of N answers, in their order; `score_answer` describes the arguments.
 
         If an answer takes longer than the limit, raises an error or ends its worker, its rewards are 0 and its status
         is "timeout", "error" or "crash". `on_result` is called with each score when it arrives, in any order.
 
         Raises:
-          ValueError: different lengths, or no preset has this name.
+          ValueError: the lengths differ, or no preset has this name.
           RuntimeError: the pool is closed, or its workers cannot be started.
         """
         check_lengths(completions, solutions, key_steps)
@@ -141,7 +142,7 @@ class ScorerPool:
         except BaseException as error:
             if self._closed and isinstance(error, OSError | ValueError):  # `close` closed the pipe
                 raise RuntimeError("the scorer pool was closed while it scored") from error
-            # The next call would read the replies that are still to come as its own.
+            # Kills the busy workers: otherwise the next call would read their pending replies as its own.
             for worker in self._workers:
                 if worker.jobs:
                     worker.kill()
@@ -150,9 +151,9 @@ class ScorerPool:
 
     def _start(self) -> _Worker:
         ours, theirs = Pipe()
-        # As in multiprocessing: the workers can import whatever the parent can.
+        # As in multiprocessing, the workers can import all modules that the parent can import.
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        # Numerical libraries reserve address space for a thread on each core, and nothing here needs those threads.
+        # Numerical libraries reserve address space for a thread per core, and the workers do not need these threads.
         environment = os.environ | {"PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "r1vl_jax.rewards.worker", str(theirs.fileno()), *self._arguments]
         with theirs:
@@ -164,13 +165,13 @@ class ScorerPool:
                 stdout=subprocess.DEVNULL,
             )
         deadline = time.monotonic() + START_TIMEOUT_S
-        # typeshed gives Pipe() the class of Windows if the checker is not told the platform.
+        # typeshed declares the Windows class for Pipe() if the checker does not know the platform.
         return _Worker(process, ours, deadline)  # pyright: ignore[reportArgumentType]
 
     def _hand_out(self, jobs: deque[Job]) -> Iterator[tuple[int, Score]]:
-        """Sends an answer to each idle worker, then one ahead to each busy one.
+        """Sends an answer to each idle worker, then a waiting answer to each busy worker that has none.
 
-        Yields (index, score) of answers that cannot be sent.
+        Yields (index, score) of each answer that fails because it cannot be sent.
         """
         for slot, worker in enumerate(self._workers):
             if jobs and worker.ready and not worker.jobs and worker.process.poll() is not None:
@@ -178,7 +179,7 @@ class ScorerPool:
                 self._workers[slot] = self._start()
         for waiting in (0, 1):
             for worker in self._workers:
-                # No answer is sent ahead when few are left: whichever worker is idle first takes them.
+                # If few answers are left, none is sent to a busy worker: the first idle worker takes the next one.
                 if worker.ready and len(worker.jobs) == waiting and len(jobs) > waiting * len(self._workers):
                     yield from self._send(worker, jobs)
 
@@ -194,7 +195,7 @@ class ScorerPool:
             yield from self._lose(
                 worker, jobs, Score(status="crash", note=f"the worker died: {error}"), (index, message)
             )
-        except Exception as error:  # pickle may raise anything; only this row is at fault
+        except Exception as error:  # pickling may raise any error; only this answer fails
             yield index, Score(status="error", note=f"cannot be sent to a worker: {type(error).__name__}: {error}")
         else:
             worker.jobs.append((index, message))
@@ -202,14 +203,17 @@ class ScorerPool:
                 worker.deadline = time.monotonic() + self._timeout_s
 
     def _lose(self, worker: _Worker, jobs: deque[Job], score: Score, *unsent: Job) -> Iterator[tuple[int, Score]]:
-        """Kills a worker. The answer that it was scoring gets this score; answers that waited go back to the queue."""
+        """Kills a worker. Yields `score` for the answer that the worker was scoring; if it scored none, for `unsent`.
+
+        The other answers, waiting or unsent, go back to `jobs`.
+        """
         (index, _), *rest = [*worker.jobs, *unsent]
         worker.kill()
         jobs.extendleft(reversed(rest))
         yield index, score
 
     def _collect(self, jobs: deque[Job]) -> Iterator[tuple[int, Score]]:
-        """Waits for the next message or the next deadline. Yields (index, score) of the answers that it decides."""
+        """Waits for the next message or deadline. Yields (index, score) of each answer that was scored or failed."""
         watched = [worker for worker in self._workers if worker.jobs or not worker.ready]
         if not watched:
             return

@@ -1,11 +1,11 @@
-"""The options of the reward rules, and their named presets.
+"""Defines the options of the reward rules, and the named presets.
 
 R1-VL (arXiv 2503.12937, section 3.3) describes the StepGRPO rewards in words. The functions that its authors released
-differ from that text in places. Here is one implementation: each difference is a field of `Rules`, and a preset sets
-every field.
+differ from that text in places. This project has one implementation. Each difference is a field of `Rules`, and a
+preset sets every field.
 
-    released   what the published models were trained with, faults included
-    paper      what the paper describes (the default)
+    released   the rules that the published models were trained with, faults included
+    paper      the rules that the paper describes (the default)
     robust     paper, but a key step must be stated and not just contained in the text, and sections must not be empty
 """
 
@@ -19,27 +19,27 @@ from r1vl_jax.common.text import did_you_mean
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """One reading of the reward rules. Each field is one difference between the presets.
+    """One set of reward rules. Each field is a difference between two presets.
 
     Attributes:
       answer_from_section: compare the final-answer sections of completion and solution. False: math-verify searches
-        both whole texts, and only the comparison as text uses the final-answer line.
+        the whole of both texts, and only the comparison as text uses the final-answer line.
       verify_gold_first: call `verify(gold, answer)`, the order that math-verify documents for its asymmetric
         comparison. False: the other order.
       fold_text: before answers are compared as text, apply NFKC and fold case and white space. False: compare exactly.
       choice_letters: if both answers name a multiple-choice option, compare only the letters.
       require_answer: a completion without a final answer earns no accuracy reward. False: its key steps still pay.
       empty_alternative_matches: an empty alternative of a key step occurs in every text. False: in none.
-      sections_by_header: a section exists if a line starts with its header. False: if the header's text occurs
-        anywhere; of the steps, only the first step's header is required.
+      sections_by_header: a section exists if a line starts with its header. False: a section exists if the text of its
+        header occurs anywhere; of the steps, only the header of step 1 is required.
       full_order: all headers must be in the order of the format. False: only the final answer must come after the last
         step, and not even that if the text ends with the bare header. Steps must be numbered 1..n either way.
-      one_answer: an answer that names more numbers than the solution's is wrong, unless the texts are equal:
-        math-verify takes "3 or 4" for 4, and "1, 2, 3" for 3.
+      one_answer: an answer that names more numbers than the solution's answer is wrong, unless the texts are equal.
+        Without this option math-verify reads "3 or 4" as 4, and "1, 2, 3" as 3.
       nonempty_sections: a section must contain a word, a number or a symbol of mathematics.
-      match_tokens: search key steps on token borders in the normal form of r1vl_jax/rewards/normal.py: numbers by
-        value, LaTeX, spacing and units folded, never a part of a larger expression. False: search them as substrings,
-        in lower case.
+      match_tokens: search key steps in the normal form of r1vl_jax/rewards/normal.py: on token borders, numbers by
+        value, spellings in LaTeX, spacing and units equal, never in a larger expression. False: search key steps as
+        substrings, in lower case.
       refuse_stuffing: a step that repeats text, or lists key steps without other words, earns nothing for key steps.
     """
 
@@ -87,11 +87,11 @@ PRESETS = {"released": _RELEASED, "paper": _PAPER, "robust": _ROBUST}
 
 
 def get_rules(rules: str | Rules, options: Mapping[str, bool] | None = None) -> Rules:
-    """The rules of a preset, or the given `Rules`, with some options replaced.
+    """Returns the rules of a preset, or the given `Rules`, with some options replaced.
 
     Args:
       rules: a preset's name, or a `Rules`.
-      options: field of `Rules` -> its new value.
+      options: maps the name of a field of `Rules` to its new value.
 
     Raises:
       ValueError: no preset or option has this name, or an option is not true or false. The message lists the known

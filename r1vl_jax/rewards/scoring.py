@@ -1,12 +1,13 @@
-"""StepRAR + StepRVR of one answer (R1-VL, arXiv 2503.12937, section 3.3).
+"""Computes the StepRAR and StepRVR of answers (R1-VL, arXiv 2503.12937, section 3.3).
 
     accuracy = [the final answer is right] + alpha * k      (preset paper: 0 if there is no final answer)
     validity = 1 if the answer is complete and in order, else 0
     reward   = accuracy + validity
 
-In the flow: rollout samples completions, these functions score them, step_grpo turns the rewards of a group into
-advantages. Score model output in `ScorerPool`. Here, in the caller's process, only math-verify's own time limits (5 s
-for each parse and comparison) stop a hostile answer such as 10^10^10^10, and they do not stop all arithmetic.
+The package rollout samples completions, these functions score them, and step_grpo turns the rewards of a group into
+advantages. Score model output with `ScorerPool`. The functions of this module run in the caller's process, where only
+the time limits of math-verify (5 s per parse and per comparison) stop a hostile answer such as 10^10^10^10, and these
+limits do not stop all arithmetic.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from r1vl_jax.rewards.steps import section_faults, step_starts
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """The rewards of one answer, and the reasons.
+    """The rewards of one answer, and the reasons for them.
 
     Attributes:
       accuracy, validity, reward: StepRAR, StepRVR and their sum.
@@ -36,14 +37,14 @@ class Score:
       matched: indices of the key-step groups that occur, ascending.
       total: number of key-step groups of the question.
       k: len(matched) / total; 0 if there are no groups.
-      hits: where each matched group first occurs: (group, start, end) in characters of the completion.
+      hits: the first occurrence of each matched group: (group, start, end) in characters of the completion.
       step_starts: the character at which each step's header begins.
-      step_rewards: the key steps' part of the accuracy by step: alpha / total for each hit in it. One entry for each
-        step; one entry for an answer without steps.
-      faults: why the answer is not valid, as short phrases.
-      status: "ok"; "timeout", "error" or "crash" if the pool could not score the answer. Then all rewards are 0, and
-        the other fields are empty.
-      note: what is wrong with the key steps, or why the answer could not be scored.
+      step_rewards: for each step, the part of the accuracy that its key steps earn: alpha / total per hit in the step.
+        An answer without steps has one entry.
+      faults: short phrases that say why the answer is not valid; empty for a valid answer.
+      status: "ok"; "timeout", "error" or "crash" if the pool could not score the answer. In these cases all rewards are
+        0, and the other fields except `note` have their defaults.
+      note: the faults of the key steps, or the reason why the answer could not be scored.
     """
 
     accuracy: float = 0.0
@@ -66,12 +67,12 @@ class Score:
 def score_answer(
     completion: str, solution: str, key_steps: Any, *, rules: str | Rules = "paper", alpha: float = 0.1
 ) -> Score:
-    """The score of one completion, computed in this process and thread.
+    """Scores one completion in this process and thread.
 
     Args:
       completion: the answer to score.
-      solution: the reference; its final-answer section is compared, or all of it if it has none.
-      key_steps: `{"Steps": groups}`, or the groups; if missing, empty or null, k is 0 and the score has a note.
+      solution: the reference. Its final-answer section is compared, or the whole text if it has no such section.
+      key_steps: `{"Steps": groups}`, or the groups. If None or empty, k is 0 and the score has a note.
       rules: a preset's name, or a `Rules`.
       alpha: weight of the key steps.
 
@@ -113,7 +114,10 @@ def score_answer(
 
 
 def _step_rewards(hits: Sequence[Hit], starts: Sequence[int], each: float) -> tuple[float, ...]:
-    """The rewards of hits by the step in which each hit ends. A hit before the first step counts for the first."""
+    """Returns the rewards of the hits, summed per step. A hit counts for the step in which it ends.
+
+    A hit before the first step counts for the first step. `each` is the reward of one hit.
+    """
     rewards = [0.0] * max(1, len(starts))
     for hit in hits:
         rewards[max(0, bisect_right(starts, max(hit.start, hit.end - 1)) - 1)] += each
@@ -128,7 +132,7 @@ def step_accuracy(
     rules: str | Rules = "paper",
     alpha: float = 0.1,
 ) -> np.ndarray:
-    """StepRAR of N answers, float64 of shape (N,), computed in this process.
+    """Returns the StepRAR of N answers, float64 of shape (N,), computed in this process.
 
     Raises:
       ValueError: the arguments have different lengths, or no preset has this name.
@@ -141,7 +145,7 @@ def step_accuracy(
 
 
 def step_validity(completions: Sequence[str], *, rules: str | Rules = "paper") -> np.ndarray:
-    """StepRVR of N answers, float64 of shape (N,): 1 if an answer is complete and in order, else 0.
+    """Returns the StepRVR of N answers, float64 of shape (N,): 1 if an answer is complete and in order, else 0.
 
     Raises:
       ValueError: no preset has this name.
@@ -151,10 +155,10 @@ def step_validity(completions: Sequence[str], *, rules: str | Rules = "paper") -
 
 
 def check_lengths(completions: Sequence[str], solutions: Sequence[str], key_steps: Sequence[Any]) -> None:
-    """Checks that the three have one entry for each answer.
+    """Checks that the three arguments are sequences of the same length.
 
     Raises:
-      ValueError: the lengths differ, or one is a single text or object rather than a sequence.
+      ValueError: the lengths differ, or an argument is a single text or object instead of a sequence.
     """
     columns = {"completions": completions, "solutions": solutions, "key_steps": key_steps}
     for name, column in columns.items():

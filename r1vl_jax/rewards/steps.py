@@ -1,6 +1,6 @@
-"""The sections of an answer: step bodies, the final answer, completeness and order.
+"""Finds the sections of an answer, and checks that they are complete and in order.
 
-The format (R1-VL, arXiv 2503.12937, the prompt of the released data):
+This is the format of an answer (R1-VL, arXiv 2503.12937, the prompt of the released data):
 
     ### Image Description:
     ### Rationales:
@@ -11,7 +11,7 @@ The format (R1-VL, arXiv 2503.12937, the prompt of the released data):
 StepRVR pays 1 for an answer that is complete (description, rationale, at least one step, final answer) and in order
 (description and rationale before the steps, the steps before the final answer, steps numbered 1..n).
 
-Every function passes over the text once, so answers of megabytes or of ten thousand steps stay cheap.
+Every function takes time linear in the length of the text, because a model may write megabytes or thousands of steps.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _SUBSTRINGS = {
 }
 
 _STEP_HEADER = re.compile(r"### Step (\d+):")
-# As released: a step's text ends before the next line that starts with ###, whatever that line is. White space after
-# the header is skipped first, so the text of an empty step is the whole step after it.
+# As in the released code, a step's text ends before the next line that starts with ###, whether or not this line is a
+# known header. White space after the header is skipped first, so the text of an empty step is the whole next step.
 _STEP_BODY = re.compile(r"### Step \d+:\s*(.*?)(?=\n###|\Z)", re.DOTALL)
 _STEP_LINE = re.compile(r"^### Step \d+:", re.MULTILINE)
 _ANSWER_LINE = re.compile(r"### The final answer is:\s*\n?(.*)")
@@ -49,26 +49,32 @@ _SAYS_SOMETHING = re.compile(r"[^\s.,:;!?*_#~`'\"|\\/()\[\]{}<>$&\x00-\x1f-]")
 
 
 def step_bodies(text: str) -> list[tuple[int, int]]:
-    """Where the bodies of the steps are in a text, as ranges of characters. Key steps are searched in these."""
+    """Returns the range of characters of each step's body. Key steps are searched in these ranges."""
     return [match.span(1) for match in _STEP_BODY.finditer(text)]
 
 
 def step_starts(text: str) -> tuple[int, ...]:
-    """Where the lines "### Step k:" begin, in characters. For per-step credit, a step lasts until the next one."""
+    """Returns the index of the first character of each line "### Step k:".
+
+    If rewards are assigned per step, a step ends where the next step starts.
+    """
     return tuple(match.start() for match in _STEP_LINE.finditer(text))
 
 
 def answer_line(text: str) -> str | None:
-    """The first line with text after the first final-answer header, stripped; None if there is no header."""
+    """Returns the first line with text after the first final-answer header, stripped; None if there is no header.
+
+    The text may be on the line of the header or on a later line.
+    """
     match = _ANSWER_LINE.search(text)
     return None if match is None else match[1].strip()
 
 
 def answer_section(text: str) -> str | None:
-    """The text after the first final-answer header that starts a line, stripped; None if there is no such header.
+    """Returns the text after the first final-answer header that starts a line, stripped; None without such a header.
 
-    The first header counts, not the last: all steps must come before it, and a second one would be a second guess. The
-    section ends before the next line that starts with ###.
+    The first header counts and not the last, because all steps must come before the header, and a second header would
+    be a second guess. The section ends before the next line that starts with ###.
     """
     start = 0 if text.startswith(ANSWER_HEADER) else text.find("\n" + ANSWER_HEADER) + 1
     if not text.startswith(ANSWER_HEADER, start):
@@ -79,7 +85,7 @@ def answer_section(text: str) -> str | None:
 
 
 def section_faults(text: str, rules: Rules) -> tuple[str, ...]:
-    """What keeps an answer from being complete and in order, as short phrases; empty for a valid answer."""
+    """Returns short phrases that say why an answer is not complete or not in order; empty for a valid answer."""
     headers = list(_HEADER.finditer(text))
     kinds = [_kind(header) for header in headers]
     if rules.sections_by_header:
@@ -94,23 +100,23 @@ def section_faults(text: str, rules: Rules) -> tuple[str, ...]:
 
 
 def _kind(header: re.Match[str]) -> int:
-    """Which section a match of _HEADER begins, as an index of _NAMES."""
+    """Returns the section that a match of _HEADER begins, as an index of _NAMES."""
     return (header.lastindex or 0) - 1
 
 
 def _empty_sections(text: str, headers: list[re.Match[str]]) -> list[str]:
-    """Names the kinds of section of which one has no word, number or symbol before the next header."""
+    """Names the kinds of section that are empty at least once: no word, number or symbol before the next header."""
     ends = [header.start() for header in headers[1:]] + [len(text)]
     kinds = {
         _kind(header)
-        for header, end in zip(headers, ends, strict=False)  # no header has one end, the text's
+        for header, end in zip(headers, ends, strict=False)  # without headers, `ends` still has the end of the text
         if not _SAYS_SOMETHING.search(text, header.end(), end)
     }
     return [f"empty {_NAMES[kind]}" for kind in sorted(kinds - {_OPTIONAL})]
 
 
 def _order_faults(kinds: list[int]) -> list[str]:
-    """Names each kind of header that comes after one that should follow it."""
+    """Names each kind of header that comes after a header that should follow it."""
     latest, late = 0, set()
     for kind in kinds:
         if kind < latest:
@@ -120,7 +126,7 @@ def _order_faults(kinds: list[int]) -> list[str]:
 
 
 def _answer_place_faults(text: str) -> list[str]:
-    """The released order rule: the first final-answer header comes after the last step's header."""
+    """Checks the order rule of the released code: the first final-answer header comes after the last step's header."""
     if text.strip().endswith(ANSWER_HEADER):
         return []
     last_step = max((header.end() for header in _STEP_HEADER.finditer(text)), default=0)

@@ -1,12 +1,12 @@
-"""Reward functions that users write: loaded by "module:name", called once for each batch, with checked results.
+"""Loads reward functions that users write, calls them once per batch, and checks their results.
 
-A reward function takes the completions and the examples that they answer, and returns one number for each:
+A reward function takes the completions and the examples that they answer, and returns one number per completion:
 
     def short(completions, examples):
         return [float(len(text) < 1000) for text in completions]
 
-In the flow: it runs next to StepRAR and StepRVR, in the training process, on text that a model wrote. If it fails, an
-error names the function and the row. No result is repaired or replaced by 0.
+The function runs in the training process, in addition to StepRAR and StepRVR, on text that a model wrote. If it fails,
+the error names the function and the row. No result is repaired or replaced by 0.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ MAX_MESSAGE_CHARS = 500
 
 @dataclasses.dataclass(frozen=True)
 class UserReward:
-    """A user's reward function, and the "module:name" that it was loaded by."""
+    """A user's reward function, and the "module:name" from which it was loaded."""
 
     name: str
     function: Callable[[list[str], list[Any]], Any]
 
 
 def load_reward(text: str) -> UserReward:
-    """Imports the module of "module:name", from Python's usual search path, and returns its function.
+    """Imports the module of "module:name" from Python's usual search path, and returns the function `name`.
 
     Raises:
       RewardError: the text is not "module:name", the module cannot be imported, or it has no such function.
@@ -57,7 +57,7 @@ def load_reward(text: str) -> UserReward:
 
 
 def user_reward(reward: UserReward, completions: Sequence[str], examples: Sequence[Any]) -> np.ndarray:
-    """The rewards of N completions, float64 of shape (N,), from one call of the user's function.
+    """Returns the rewards of N completions, float64 of shape (N,), from one call of the user's function.
 
     Args:
       reward: from `load_reward`.
@@ -65,8 +65,8 @@ def user_reward(reward: UserReward, completions: Sequence[str], examples: Sequen
       examples: the N examples that they answer. If an example has a `name`, error messages include it.
 
     Raises:
-      RewardError: the function raised an exception, or did not return N finite numbers. After an exception, which
-        becomes the cause of the error, the function is called again for each row to name the first that fails alone.
+      RewardError: the function raised an exception, or did not return N finite numbers. After an exception, the
+        function is called again with single rows, so that the message can name the first row that fails alone.
       ValueError: the lengths differ.
     """
     if len(completions) != len(examples):
@@ -85,7 +85,7 @@ def user_reward(reward: UserReward, completions: Sequence[str], examples: Sequen
 
 
 def _checked(reward: UserReward, result: Any, examples: Sequence[Any]) -> np.ndarray:
-    """The result of a user's function, checked and copied to float64 of shape (N,)."""
+    """Checks the result of a user's function and copies it to float64 of shape (N,). Raises RewardError."""
 
     def refused(what: str) -> RewardError:
         expected = f"expected {len(examples)} finite numbers, one for each completion"
@@ -98,7 +98,7 @@ def _checked(reward: UserReward, result: Any, examples: Sequence[Any]) -> np.nda
     elif hasattr(result, "__array__"):  # arrays of NumPy, and of JAX without importing it
         try:
             values = np.asarray(result)
-        except Exception as error:  # its library refuses, for example because the array was donated
+        except Exception as error:  # the array's library refuses, for example because the array was donated
             raise refused(f"an array that cannot be read ({_describe(error)})") from error
         if isinstance(result, np.ma.MaskedArray) and np.ma.is_masked(result):
             raise refused("an array with masked entries")
@@ -123,11 +123,11 @@ def _is_finite_number(value: Any) -> bool:
 
 
 def _is_real(dtype: np.dtype) -> bool:
-    return np.can_cast(dtype, np.float64, "same_kind")  # not by dtype.kind: JAX's bfloat16 has none of NumPy's kinds
+    return np.can_cast(dtype, np.float64, "same_kind")  # dtype.kind does not work: JAX's bfloat16 is no NumPy kind
 
 
 def _kind(value: Any) -> str:
-    """A value, shortened, and its type."""
+    """Returns a value, shortened, and the name of its type."""
     try:
         text = repr(value)
     except Exception:  # an integer of thousands of digits, or a class whose __repr__ fails
@@ -141,7 +141,7 @@ def _row(row: int, examples: Sequence[Any]) -> str:
 
 
 def _describe(error: BaseException) -> str:
-    """The type and message of an error, shortened."""
+    """Returns the type and message of an error, shortened."""
     try:
         text = str(error)
     except Exception:  # a class whose __str__ fails must not hide the error
@@ -159,11 +159,12 @@ def _first_failing_row(reward: UserReward, completions: Sequence[str], examples:
 
 
 def _place(reward: UserReward, error: BaseException) -> str:
-    """The last line of the user's module in an exception's traceback, as " (file:line)".
+    """Returns the last line of the user's module in an exception's traceback, as " (file:line)".
 
-    If the traceback has no line of that module, the last line of any other; empty if there is none.
+    If the traceback has no line of the user's module, the last line of any other module is returned; "" if there is
+    none.
     """
-    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is the call in this module
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # without the first frame, the call in this module
     file = getattr(sys.modules.get(reward.function.__module__), "__file__", None)
     own = [frame for frame in frames if frame.filename == file] or frames
     return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""

@@ -1,8 +1,8 @@
-"""The worker process of `ScorerPool`: it receives one answer at a time over a pipe, and sends back its score.
+"""Runs in the worker processes of `ScorerPool`: receives answers over a pipe, and sends back each score.
 
-The pool starts it as `python -m r1vl_jax.rewards.worker FD FUNCTION TIMEOUT_S MEMORY_BYTES`; nothing imports it. It is
-a command, and not a process that multiprocessing spawns, because spawn imports the parent's main module again, which in
-training loads JAX.
+The pool starts this module as `python -m r1vl_jax.rewards.worker FD FUNCTION TIMEOUT_S MEMORY_BYTES`; no module imports
+it. The pool does not use multiprocessing's spawn, because spawn imports the parent's main module again, which loads JAX
+in training.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def main(fd: int, function: str, timeout_s: float, memory_bytes: int) -> None:
     Args:
       fd: file descriptor of the pipe to the parent.
       function: "module:name" of the scorer.
-      timeout_s: seconds for one answer; its processor time is limited to a little more.
-      memory_bytes: limit of the address space.
+      timeout_s: time limit of one answer, in seconds. The limit of processor time is 5 to 6 s longer.
+      memory_bytes: limit of the address space, in bytes.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends this process
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it logs the whole text at every timeout
     module, _, name = function.partition(":")
     score = getattr(importlib.import_module(module), name)
-    parse("$1$")  # math-verify compiles its expressions on first use; do it before an answer's time runs
+    parse("$1$")  # math-verify compiles its regular expressions on first use; this must not count as an answer's time
     _limit(resource.RLIMIT_AS, memory_bytes)
     _limit(resource.RLIMIT_CORE, 0)
     conn = Connection(fd)
@@ -44,7 +44,7 @@ def main(fd: int, function: str, timeout_s: float, memory_bytes: int) -> None:
             args, options = conn.recv()
         except EOFError:  # the parent closed the pool, or has ended
             return
-        # The parent kills a slow worker. If the parent has ended, the kernel does so a little later.
+        # The parent kills a slow worker. If the parent has ended, this limit makes the kernel kill it a little later.
         used = resource.getrusage(resource.RUSAGE_SELF)
         _limit(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime + timeout_s) + 5)
         try:
@@ -58,7 +58,10 @@ def main(fd: int, function: str, timeout_s: float, memory_bytes: int) -> None:
 
 
 def _limit(kind: int, value: int) -> None:
-    """Sets a soft limit, if the system has it. The hard limit stays, so that the soft one can be raised again."""
+    """Sets a soft resource limit; logs a warning if the system refuses it.
+
+    The hard limit is not changed, so that the soft limit can be raised again.
+    """
     _, hard = resource.getrlimit(kind)
     try:
         resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))

@@ -1,4 +1,4 @@
-"""What can be wrong with a configuration and needs no model to see: paths, sources, the mesh, divisibility."""
+"""Checks the parts of a configuration that need no model: paths, sources, the mesh, divisibility."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from r1vl_jax.parallel.sharding import batch_shards, make_mesh
 
 
 def check_inputs(config: Config) -> Mesh:
-    """Checks a configuration before a model is opened or a run folder is touched. Returns the mesh.
+    """Checks a configuration before a model is opened or a run folder is changed. Returns the mesh.
 
-    Raises ConfigError, RowError or OSError naming what is wrong.
+    Raises ConfigError, RowError or OSError that names the fault.
     """
     folders, files, sections, sizes = {"model.path": config.model.path}, {}, {}, {}
     if "sft" in config.stages:

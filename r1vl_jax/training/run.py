@@ -1,8 +1,8 @@
-"""A whole run: from a configuration to an exported checkpoint.
+"""Runs a whole training run, from a configuration to an exported checkpoint.
 
     check inputs -> open the model -> run folder -> stages (sft, step_grpo) -> export
 
-Everything that can be wrong is found before the run folder is made, or an old one removed.
+All checks of the input come before the run folder is made or an old one is removed.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, pool
     """Runs the configured stages.
 
     Args:
-      resume: go on from the run folder's newest checkpoint.
-      overwrite: remove an existing run folder and start anew.
-      pool: scores the answers, and stays open; default: one of `scoring.workers` processes.
+      resume: continue from the run folder's newest checkpoint.
+      overwrite: remove an existing run folder and start again.
+      pool: scores the answers, and is not closed; None: a new pool of `scoring.workers` processes.
     Returns: the exported Hugging Face folder.
-    Raises: ConfigError, CheckpointError, RowError, RewardError or OSError, in one line.
+    Raises: ConfigError, CheckpointError, RowError, RewardError or OSError, with a message of one line.
     """
     enable_compilation_cache(config.compilation_cache)
     if config.shapes.dir:
@@ -65,7 +65,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, pool
 
 
 def _run_stages(run: Run, resume: bool) -> Path:
-    """Runs the stages in order and exports the model after each. Returns the folder of the last one."""
+    """Runs the stages in order and exports the model after each. Returns the folder of the last export."""
     params, folder = None, run.log.folder / "export"
     for name in run.config.stages:
         params = STAGES[name](run, params, resume)

@@ -1,4 +1,4 @@
-"""python -m r1vl_jax.generate: answers of a Qwen2-VL checkpoint to one question, with their log-probabilities."""
+"""Prints answers of a Qwen2-VL checkpoint to one question, with log-probabilities: `python -m r1vl_jax.generate`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line. Returns the exit code: 2 where the input is wrong."""
+    """Runs the command. Returns the exit code: 2 if the input is wrong."""
     args = _parser().parse_args(argv)
     seed = args.seed
     if seed is None:

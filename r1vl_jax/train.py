@@ -1,9 +1,9 @@
-"""python -m r1vl_jax.train --config F: the two stages of R1-VL, from questions with images to a trained checkpoint.
+"""Trains a checkpoint in the two stages of R1-VL: `python -m r1vl_jax.train --config F`.
 
     sft          rows -> prompts, answers -> cross-entropy -> AdamW
     step_grpo    questions -> M answers each (rollout) -> step rewards -> group advantages -> policy gradient -> AdamW
 
-The stages are in training/: step_grpo.py has the algorithm.
+The stages are in training/; training/step_grpo.py contains the algorithm.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line. Returns the exit code: 2 where the input is wrong, 130 where it was interrupted."""
+    """Runs the command. Returns the exit code: 2 if the input is wrong, 130 if the run was interrupted."""
     arguments, overrides = _parser().parse_known_args(argv)
     try:
         train(configs.load(arguments.config, overrides), resume=arguments.resume, overwrite=arguments.overwrite)

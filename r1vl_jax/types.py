@@ -1,4 +1,4 @@
-"""The values that stages pass to each other, and the letters that name the axes of arrays.
+"""Defines the values that stages pass to each other, and the letters that name the axes of arrays.
 
 Dimension key. The suffix of an array's name lists its axes (`logits_BTV`); a digit is an axis of that size. Einsum
 labels and sizes in a function (`B, T, D = x.shape`) use the same letters; so do the kernels.
@@ -14,8 +14,8 @@ labels and sizes in a function (`B, T, D = x.shape`) use the same letters; so do
     C  values of a patch (3*2*14*14)       M  merged image tokens of a vision row (P/4)
     Q  query rows that read the same keys, several axes merged into one: E and T, or G, E and T
 
-Stages (data, processing, rollout, rewards, step_grpo, sft, checkpoint) never import each other: they meet here, and
-training/ passes values between them.
+Stages (data, processing, rollout, rewards, step_grpo, sft, checkpoint) never import each other. They share the types
+of this module, and training/ passes values between them.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ import numpy as np
 class Example:
     """One question as read from a file; nothing is decoded yet.
 
-    A conversation of several turns becomes several examples, one for each answer, with all earlier turns as history.
+    A conversation of several turns becomes several examples, one per answer, with all earlier turns as history.
 
     Attributes:
       source: the file, or the TFDS folder, that the row came from.
-      row: the row's number in it, from 0.
-      images: absolute paths of its images, in the order of their placeholders.
+      row: the row's number in the source, from 0.
+      images: absolute paths of the row's images, in the order of their placeholders.
       question: the user's text, with "<image>" or "<video>" at the place of each image and video.
       answer: SFT: the assistant's text. RL: the reference solution.
       key_steps: RL: groups of alternatives; None if the row has none.
@@ -59,7 +59,7 @@ class Example:
 
     @property
     def name(self) -> str:
-        """How messages name this question."""
+        """Returns the name by which messages refer to this question."""
         turn = f", turn {len(self.history)}" if self.history else ""
         return f"{self.source}, row {self.row}{turn}"
 
@@ -71,8 +71,8 @@ class EncodedPrompt:
     Attributes:
       tokens_T: int32 ids, image placeholders expanded.
       positions_3T: int32 M-RoPE positions (t, h, w).
-      image_slot_T: int32, which of this question's merged image features is the input at this place; -1 for text.
-      patches_PC: uint8 patches (R, G, B values) of all its images and videos in order, P = sum t*h*w.
+      image_slot_T: int32, the index of the merged image feature that replaces the token's embedding; -1 for text.
+      patches_PC: uint8 patches (R, G, B values) of all images and videos of the question in order, P = sum t*h*w.
       grids: (t, h, w) of each image in patches.
       next_position: the position of the first token after the prompt.
     """
@@ -89,24 +89,25 @@ class EncodedPrompt:
         return int((self.image_slot_T >= 0).sum())
 
 
-# jax.Array on devices; np.ndarray on the host; ShapeDtypeStruct where a program is compiled ahead of time.
+# jax.Array on devices; np.ndarray on the host; ShapeDtypeStruct if a program is compiled ahead of time.
 Array: TypeAlias = Any
 
 
 @flax.struct.dataclass
 class Prompts:
-    """A padded batch of questions. Padding may be on either side; the mask says where, never a token id.
+    """A padded batch of questions. Padding may be on either side; mask_BT alone marks padding, never a token id.
 
-    A field whose batch axis is not 0 declares it in its metadata, where parallel.sharding.put_batch reads it.
+    If the batch axis of a field is not 0, the field's metadata declares the axis for parallel.sharding.put_batch.
 
     Attributes:
-      tokens_BT, mask_BT: ids, and True where they are real.
+      tokens_BT: token ids.
+      mask_BT: True for real tokens, False for padding.
       positions_3BT: M-RoPE positions (t, h, w).
       image_slot_BT: index into the image features, flattened to (W*M); -1 for text.
       next_position_B: position of the first token after the prompt.
       patches_WPC: image patches as pixel values, packed; W = 0 if no question has an image.
       patch_hw_WP2: (h, w) of each patch in its frame.
-      segment_WP: the frame of each patch, -1 for padding.
+      segment_WP: the frame number of each patch, -1 for padding.
     """
 
     tokens_BT: Array
@@ -121,7 +122,7 @@ class Prompts:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn. The temperature is also that of the trained log-probability.
+    """Options for sampling answers. Trained log-probabilities are computed at the same temperature.
 
     A checkpoint's generation_config.json is never read.
 
@@ -129,7 +130,7 @@ class Sampling:
       temperature: 0 is greedy.
       top_p: 1 keeps all tokens.
       top_k: 0 keeps all tokens.
-      max_new_tokens: the most tokens of an answer, the stop token included.
+      max_new_tokens: the maximum number of tokens of an answer, the stop token included.
     """
 
     temperature: float = 1.2
@@ -140,7 +141,7 @@ class Sampling:
 
 @flax.struct.dataclass
 class Rollout:
-    """Sampled answers: ids, their log-probabilities, and a mask: True up to and including the first stop token."""
+    """Sampled answers: ids, log-probabilities, and a mask that is True up to and including the first stop token."""
 
     tokens_BGT: Array
     logprobs_BGT: Array
@@ -152,12 +153,12 @@ class TrainBatch:
     """The input of one gradient computation.
 
     Attributes:
-      prompts: B questions; SFT: each with its answer after it, in the same row.
-      tokens_BGT: G answers each (SFT: one).
+      prompts: B questions; SFT: each is followed by its answer in the same row.
+      tokens_BGT: G answers per question (SFT: one).
       weight_BGT: the weight of each token in the loss, 0 outside the answer. Weights contain the whole normalisation
         of an update, so losses and gradients of its micro-batches are simply added.
       advantage_BGT, ref_logprobs_BGT: RL only.
-      old_logprobs_BGT: RL only, under the policy that sampled; None if that is the policy being trained.
+      old_logprobs_BGT: RL only: log-probabilities under the policy that sampled; None if that is the trained policy.
       start_B: SFT only: the number of tokens before the answer in its row.
     """
 
@@ -172,7 +173,7 @@ class TrainBatch:
 
 @flax.struct.dataclass
 class TrainState:
-    """Step counter, fp32 master parameters, optimizer state."""
+    """The step counter, fp32 master parameters and optimizer state of a training stage."""
 
     step: Array
     params: Any
@@ -181,15 +182,15 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """One parameter of the model; model.spec builds the tree of them.
+    """The description of one parameter of the model; model.spec builds the tree of ParamSpecs.
 
     Attributes:
-      shape: its shape; the first axis of a stacked parameter is the layer.
+      shape: the parameter's shape; the first axis of a stacked parameter is the layer.
       axes: the logical name of each axis, or None; parallel.sharding maps names to mesh axes.
       init: "normal", "ones" or "zeros"; see model.spec.init_params.
       hf_name: the tensor's name in a Hugging Face checkpoint; "{}" is the layer number of a stacked parameter.
-      hf_shape: its shape in that checkpoint (of one layer).
-      transpose: the checkpoint stores (out, in...) and we store (in..., out).
+      hf_shape: the tensor's shape in that checkpoint (of one layer).
+      transpose: True if the checkpoint stores (out, in...) while this project stores (in..., out).
     """
 
     shape: tuple[int, ...]
@@ -205,5 +206,5 @@ class ParamSpec:
 
 
 def is_spec(node: Any) -> bool:
-    """True for a ParamSpec: the leaves of a spec tree."""
+    """Returns True for a ParamSpec; spec trees have ParamSpecs as leaves."""
     return isinstance(node, ParamSpec)

@@ -1,7 +1,8 @@
-"""What the benchmarks and the GPU check share: model sizes, random weights and questions, FLOPs, timing, tables.
+"""Provides the code that the benchmarks and the GPU check share.
 
-Workloads are those of training, with random weights and without an end of text, so that every run makes as many tokens.
-bench_programs.py has the programs of a step that they time.
+This includes model sizes, random weights and questions, FLOP counts, timing and tables. Workloads have the shapes of
+training, with random weights and without an end-of-text token, so every run samples the same number of tokens.
+bench_programs.py builds the programs of a step that the benchmarks time.
 """
 
 from __future__ import annotations
@@ -32,13 +33,15 @@ PAD_MULTIPLE = 128
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A model and the questions it is given.
+    """A model and the sizes of the questions and answers that it processes.
 
     Attributes:
-      raw: the config.json.
-      prompt: tokens of a question, its image among them; grid: (t, h, w) of the image in patches.
-      new: tokens of an answer; group: answers to a question.
-      dtype: of the computation.
+      raw: the contents of config.json.
+      prompt: the number of tokens of a question, including the image's tokens.
+      grid: (t, h, w) of the image in patches.
+      new: the number of tokens of an answer.
+      group: the number of answers per question.
+      dtype: the dtype of the computation.
     """
 
     raw: dict[str, Any]
@@ -53,12 +56,12 @@ class Size:
         return parse_config(self.raw)
 
     def on_this_machine(self, attention: str = "auto", kernels: str = "auto") -> ModelConfig:
-        """The model with the backend that training would choose here, or with the named one."""
+        """Returns the model with the backend that training would choose here, or with the named backend."""
         return self.cfg.with_backend(*choose(attention, kernels, dtype=self.dtype))
 
 
 def _raw_config(width, mlp, layers, heads, kv_heads, vocab, tied, vision) -> dict[str, Any]:
-    """A flat config.json, as the published ones. `vision`: layers, width and heads of the tower."""
+    """Returns a flat config.json like the published ones. `vision`: layers, width and heads of the vision tower."""
     half = width // heads // 2
     depth, embed_dim, vision_heads = vision
     return {
@@ -112,13 +115,13 @@ SIZES = {
 
 
 def random_params(cfg: ModelConfig, dtype: str, seed: int = 0) -> Any:
-    """Parameters on the device, every one random: matrices of unit gain, biases about 0, norms about 1."""
+    """Returns random parameters on the device: matrices of unit gain, biases near 0, norm scales near 1."""
     return _random_params(jax.random.key(seed, impl="unsafe_rbg"), cfg, dtype)
 
 
 @partial(jax.jit, static_argnames=("cfg", "dtype"))
 def _random_params(key: jax.Array, cfg: ModelConfig, dtype: str) -> Any:
-    """Uniform values, from the plainest generator: others take seconds to compile."""
+    """Draws uniform values with the simplest random generator, because other generators take seconds to compile."""
     specs, treedef = jax.tree.flatten(param_spec(cfg), is_leaf=is_spec)
 
     def draw(key: jax.Array, spec: ParamSpec) -> jax.Array:
@@ -130,7 +133,7 @@ def _random_params(key: jax.Array, cfg: ModelConfig, dtype: str) -> Any:
 
 
 def random_questions(size: Size, count: int, seed: int = 0, *, pixels: bool = True) -> list[EncodedPrompt]:
-    """Questions of `size.prompt` tokens with an image each, its patches as pixels or normalised."""
+    """Returns questions of `size.prompt` tokens with one image each; `pixels` False: patches are already normalised."""
     cfg, rng = size.cfg, np.random.default_rng(seed)
     image = math.prod(size.grid) // cfg.vision.merge_size**2
     text = size.prompt - image - 2
@@ -160,25 +163,25 @@ def random_questions(size: Size, count: int, seed: int = 0, *, pixels: bool = Tr
 
 
 def random_tokens(size: Size, count: int, seed: int = 1) -> np.ndarray:
-    """Answers (count, group, new) without vision ids."""
+    """Returns random answers (count, group, new) without vision ids."""
     shape = (count, size.group, size.new)
     return np.random.default_rng(seed).integers(0, min(size.cfg.vision_ids), shape).astype(np.int32)
 
 
 def random_advantages(count: int, group: int, seed: int = 2) -> np.ndarray:
-    """Advantages (count, group) of mean 0 and standard deviation 1 in each group."""
+    """Returns advantages (count, group) with mean 0 and standard deviation 1 in each group."""
     values = np.random.default_rng(seed).normal(size=(count, group)).astype(np.float32)
     return (values - values.mean(1, keepdims=True)) / values.std(1, ddof=1, keepdims=True)
 
 
 @cache
 def single_device() -> Mesh:
-    """The mesh of one device: the benchmarks use no more."""
+    """Returns a mesh of one device, which is all that the benchmarks use."""
     return make_mesh(1, devices=jax.devices()[:1])
 
 
 def collate(questions: Sequence[EncodedPrompt], multiple: int = PAD_MULTIPLE) -> Prompts:
-    """A padded batch on the device."""
+    """Returns a padded batch of questions on the device."""
     return put_batch(collate_prompts(questions, Buckets(multiple)), single_device())
 
 
@@ -186,7 +189,10 @@ def collate(questions: Sequence[EncodedPrompt], multiple: int = PAD_MULTIPLE) ->
 
 
 def _weights(cfg: ModelConfig) -> tuple[int, int, int]:
-    """Multiplications of a text token, of the head on a token, and of a patch, without attention between tokens."""
+    """Returns the number of multiplications per text token, per token in the head, and per patch.
+
+    Attention between tokens is not included.
+    """
     D, F, H = cfg.width, cfg.mlp, cfg.head_dim
     layer = D * H * (2 * cfg.heads + 2 * cfg.kv_heads) + 3 * D * F
     W, merged = cfg.vision.width, cfg.vision.width * cfg.vision.merge_size**2
@@ -196,10 +202,13 @@ def _weights(cfg: ModelConfig) -> tuple[int, int, int]:
 
 
 def group_flops(size: Size, *, shared: bool = True) -> float:
-    """FLOPs of one forward pass over a question and the `size.group` answers to it.
+    """Returns the FLOPs of one forward pass over a question and its `size.group` answers.
 
-    2 FLOPs a multiplication; a query counts the keys that causality lets it see, a patch those of its frame. The head
-    runs on answer tokens only. The prompt counts once a group where it is `shared`, else once an answer.
+    A multiplication counts as 2 FLOPs. A query counts only the keys that it may see: earlier tokens, or the patches of
+    its own frame. The head runs on answer tokens only.
+
+    Args:
+      shared: True: the prompt counts once per group; False: once per answer.
     """
     cfg, P, T, G = size.cfg, size.prompt, size.new, size.group
     layer, head, patch = _weights(cfg)
@@ -212,12 +221,15 @@ def group_flops(size: Size, *, shared: bool = True) -> float:
 
 
 def training_flops(size: Size, groups: int) -> float:
-    """Forward and backward of the policy (3), forward of the reference (1); without what remat recomputes."""
+    """Returns the FLOPs of a training step: forward and backward of the policy (3 passes), forward of the reference.
+
+    Recomputation by remat is not counted.
+    """
     return 4 * groups * group_flops(size)
 
 
 def rollout_flops(size: Size, groups: int) -> float:
-    """Those of one forward pass over what was sampled."""
+    """Returns the FLOPs of one forward pass over the prompts and sampled answers."""
     return groups * group_flops(size)
 
 
@@ -226,7 +238,7 @@ def rollout_flops(size: Size, groups: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of the first call, which compiles, and of the others."""
+    """Seconds of the first call, which compiles, and of the other calls."""
 
     first: float
     seconds: tuple[float, ...]
@@ -237,7 +249,7 @@ class Timing:
 
     @property
     def compile(self) -> float:
-        """Seconds that the first call took longer than the median."""
+        """Returns the seconds by which the first call was slower than the median."""
         return max(0.0, self.first - self.median)
 
     def as_json(self) -> dict[str, Any]:
@@ -252,7 +264,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def interleaved(calls: dict[str, Callable[[], Any]], repeats: int, pause: float = 0.0) -> dict[str, Timing]:
-    """Runs each call once to warm up, then all in turn, `repeats` times, `pause` seconds apart."""
+    """Runs each call once to warm up, then all calls in turn, `repeats` times, with `pause` seconds between calls."""
     first = {name: timed(call) for name, call in calls.items()}
     seconds = {name: [] for name in calls}
     for _ in range(repeats):
@@ -263,7 +275,7 @@ def interleaved(calls: dict[str, Callable[[], Any]], repeats: int, pause: float 
 
 
 def measure(call: Callable[[], Any], repeats: int, until: float = math.inf) -> Timing:
-    """Times a first call, then up to `repeats` more while another one still ends before `until` (time.monotonic)."""
+    """Times a first call, then up to `repeats` more while the next should end before `until` (time.monotonic)."""
     first, seconds = timed(call), []
     while not seconds or (len(seconds) < repeats and time.monotonic() + seconds[-1] < until):
         seconds.append(timed(call))
@@ -271,7 +283,7 @@ def measure(call: Callable[[], Any], repeats: int, until: float = math.inf) -> T
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as aligned text; the first row and column are headings."""
+    """Returns rows of cells as aligned text; the first row and column are headings."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:

@@ -1,16 +1,16 @@
-"""Ours against transformers on a CPU: `python scripts/bench_cpu.py` (some two minutes; --help).
+"""Compares our speed with transformers on a CPU: `python scripts/bench_cpu.py` (about two minutes; --help).
 
-One small model (text 4 x 256, tower 2 x 128, vocabulary 8,192; fp32), the same random weights and inputs in both, 2
-questions with an image and 4 answers of 64 tokens each:
+Both sides use one small model (text 4 x 256, tower 2 x 128, vocabulary 8,192; fp32) with the same random weights and
+inputs: 2 questions with an image each, and 4 answers of 64 tokens per question.
 
     rollout     ours against HF generate on the 8 rows, T = 1.2, end of text ignored
-    training    reference, policy and its gradient, StepGRPO loss, AdamW; ours with the prompt computed once a question,
-                torch on 8 rows of prompt and answer, with logits of answer tokens only
+    training    reference, policy and its gradient, StepGRPO loss, AdamW; ours computes the prompt once per question,
+                torch runs 8 rows of prompt and answer, with logits of answer tokens only
 
-First it holds log-probabilities, loss and gradient norm of the two against each other. Torch is run with eager and
-with sdpa attention, and the faster of the two counts. Figures are medians of --repeats, taken in turn; the first call
-of each warms up. --check: exit code 1 where a target is missed. The machine must have nothing else to do: torch's
-threads wait for each other, and slow down tenfold where they have to share cores.
+The script first compares log-probabilities, loss and gradient norm of the two sides. Torch runs with eager and with
+sdpa attention, and the faster of the two counts. The sides run in turn; figures are medians of --repeats calls after
+one warm-up call. --check: exit code 1 if a target is missed. Run nothing else on the machine: torch's threads wait for
+each other, and slow down tenfold if they have to share cores.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ from r1vl_jax.common.arguments import positive_int  # noqa: E402
 TARGETS = {"rollout": 2.0, "training": 1.3}
 GROUPS, TOLERANCE = 2, 1e-4
 ATTENTIONS = ("eager", "sdpa")
-PAUSE = 0.3  # seconds: the threads of the one spin for a while after a call, on the cores of the other
+PAUSE = 0.3  # seconds between calls, because each side's threads keep spinning on the shared cores after a call
 
 
 def export(params: Any, size: Size, folder: Path) -> Path:
-    """The weights as a Hugging Face folder."""
+    """Writes the weights as a Hugging Face folder. Returns the folder."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(size.raw))
     save_hf(params, size.cfg, folder / "model", source=folder)
@@ -68,7 +68,7 @@ def export(params: Any, size: Size, folder: Path) -> Path:
 
 @jax.jit
 def near(params: Any, other: Any) -> Any:
-    """Parameters a tenth of the way to others: the reference of a policy that has been trained for a while."""
+    """Returns parameters moved a tenth of the way to `other`: the reference of a policy after some training."""
     return jax.tree.map(lambda a, b: a + 0.1 * (b - a), params, other)
 
 
@@ -79,7 +79,7 @@ def load(folder: Path, attention: str):
 
 
 class Bench:
-    """Both sides on the same weights, questions, answers and advantages."""
+    """Our model and torch's with the same weights, questions, answers and advantages."""
 
     def __init__(self, size: Size, folder: Path):
         self.size, self.cfg = size, size.on_this_machine()
@@ -97,7 +97,7 @@ class Bench:
         self.tokens = torch.from_numpy(self.sampled.tokens_BGT.reshape(-1, size.new).astype(np.int64))
         advantages = random_advantages(GROUPS, size.group)
         self.advantages = torch.from_numpy(advantages.reshape(-1, 1))
-        masters = jax.tree.map(lambda a: a.copy(), self.policy)  # the update takes them over
+        masters = jax.tree.map(lambda a: a.copy(), self.policy)  # copied, because the update donates them
         self.state = self.programs.init(masters)
         batches = micro_batches(questions, self.sampled.tokens_BGT, GROUPS, multiple=1)
         self.batches = with_advantages(batches, advantages)
@@ -110,13 +110,13 @@ class Bench:
         return answer(self.weights, self.cfg, self.prompts, self.size.group, self.size.new)
 
     def ours_step(self) -> dict[str, float]:
-        """Reference, gradient and update."""
+        """Runs reference, gradient and update. Returns the metrics."""
         batches = with_reference(self.programs, self.reference, self.batches)
         self.state, metrics = update(self.programs, self.state, batches)
         return metrics
 
     def differences(self) -> dict[str, float]:
-        """The largest difference between ours and torch in what a first training step is made of."""
+        """Returns the largest differences between ours and torch in the results of a first training step."""
         policy, reference = self.models["eager"]
         score = partial(logprobs, inputs=self.inputs, tokens=self.tokens, forbidden=self.cfg.vision_ids)
         with torch.inference_mode():
@@ -141,7 +141,7 @@ class Bench:
         return {name: float(value) for name, value in found.items()}
 
     def measure(self, repeats: int) -> dict[str, dict]:
-        """Seconds of each contestant at each workload, and the ratio to the faster torch."""
+        """Returns the seconds of each implementation on each workload, and the ratio to the faster torch."""
         calls = {
             "rollout": {"ours": self.ours_rollout}
             | {a: partial(generate, models[0], self.inputs, self.size.new) for a, models in self.models.items()},
@@ -160,7 +160,7 @@ class Bench:
 
 
 def bench(size: Size, repeats: int, threads: int) -> dict:
-    """All figures, as the JSON that --json writes."""
+    """Returns all figures, as the JSON that --json writes."""
     load = os.getloadavg()[0]
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(single_device()):
@@ -181,7 +181,7 @@ def bench(size: Size, repeats: int, threads: int) -> dict:
 
 
 def report(found: dict) -> str:
-    """The figures for a terminal."""
+    """Returns the figures as text for a terminal."""
     rows = [["ms, median (min to max)", "ours", *(f"torch {a}" for a in ATTENTIONS), "ratio", "target", "compile, s"]]
     for name, row in found["workloads"].items():
         cells = (
@@ -199,7 +199,7 @@ def report(found: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command. Returns its exit code: 3 where the two do not agree, 1 with --check for a target missed."""
+    """Runs the command. Returns the exit code: 3 if the two sides disagree, 1 with --check if a target is missed."""
     args = _arguments(argv)
     found = bench(SIZES[args.size], args.repeats, args.threads)
     print(report(found))

@@ -1,18 +1,18 @@
-"""How fast rollout and training are on one GPU: `python scripts/bench_gpu.py` (under ten minutes on an H200; --help).
+"""Measures rollout and training speed on one GPU: `python scripts/bench_gpu.py` (under ten minutes on an H200; --help).
 
-    R1, R2, R4   rollout of 16, 64 and 1 questions, 4 answers of 1,024 tokens to each      tokens/s
-    R3           as R2, with answers of lognormal length, mean 400; their own tokens count tokens/s
+    R1, R2, R4   rollout of 16, 64 and 1 questions, 4 answers of 1,024 tokens each         tokens/s
+    R3           like R2, with lognormal answer lengths of mean 400; only real tokens count tokens/s
     T1           training step on 16 questions: reference, policy and its gradient, AdamW  s
     T2           loss head alone on 16,384 rows, forward and gradient                      TFLOP/s
     S            a whole StepGRPO step on 16 questions: rollout, scores, reference, update s
-    K            decode attention of R2's caches at full length                            TB/s
-    torch        what the released trainer does, by transformers: see torch_baseline.py
+    K            decode attention on R2's caches at full length                            TB/s
+    torch        the released trainer's step, by transformers: see torch_baseline.py
 
-Random weights, a question of 768 tokens with an image of 510, end of text ignored. What comes first in `WORKLOADS` runs
-first; what the time no longer allows is left out and named. Each group of workloads is a process of its own, and one
-that fails or hangs takes no other down; they share a compilation cache, so that a program counts as compiled in the
-first row that needs it. MFU is of the FLOPs that bench_common.py counts, over 989 TFLOP/s. Peak memory is that of the
-process so far. --size tiny runs everything on a CPU in about a minute.
+Weights are random; a question has 768 tokens, 510 of them from its image; end of text is ignored. Workloads run in the
+order of `WORKLOADS`; those for which no time is left are skipped and named. Each group of workloads runs in its own
+process, so a failure or a hang does not stop the other groups. The processes share a compilation cache, so a program's
+compile time counts in the first row that needs it. MFU uses the FLOPs that bench_common.py counts and a peak of 989
+TFLOP/s. Peak memory is the process's peak so far. --size tiny runs everything on a CPU in about a minute.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from bench_gpu_worker import GROUPS, TINY_GROUPS, WORKLOADS, work
 from r1vl_jax.common.arguments import positive_int
 from r1vl_jax.config import ATTENTION, KERNELS, REMAT
 
-START_S = 15  # of a process, before it measures
+START_S = 15  # seconds that a process needs before it measures
 
 
 # The parent: never touches the device, starts processes one after another and collects what they print.
 
 
 def commands(args: argparse.Namespace) -> Iterator[tuple[list[str], list[str]]]:
-    """(names of workloads, command line) of each process, in order."""
+    """Yields (names of workloads, command line) of each process, in order."""
     common = ["--size", args.size, "--repeats", str(args.repeats)]
     ours = ["--attention", args.attention, "--kernels", args.kernels, "--micro", str(args.micro), "--remat", args.remat]
     ours += ["--profile", str(args.profile)] if args.profile else []
@@ -62,7 +62,7 @@ def commands(args: argparse.Namespace) -> Iterator[tuple[list[str], list[str]]]:
 
 
 def run(names: list[str], command: list[str], seconds: float, limit: float, env: dict[str, str]) -> Iterator[dict]:
-    """The rows that a process prints; it is told to take `seconds` and killed after `limit`."""
+    """Yields the rows that a process prints; it is told to take `seconds` and is killed after `limit` seconds."""
     expected = ["torch rollout", "torch step"] if names == ["torch"] else list(names)
     env = env | {"JAX_PLATFORMS": "cpu"} if names == ["torch"] else env
     with tempfile.TemporaryFile("w+") as errors:
@@ -88,7 +88,7 @@ def run(names: list[str], command: list[str], seconds: float, limit: float, env:
 
 
 def bench(args: argparse.Namespace) -> dict:
-    """All rows; after each of them the file of --json is written anew."""
+    """Returns all rows; rewrites the file of --json after each row."""
     end = time.monotonic() + args.budget
     scale = 0.05 if args.size == "tiny" else 1.0
     found = {"date": datetime.date.today().isoformat(), "size": args.size, "arguments": sys.argv[1:], "rows": {}}
@@ -114,7 +114,7 @@ def bench(args: argparse.Namespace) -> dict:
 
 
 def say(found: dict, args: argparse.Namespace) -> None:
-    """The newest row on stderr, and all of them in the file."""
+    """Prints the newest row on stderr and writes all rows to the file."""
     name, row = list(found["rows"].items())[-1]
     print(f"{name}: {row.get('error') or format(row['value'], ',.4g')}", file=sys.stderr, flush=True)
     if args.json:
@@ -125,7 +125,7 @@ UNITS = {"torch rollout": "tokens/s", "torch step": "s an answer"} | {name: w.un
 
 
 def goals(found: dict) -> dict[str, tuple[float | None, float | None]]:
-    """(floor, target) of each row; known for the 2B alone."""
+    """Returns (floor, target) of each row; they are known for the 2B model only."""
     if found["size"] != "2b":
         return {}
     known = {name: (workload.floor, workload.target) for name, workload in WORKLOADS.items()}
@@ -134,7 +134,7 @@ def goals(found: dict) -> dict[str, tuple[float | None, float | None]]:
 
 
 def ratios(rows: dict[str, dict], size: str) -> Iterator[str]:
-    """Ours over what transformers does in the same run, where both are there."""
+    """Yields our speed divided by that of transformers in the same run, if both were measured."""
     value = {name: row["value"] for name, row in rows.items() if "value" in row}
     for name in ("R4", "R1", "R2"):
         if name in value and "torch rollout" in value:
@@ -146,7 +146,7 @@ def ratios(rows: dict[str, dict], size: str) -> Iterator[str]:
 
 
 def details(rows: dict[str, dict]) -> Iterator[str]:
-    """What some rows have besides."""
+    """Yields further figures that only some rows have."""
     for name, row in rows.items():
         if "phases" in row:
             yield f"{name}: " + ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in row["phases"].items())
@@ -161,7 +161,7 @@ def details(rows: dict[str, dict]) -> Iterator[str]:
 
 
 def report(found: dict) -> str:
-    """The figures for a terminal."""
+    """Returns the figures as text for a terminal."""
 
     def cell(value: float | None, form: str = ",.4g") -> str:
         return "-" if value is None else format(value, form)
@@ -182,7 +182,7 @@ def report(found: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 1 where a workload failed."""
+    """Runs the command. Returns the exit code: 1 if a workload failed."""
     args = _arguments(argv)
     if args.worker:
         work(args)

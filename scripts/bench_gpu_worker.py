@@ -1,4 +1,4 @@
-"""The worker of bench_gpu.py: measures some workloads in a process of its own and prints a row of JSON for each."""
+"""Measures some workloads of bench_gpu.py in its own process, and prints one row of JSON per workload."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ PEAK_FLOPS = 989e12
 
 
 class Workload(NamedTuple):
-    """One row, or torch's two.
+    """One row of the results (for torch: two rows).
 
     Attributes:
-      process: workloads of one number share a process.
-      seconds: that it takes with compilation, about; where not even half of them are left it is left out.
-      floor, target: of the 2B on an H200.
+      process: workloads with the same number share a process.
+      seconds: the approximate duration with compilation; the workload is skipped if less than half of it is left.
+      floor, target: values for the 2B model on an H200.
     """
 
     unit: str
@@ -81,11 +81,11 @@ WORKLOADS = {
 GROUPS = {"R1": 16, "R2": 64, "R3": 64, "R4": 1, "T1": 16, "S": 16, "T2": 4, "K": 64}
 TINY_GROUPS, TINY_MICRO = {"R1": 2, "R2": 4, "R3": 4, "R4": 1, "T1": 2, "S": 2, "T2": 1, "K": 2}, 1
 MEAN_LENGTH, LENGTH_SIGMA = 400 / 1024, 0.6
-DECODE_STEPS = 10  # in one program: starting it does not count
+DECODE_STEPS = 10  # steps in one program, so that starting the program hardly counts
 
 
 class Worker:
-    """Measures some workloads in this process; each returns the fields of its row."""
+    """The measurements of one process. Each workload's method returns the fields of its row."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.size = args, SIZES[args.size]
@@ -107,7 +107,7 @@ class Worker:
         return self.programs.init(random_params(self.cfg, "float32"))
 
     def forget(self) -> None:
-        """Frees what workloads share: after a failure it may be half gone."""
+        """Frees the objects that workloads share, because a failure may have left them incomplete."""
         for name in ("weights", "reference", "state"):
             self.__dict__.pop(name, None)
         gc.collect()
@@ -130,14 +130,14 @@ class Worker:
         return self._row(timing, made / timing.median, flops)
 
     def _lengths(self, shape: tuple[int, int]) -> np.ndarray:
-        """Lognormal, of MEAN_LENGTH before the cap."""
+        """Returns lognormal answer lengths with mean MEAN_LENGTH before they are capped."""
         new = self.size.new
         centre = np.log(MEAN_LENGTH * new) - LENGTH_SIGMA**2 / 2
         drawn = np.random.default_rng(3).lognormal(centre, LENGTH_SIGMA, shape)
         return np.clip(drawn, 1, new).astype(np.int32)
 
     def step(self, name: str, until: float) -> dict:
-        """T1: all but the rollout."""
+        """Measures T1: a training step without the rollout."""
         groups = self.groups[name]
         questions, tokens = random_questions(self.size, groups), random_tokens(self.size, groups)
         batches = micro_batches(questions, tokens, self.micro)
@@ -160,7 +160,7 @@ class Worker:
         self.state, _ = update(self.programs, self.state, batches)
 
     def whole_step(self, name: str, until: float) -> dict:
-        """S: a step as training runs it, but other texts are scored than were sampled: random tokens say nothing."""
+        """Measures S: a step as in training, except that it scores fixed texts, since random tokens have no meaning."""
         groups, steps = self.groups[name], itertools.count()
         questions = random_questions(self.size, groups)
         prompts, shape, phases = collate(questions), (groups, self.size.group), []
@@ -188,7 +188,10 @@ class Worker:
         return self._row(timing, timing.median, flops) | {"phases": dict(zip(names, medians, strict=True))}
 
     def head(self, name: str, until: float) -> dict:
-        """T2: three matmuls, of logits and of their two gradients. Extra: all that it allocates, gradients included."""
+        """Measures T2: three matmuls, for logits and their two gradients.
+
+        The row's `extra_gb` is the memory of temporaries and outputs, gradients included.
+        """
         shape, cfg = (self.groups[name], self.size.group, self.size.new), self.cfg
         keys = jax.random.split(jax.random.key(0), 2)
         hidden = jax.random.normal(keys[0], (*shape, cfg.width), self.size.dtype)
@@ -202,7 +205,7 @@ class Worker:
         return self._row(timing, flops / timing.median / 1e12, flops) | {"extra_gb": extra}
 
     def decode_attention(self, name: str, until: float) -> dict:
-        """K: the attention of some steps in all layers, and beside it that of the reference."""
+        """Measures K: the attention of some steps in all layers, by the kernel and by the reference."""
         cfg, size, B = self.cfg, self.size, self.groups[name]
         K, G, H = cfg.kv_heads, size.group, cfg.head_dim
         shapes = [(B, K, size.prompt, H)] * 2 + [(B, K, G, size.new, H)] * 2
@@ -242,7 +245,7 @@ METHODS = {
 
 @contextlib.contextmanager
 def scorer(count: int, workers: int) -> Iterator[Callable[[], list[float]]]:
-    """A function that scores as many answers in worker processes; without math-verify it draws rewards."""
+    """Yields a function that scores `count` answers in worker processes; it draws rewards if math-verify is missing."""
     if importlib.util.find_spec("math_verify") is None:
         yield lambda: np.random.default_rng(0).random(count).tolist()
         return
@@ -253,7 +256,7 @@ def scorer(count: int, workers: int) -> Iterator[Callable[[], list[float]]]:
 
 
 def work(args: argparse.Namespace) -> None:
-    """In a process of its own: measures, and prints each row as JSON as soon as it is there."""
+    """Measures the workloads in this process, and prints each row as JSON as soon as it is measured."""
     worker, end = Worker(args), time.monotonic() + args.seconds
     with jax.set_mesh(single_device()):
         for number, name in enumerate(args.worker):

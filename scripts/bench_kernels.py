@@ -1,16 +1,16 @@
-"""Speed of the Pallas kernels next to XLA: `python scripts/bench_kernels.py` (a minute or two on a GPU; --help).
+"""Times the Pallas kernels next to XLA: `python scripts/bench_kernels.py` (a minute or two on a GPU; --help).
 
     attention   decode attention of one token: prompts of 768, room for 1,024 new tokens, full or half full; also TB/s
                 of the bytes that must be moved: queries, unmasked keys and values, result
-    advantage   the advantage of each token by step, 4 answers a question, 8 steps
+    advantage   the advantage of each token, from rewards per step; 4 answers per question, 8 steps
     loss        the policy loss of answers of 1,024 tokens: forward; forward and gradient, also with clipping
 
-"pallas" is the kernel, "reference" the same equation compiled by XLA. A program makes --inner calls, each on the result
-of the call before, so the start of the program hardly counts; an elementwise operation links the calls, for both alike.
-Attention reads the caches of four layers in turn, which are larger than a GPU's L2 cache. Times are microseconds a
-call: the median of --repeats, the two backends in turn, with least and most; compilation is separate. The last column
-is the largest difference between the two results. On a CPU the kernels do not run: only the reference is timed, on
-small shapes.
+"pallas" is the kernel, "reference" the same equation compiled by XLA. One program makes --inner calls, each on the
+result of the call before, so the start of the program hardly counts; an elementwise operation links the calls, in both
+programs. Attention reads the caches of four layers in turn, which are larger than a GPU's L2 cache. Times are
+microseconds per call: the median of --repeats, with minimum and maximum. The two backends run in turn; compilation is
+reported separately. The last column is the largest difference between the two results. The kernels do not run on a CPU:
+there only the reference is timed, on small shapes.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Workload(NamedTuple):
 
     Attributes:
       run: run(backend, state, *arrays) returns a result and the next state.
-      calls: how often one run calls the kernel.
-      moved: the bytes that one call must move; 0 if they do not bound its time.
+      calls: the number of kernel calls in one run.
+      moved: the number of bytes that one call must move; 0 if memory traffic does not limit its time.
     """
 
     run: Callable[..., Any]
@@ -63,10 +63,10 @@ def attention(
     own: int = 1024,
     dtype: str = "bfloat16",
 ) -> Workload:
-    """Decode attention with K kv heads of E query heads each.
+    """Returns the workload of decode attention with K kv heads of E query heads each.
 
     Args:
-      filled: the mean share of the answers' caches in use; below 1 each answer has a length of its own.
+      filled: the mean share of the answers' caches in use; below 1, the answers have different lengths.
       prefix, own: the lengths of the prompts' and of the answers' caches.
     """
     rng = np.random.default_rng(0)
@@ -169,7 +169,7 @@ SMALL = {
 
 
 def measured(workload: Workload, backends: list[str], inner: int, repeats: int) -> dict[str, Any]:
-    """{"timings": by backend, of a program of `inner` runs; "differ": the largest difference between results}."""
+    """Returns {"timings": per backend, of a program of `inner` runs; "differ": largest difference between results}."""
 
     def program(backend: str) -> Callable[[], Any]:
         def loop(state: jax.Array, *arrays: Any) -> Any:
@@ -190,7 +190,7 @@ def measured(workload: Workload, backends: list[str], inner: int, repeats: int) 
 
 
 def as_row(name: str, workload: Workload, result: dict[str, Any], inner: int) -> dict[str, Any]:
-    """One row of the JSON file, with seconds a call; `result` is from `measured`."""
+    """Returns one row of the JSON file, with seconds per call; `result` is from `measured`."""
     row: dict[str, Any] = {"workload": name, "moved_bytes": workload.moved or None, "differ": result["differ"]}
     for backend, timing in result["timings"].items():
         each = Timing(timing.first, tuple(seconds / (inner * workload.calls) for seconds in timing.seconds))
@@ -202,7 +202,7 @@ def as_row(name: str, workload: Workload, result: dict[str, Any], inner: int) ->
 
 
 def cells(row: dict[str, Any], backends: list[str]) -> list[str]:
-    """A row of the JSON file as cells of the printed table."""
+    """Returns a row of the JSON file as cells of the printed table."""
     texts = [row["workload"]]
     for backend in backends:
         times = row[backend]

@@ -1,6 +1,6 @@
-"""The programs of a StepGRPO step on random weights, as r1vl_jax.training.programs builds them, on one device.
+"""Builds the programs of a StepGRPO step on random weights, on one device, by r1vl_jax.training.programs.
 
-A step: build them by `step_programs`, a state by `programs.init(masters)`, sample by `answer`, then
+To run a step, build the programs by `step_programs` and a state by `programs.init(masters)`, sample by `answer`, then
 
     batches = with_reference(programs, reference, micro_batches(questions, tokens_BGT, micro))
     state, metrics = update(programs, state, with_advantages(batches, advantages_BG))
@@ -34,7 +34,7 @@ UPDATES = 1000
 
 
 def step_config(size: Size, remat: str) -> Config:
-    """The configuration of the second stage; no file that it names is read."""
+    """Returns a configuration of the second stage; the files that it names are never read."""
     return Config(
         stages=("step_grpo",),
         model=ModelSection(path="random", dtype=size.dtype, remat=remat),
@@ -53,7 +53,7 @@ def step_programs(size: Size, cfg: ModelConfig, *, remat: str, mesh: Mesh | None
 def answer(
     weights: Any, cfg: ModelConfig, prompts: Prompts, group: int, new: int, *, step: int = 0, **options: Any
 ) -> Rollout:
-    """`group` answers of exactly `new` tokens to each question: the only stop token is one that is never sampled."""
+    """Samples `group` answers of exactly `new` tokens per question; the only stop token is one that is never drawn."""
     row_ids = np.arange(prompts.tokens_BT.shape[0], dtype=np.uint32)
     sampling = Sampling(temperature=TEMPERATURE, max_new_tokens=new)
     stop_ids = (cfg.image_token_id,)
@@ -65,7 +65,7 @@ def answer(
 def micro_batches(
     questions: Sequence[EncodedPrompt], tokens_BGT: np.ndarray, micro: int, multiple: int = PAD_MULTIPLE
 ) -> list[TrainBatch]:
-    """The step's questions and answers, `micro` questions at a time, on the device."""
+    """Divides the step's questions and answers into micro-batches of `micro` questions, on the device."""
     B, G, _ = tokens_BGT.shape
     weights_BGT = answer_weights(np.ones(tokens_BGT.shape, bool), answers=B * G)
     return [
@@ -78,7 +78,7 @@ def micro_batches(
 
 
 def with_advantages(batches: Sequence[TrainBatch], advantages_BG: np.ndarray) -> list[TrainBatch]:
-    """The micro-batches with the advantage of each answer on all its tokens."""
+    """Returns the micro-batches with each answer's advantage on all its tokens."""
     parts = np.split(advantages_BG[..., None], len(batches))
     spread = [np.broadcast_to(a, b.tokens_BGT.shape) for a, b in zip(parts, batches, strict=True)]
     return [
@@ -88,7 +88,7 @@ def with_advantages(batches: Sequence[TrainBatch], advantages_BG: np.ndarray) ->
 
 
 def with_reference(programs: Programs, reference: Any, batches: Sequence[TrainBatch]) -> list[TrainBatch]:
-    """The micro-batches with the reference's log-probabilities."""
+    """Returns the micro-batches with the reference's log-probabilities."""
     score = partial(programs.token_logprobs, reference)
     return [dataclasses.replace(batch, ref_logprobs_BGT=score(batch.prompts, batch.tokens_BGT)) for batch in batches]
 
@@ -103,7 +103,7 @@ def update(programs: Programs, state: TrainState, batches: Sequence[TrainBatch])
 def head_gradient(
     cfg: ModelConfig, hidden_BGTD: jax.Array, head_VD: jax.Array, tokens_BGT: jax.Array, values: dict[str, jax.Array]
 ) -> Any:
-    """The StepGRPO loss of hidden states, and its gradients to them and to the head."""
+    """Returns the StepGRPO loss of hidden states, and its gradients with respect to the hidden states and the head."""
     token_loss = partial(policy_loss, objective=Objective(TEMPERATURE, BETA), backend=cfg.kernels)
 
     def loss(hidden_BGTD, head_VD):
@@ -118,7 +118,11 @@ def head_gradient(
 def decode_layers(
     q_BKGEH: jax.Array, caches: Any, prefix_length_B: jax.Array, own_length_BG: jax.Array, steps: int, backend: str
 ) -> jax.Array:
-    """Attention of `steps` tokens: layer after layer, each with caches (prompt k, v, answers' k, v) of its own."""
+    """Runs decode attention for `steps` tokens, layer after layer.
+
+    Args:
+      caches: for each layer its own (prompt k, prompt v, answers' k, answers' v).
+    """
 
     def one(_, q_BKGEH):
         for prefix_k, prefix_v, own_k, own_v in caches:

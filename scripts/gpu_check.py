@@ -1,22 +1,22 @@
-"""One check of a GPU in stages, each a process of its own with a limit of its own. In the repository's root:
+"""Checks a GPU in stages, each in its own process with its own time limit. Run it in the repository's root:
 
     python scripts/gpu_check.py --out DIR --budget 330 --stages env,right,step,train
     python scripts/gpu_check.py --out DIR --budget 270 --stages R1,S,T1,torch,K,R4,profile,R2
 
-The first line checks that results are right: 330 seconds. The second measures speed: 270 seconds, worth nothing before
-the first says RIGHT. Give them different folders for --out. What else a stage does is at the top of its script; R1 to
-K and torch are the workloads of bench_gpu.py. Needs jax[cuda13] and, where they are missing (six packages that a CUDA
-machine with jax and torch often lacks): grain, array_record, portpicker, math-verify 0.9.0, latex2sympy2_extended
-1.11.0, antlr4-python3-runtime 4.13.2.
+The first command checks that results are right, in 330 seconds. The second measures speed, in 270 seconds; its results
+mean nothing unless the first command prints RIGHT. Use different folders for --out. The docstring of each stage's
+script describes the stage; R1 to K and torch are the workloads of bench_gpu.py. Needs jax[cuda13] and six packages that
+a CUDA machine with jax and torch often lacks; install the missing ones: grain, array_record, portpicker, math-verify
+0.9.0, latex2sympy2_extended 1.11.0, antlr4-python3-runtime 4.13.2.
 
-DIR/gpu_check.json is written again after each stage: {"arguments": [...], "rows": [{"stage", "name", figures or
-"error"}, ...]}. "ok" says whether a row is right, where that can be judged. The last row of a stage is named "process"
-and holds its exit code. DIR/logs.txt holds all that the stages print. The command prints RIGHT and returns 0, or prints
-the rows that fail and returns 1.
+DIR/gpu_check.json is rewritten after each stage: {"arguments": [...], "rows": [{"stage", "name", figures or "error"},
+...]}. The field "ok" says whether a row is right, if that can be judged. The last row of a stage is named "process" and
+holds its exit code. DIR/logs.txt contains everything that the stages print. The command prints RIGHT and returns 0, or
+prints the rows that fail and returns 1.
 
-Compiled programs and autotune results are kept in KEEP/cache and packed into DIR/cache0.tar, cache1.tar, ... at the
-end. On another machine of the same kind, unpack them first (tar -xf DIR/cache0.tar -C KEEP/cache): nothing is compiled
-again. --cpu runs every stage on a CPU, with tiny models and kernels in interpret mode: a test of this check itself.
+Compiled programs and autotune results are stored in KEEP/cache and packed into DIR/cache0.tar, cache1.tar, ... at the
+end. On another machine of the same kind, unpack them first (tar -xf DIR/cache0.tar -C KEEP/cache), so that nothing is
+compiled again. --cpu runs every stage on a CPU, with tiny models and kernels in interpret mode, to test this script.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from gpu_check_common import MARK
 
 SCRIPTS = Path(__file__).resolve().parent
 ROOT = SCRIPTS.parent
-CPU_SLOWER = 10  # times the limits of a GPU, which are for hangs
-LEAST_SHARE = 0.3  # of its limit that must be left for a stage to start
-END_S = 5  # of the budget for packing
+CPU_SLOWER = 10  # factor on the limits for a GPU; the limits only catch hangs
+LEAST_SHARE = 0.3  # minimum share of its limit that must be left for a stage to start
+END_S = 5  # seconds of the budget that are reserved for packing
 PART_BYTES, PARTS = 14_000_000, 4  # of the packed cache, so that each file is small enough to send
 
 Row = dict[str, Any]
 
 
 class Stage(NamedTuple):
-    """seconds: its limit; script: gets the stage's name and `stage_arguments` (gpu_check_common.py)."""
+    """seconds: the time limit; script: is called with the stage's name and `stage_arguments` (gpu_check_common.py)."""
 
     seconds: float
     script: str
@@ -95,11 +95,14 @@ def stage_names(text: str) -> list[str]:
 
 
 def stage_environment(args: argparse.Namespace) -> dict[str, str]:
-    """What every stage runs with; of these, what the caller has set stays, but for the two that are added to."""
+    """Returns the environment variables of every stage.
+
+    Variables that the caller has set keep their values, except XLA_FLAGS and PYTHONPATH, to which this function adds.
+    """
     flags = [os.environ.get("XLA_FLAGS", ""), args.flags, "--xla_backend_optimization_level=0" if args.cpu else ""]
     paths = [str(ROOT), str(ROOT / "kernels"), str(SCRIPTS), os.environ.get("PYTHONPATH", "")]
     defaults = {
-        "JAX_PLATFORMS": "cuda,cpu",  # raises where there is no GPU; the sampler is compared with the CPU's
+        "JAX_PLATFORMS": "cuda,cpu",  # raises if there is no GPU; the sampler is compared with the CPU's
         "JAX_COMPILATION_CACHE_DIR": str(args.keep / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
@@ -110,7 +113,7 @@ def stage_environment(args: argparse.Namespace) -> dict[str, str]:
 
 
 def run_stage(name: str, args: argparse.Namespace, left: float) -> list[Row]:
-    """The rows of a stage in at most `left` seconds, and at their end that of its process."""
+    """Runs a stage for at most `left` seconds. Returns its rows; the last row describes the stage's process."""
     seconds = STAGES[name].seconds
     limit = min(seconds * (CPU_SLOWER if args.cpu else 1), left - END_S)
     if limit < LEAST_SHARE * seconds:
@@ -136,7 +139,7 @@ def run_stage(name: str, args: argparse.Namespace, left: float) -> list[Row]:
 
 
 def run_process(command: list[str], log: Any, limit: float, environment: dict[str, str]) -> int | None:
-    """The exit code, or None where the limit was up. No process that it started outlives it."""
+    """Returns the exit code, or None if the time limit was reached. Kills all processes that the command started."""
     process = subprocess.Popen(
         command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT, process_group=0
     )
@@ -145,13 +148,13 @@ def run_process(command: list[str], log: Any, limit: float, environment: dict[st
     except subprocess.TimeoutExpired:
         return None
     finally:
-        with contextlib.suppress(ProcessLookupError):  # where nothing is left to kill
+        with contextlib.suppress(ProcessLookupError):  # if no process is left to kill
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Replaces the file at once, so that it is complete whenever this process is killed."""
+    """Replaces the file in one operation, so that the file is complete even if this process is killed at any time."""
     new = path.with_suffix(".tmp")
     new.write_text(json.dumps(result, indent=1) + "\n")
     new.replace(path)
@@ -185,7 +188,7 @@ def fails(row: Row) -> bool:
 
 
 def print_verdict(rows: list[Row]) -> int:
-    """Prints RIGHT or the rows that fail; returns the exit code."""
+    """Prints RIGHT or the rows that fail. Returns the exit code."""
     failing = [row for row in rows if fails(row)]
     for row in failing:
         print("FAILS " + json.dumps(row), flush=True)

@@ -1,4 +1,4 @@
-"""What the stages of gpu_check.py share: their arguments, the rows that they print for it, a question to nvidia-smi."""
+"""Provides the code that the stages of gpu_check.py share: arguments, rows of results, nvidia-smi queries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MARK = "ROW "  # starts a line that holds a row as JSON
 
 
 def stage_arguments() -> argparse.Namespace:
-    """The command line that gpu_check.py gives to each stage."""
+    """Parses the command line that gpu_check.py gives to each stage."""
     parser = argparse.ArgumentParser()
     parser.add_argument("stage")
     parser.add_argument("--out", type=Path, required=True)
@@ -33,7 +33,7 @@ def print_row(name: str, **fields: Any) -> None:
 
 
 def run_check(name: str, check: Callable[[], dict[str, Any]]) -> None:
-    """Prints the row that `check` returns, or its error: one check that fails ends no other."""
+    """Prints the row that `check` returns, or a row with its error, so that one failure does not stop other checks."""
     start = time.perf_counter()
     try:
         fields = check()
@@ -45,7 +45,7 @@ def run_check(name: str, check: Callable[[], dict[str, Any]]) -> None:
 
 
 def nvidia_smi(query: str, *options: str) -> str:
-    """The answer to `nvidia-smi --query-gpu=query`, without its heading: a line for each GPU."""
+    """Returns the output of `nvidia-smi --query-gpu=query` without its heading: one line per GPU."""
     form = ",".join(["csv", "noheader", *options])
     command = ["nvidia-smi", f"--query-gpu={query}", f"--format={form}"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,4 +1,4 @@
-"""Stage `env` of gpu_check.py: does everything import, does the device compute, how fast are a matmul and a copy."""
+"""Runs stage `env` of gpu_check.py: checks imports and the device, and times a matmul and a copy."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def card() -> dict[str, Any]:
 
 
 def imports() -> dict[str, Any]:
-    """Errors of the project's modules that do not import."""
+    """Returns the errors of the project's modules that cannot be imported."""
     failed = {}
     for name in MODULES:
         try:
@@ -50,7 +50,7 @@ def imports() -> dict[str, Any]:
 
 
 def device(args: argparse.Namespace) -> dict[str, Any]:
-    """exp and erf are functions of libdevice, a file that XLA must find on the machine."""
+    """Computes on the device. exp and erf are functions of libdevice, a file that XLA must find on the machine."""
     import jax
     import jax.numpy as jnp
 
@@ -62,7 +62,7 @@ def device(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def ceilings(args: argparse.Namespace) -> dict[str, Any]:
-    """TFLOP/s of a bf16 matmul, TB/s of reading and writing a large array."""
+    """Measures TFLOP/s of a bf16 matmul, and TB/s of reading and writing a large array."""
     import jax
     import jax.numpy as jnp
 

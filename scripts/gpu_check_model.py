@@ -1,4 +1,4 @@
-"""The models that gpu_check.py runs, and all that it takes from the benchmarks: a small StepGRPO step, a rollout."""
+"""Defines the models that gpu_check.py runs, and wraps the benchmarks' code: a small StepGRPO step, a rollout."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from r1vl_jax.parallel.sharding import param_shardings
 
 QUESTIONS, MICRO, UPDATES = 4, 2, 2
 LOGIT_ROWS = 256
-SAMPLES = 20_000  # of each parameter that are compared
+SAMPLES = 20_000  # entries of each parameter that are compared
 
 
 class Way(NamedTuple):
-    """How to run a step: dtype of the computation, backends of attention and kernels, precision of fp32 matmuls."""
+    """A way to run a step: dtype of the computation, backends of attention and kernels, precision of fp32 matmuls."""
 
     dtype: str
     attention: str
@@ -41,7 +41,7 @@ class Way(NamedTuple):
 
 
 def step_size(name: str, dtype: str) -> Size:
-    """The tiny model, or one of two layers with the head widths of the 2B, 128 and in its vision 80; few tokens."""
+    """Returns the tiny model, or a model of two layers with the 2B's head widths (128; vision tower 80); few tokens."""
     if name == "tiny":
         return dataclasses.replace(SIZES["tiny"], dtype=dtype)
     size, vocab = SIZES["2b"], 8192
@@ -63,7 +63,7 @@ def step_size(name: str, dtype: str) -> Size:
 
 
 def numpy_params(cfg: ModelConfig) -> Any:
-    """Random fp32 parameters from NumPy: the same on every device."""
+    """Returns random fp32 parameters from NumPy, which are the same on every device."""
     rng = np.random.default_rng(7)
 
     def draw(spec: ParamSpec) -> np.ndarray:
@@ -74,12 +74,14 @@ def numpy_params(cfg: ModelConfig) -> Any:
 
 
 def step(name: str, way: Way) -> dict[str, np.ndarray]:
-    """A rollout of the model `step_size(name)`, and two updates on random answers, whatever the rollout sampled.
+    """Runs a rollout of the model `step_size(name)`, and two updates on random answers that ignore the rollout.
 
-    Returns:
-      tokens, rollout_logprobs: of the rollout; recomputed: log-probabilities of its tokens by the training program.
-      reference: log-probabilities of the random answers; loss0, kl0, ... loss1, ...: metrics of each update.
-      change: what the updates added to the parameters, a sample of each.
+    Returns a dictionary with these arrays:
+      tokens, rollout_logprobs: the rollout's.
+      recomputed: log-probabilities of the rollout's tokens by the training program.
+      reference: log-probabilities of the random answers.
+      loss0, kl0, ... loss1, ...: metrics of each update.
+      change: a sample of each parameter's change by the updates.
     """
     size = step_size(name, way.dtype)
     cfg = size.cfg.with_backend(way.attention, way.kernels, LOGIT_ROWS)
@@ -114,13 +116,13 @@ def joined(arrays: Any) -> np.ndarray:
 
 
 def sampled_entries(params: Any) -> np.ndarray:
-    """About SAMPLES entries of each parameter, evenly spread."""
+    """Returns about SAMPLES entries of each parameter, evenly spaced."""
     flat = [np.asarray(a, np.float64).ravel() for a in jax.tree.leaves(params)]
     return np.concatenate([a[:: max(1, a.size // SAMPLES)] for a in flat])
 
 
 def rollout_call(name: str, questions: int, new: int) -> tuple[Callable[[], Any], int]:
-    """(a function that samples 4 answers to each of some questions by the model of that size, tokens of an answer)."""
+    """Returns (a function that samples 4 answers to each of `questions` questions, number of tokens of an answer)."""
     size = SIZES[name]
     cfg, new = size.on_this_machine(), min(new, size.new)
     with jax.set_mesh(single_device()):

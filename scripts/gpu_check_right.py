@@ -1,8 +1,9 @@
-"""Stage `right` of gpu_check.py: kernels, attention, loss head and sampler against fp32 at highest precision.
+"""Runs stage `right` of gpu_check.py: compares kernels, attention, loss head and sampler with exact fp32 results.
 
-Both sides run on the same device with the same inputs, rounded to the dtype under test. A row holds how far the values
-are apart, and the gradients where training takes them: ||a - b|| / ||b|| of the worst array, and whether a second call
-gives the same gradients, bit for bit. With --cpu the kernels run in interpret mode and all attention is `xla`.
+Both sides run on the same device with the same inputs, rounded to the dtype under test; the exact side computes in fp32
+at highest precision. A row contains the distance ||a - b|| / ||b|| of the worst array, for the values and for the
+gradients that training needs, and whether a second call returns bitwise equal gradients. With --cpu the kernels run in
+interpret mode and all attention is `xla`.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from r1vl_jax.model.head import head_loss, token_logprobs
 from r1vl_jax.rollout.sampling import sample
 from r1vl_jax.types import Sampling
 
-LIMITS = {"bfloat16": 1e-2, "float32": 1e-5}  # of the relative distance, by dtype of the inputs
+LIMITS = {"bfloat16": 1e-2, "float32": 1e-5}  # limits on the relative distance, per dtype of the inputs
 SAME_TOKENS = 0.95  # share of sampled tokens that must agree
-LOGPROB_LIMIT = 1e-4  # of the difference between log-probabilities of one token
+LOGPROB_LIMIT = 1e-4  # limit on the difference between log-probabilities of one token
 NOT_FINITE = 9.0  # the distance of a result that holds NaN or infinity
 
 Checks = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
@@ -35,7 +36,7 @@ Checks = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """kernels, attention: the backends under test; small: sizes for a CPU; rng: all inputs come from it."""
+    """kernels, attention: the backends under test; small: use sizes for a CPU; rng: the generator of all inputs."""
 
     kernels: str
     attention: str
@@ -46,12 +47,12 @@ class Setup:
         return jnp.asarray(self.rng.normal(size=shape), dtype)
 
     def integers(self, low: int, high: int, shape: int | tuple[int, ...]) -> jax.Array:
-        """From low up to and including high."""
+        """Returns random integers from `low` to `high`, both included."""
         return jnp.asarray(self.rng.integers(low, high + 1, shape), jnp.int32)
 
 
 def distance(result: Any, expected: Any) -> float:
-    """||result - expected|| / ||expected|| of the array of the trees where it is largest."""
+    """Returns ||result - expected|| / ||expected||: the largest value over the arrays of the trees."""
 
     def one(a: jax.Array, b: jax.Array) -> float:
         x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -70,7 +71,11 @@ def compare(
     setup: Setup, call: Callable[..., Any], exact: Callable[..., Any], arrays: Sequence[jax.Array],
     gradients: tuple[int, ...] = (), dtype: str = "bfloat16",
 ) -> dict[str, Any]:  # fmt: skip
-    """call(*arrays) against exact(*arrays) in fp32; of a random weighted sum of the results, the `gradients` too."""
+    """Compares call(*arrays) with exact(*arrays) in fp32.
+
+    Args:
+      gradients: the arguments whose gradients are compared too, for a random weighted sum of the results.
+    """
     with jax.default_matmul_precision("highest"):
         expected = jax.jit(exact)(*in_fp32(arrays))
     row: dict[str, Any] = {"value_distance": distance(jax.jit(call)(*arrays), expected)}
@@ -95,7 +100,7 @@ def compare(
 
 
 def decode_checks(setup: Setup) -> Checks:
-    """(B, K, query heads a kv head, tokens of the prompt, of an answer, dtype); the 2B's first, then the 7B's."""
+    """Yields checks of (B, K, query heads per kv head, prompt tokens, answer tokens, dtype): of the 2B, then the 7B."""
     shapes = [
         (64, 2, 6, 768, 1024, "bfloat16"),
         (1, 2, 6, 700, 1000, "bfloat16"),
@@ -173,7 +178,11 @@ def prompt_attention(setup: Setup, T: int, N: int, K: int) -> dict[str, Any]:
 
 
 def frame_attention(setup: Setup, P: int, ends: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """`ends`: of each row's frames, in patches; what follows the last is padding and is not compared."""
+    """Checks attention of frames.
+
+    Args:
+      ends: for each row the end of each frame, in patches; the padding after the last frame is not compared.
+    """
     segment = np.full((len(ends), P), -1, np.int32)
     for row, row_ends in enumerate(ends):
         for frame, (start, end) in enumerate(zip((0, *row_ends), row_ends, strict=False)):
@@ -211,7 +220,7 @@ def head_checks(setup: Setup) -> Checks:
 
 
 def loss_head(setup: Setup) -> dict[str, Any]:
-    """head_loss takes its gradient chunk by chunk; token_logprobs leaves it to jax."""
+    """Checks the gradients of head_loss (computed per chunk) against those that jax derives from token_logprobs."""
     V, D, T = (512, 32, 8) if setup.small else (151936, 1536, 256)
     hidden_BGTD, head_VD = setup.draw(2, 4, T, D), setup.draw(V, D) * D**-0.5
     tokens_BGT, values_BGT = setup.integers(0, V - 1, (2, 4, T)), setup.draw(2, 4, T, dtype="float32")
@@ -233,7 +242,7 @@ def loss_head(setup: Setup) -> dict[str, Any]:
 
 
 def sampler(setup: Setup) -> dict[str, Any]:
-    """Tokens against those of the CPU and of NumPy in float64, where a neighbour in the vocabulary counts as equal."""
+    """Compares tokens with those of the CPU and of NumPy in float64; a neighbour in the vocabulary counts as equal."""
     rows, V = 64, 777 if setup.small else 151936
     logits = np.asarray(setup.draw(rows, V, dtype="float32") * 3)
     uniform = setup.rng.random(rows).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The stages of gpu_check.py that measure: the workloads of bench_gpu.py, torch, and `profile`, time by kernel."""
+"""Runs the speed stages of gpu_check.py: workloads of bench_gpu.py, torch, and `profile` (time per kernel)."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from gpu_check_common import nvidia_smi, print_row, run_check, stage_arguments
 
 HERE = Path(__file__).resolve().parent
 LARGE_CARD_MIB = 100_000  # above it a micro-batch of 4 questions fits with remat matmuls, below it one of 2
-END_S = 12  # that a worker gets less than its stage: it measures until then, and ends
+END_S = 12  # seconds by which a worker's time is shorter than its stage's limit, so that it can end by itself
 PROFILED_QUESTIONS, PROFILED_TOKENS = 16, 64
 LARGEST_TRACE = 15_000_000  # bytes that are copied to --out
 
 
 def bench(args: argparse.Namespace) -> None:
-    """One workload, by the worker of bench_gpu.py or by torch_baseline.py, which print their rows as JSON."""
+    """Runs one workload by the worker of bench_gpu.py or by torch_baseline.py, which print their rows as JSON."""
     options = ["--size", args.size, "--repeats", str(args.repeats), "--seconds", f"{max(1, args.seconds - END_S):.0f}"]
     if args.stage == "torch":
         command = [sys.executable, str(HERE / "torch_baseline.py"), *options]
@@ -46,7 +46,7 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def micro_batch(args: argparse.Namespace) -> int:
-    """Questions in a gradient computation that the card's memory holds."""
+    """Returns the number of questions per gradient computation that fits the card's memory."""
     if args.cpu:
         return 1
     memory = int(nvidia_smi("memory.total", "nounits").split()[0])
@@ -54,8 +54,8 @@ def micro_batch(args: argparse.Namespace) -> int:
 
 
 def profile(args: argparse.Namespace) -> dict[str, Any]:
-    """A rollout of R1's questions and few tokens: its time, and that of its kernels by name."""
-    import jax  # here, since the other stages leave the device to the process that they start
+    """Profiles a rollout of R1's questions with few tokens. Returns its time, and the time of each kernel by name."""
+    import jax  # imported here, because the other stages leave the device to the process that they start
     from gpu_check_model import rollout_call
 
     rollout, tokens = rollout_call(args.size, PROFILED_QUESTIONS, PROFILED_TOKENS)
@@ -76,7 +76,7 @@ def profile(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def gpu_events(planes: list[Any]) -> Iterator[Any]:
-    """Kernels and copies on their streams. Lines of steps and of XLA's modules and ops hold the same time again."""
+    """Yields kernels and copies on their streams. Skips lines of steps, modules and ops: they repeat the same time."""
     for plane in planes:
         for line in plane.lines if "GPU" in plane.name else ():
             if "XLA" not in line.name and "Steps" not in line.name:
@@ -84,7 +84,7 @@ def gpu_events(planes: list[Any]) -> Iterator[Any]:
 
 
 def cpu_events(planes: list[Any]) -> Iterator[Any]:
-    """A trace of a CPU has no plane of a GPU: the operations that XLA's threads ran."""
+    """Yields the operations that XLA's threads ran; a trace of a CPU has no GPU plane."""
     other = ("end: ", "ThreadpoolListener", "ThunkExecutor")
     for plane in planes:
         for line in plane.lines:
@@ -93,7 +93,7 @@ def cpu_events(planes: list[Any]) -> Iterator[Any]:
 
 
 def by_kernel(events: Iterator[Any]) -> dict[str, Any]:
-    """Sums over the events of a trace; names without their numbers, the 25 that take longest."""
+    """Sums the events of a trace by name without its number; keeps the 25 names that take longest."""
     busy, count, starts, ends = collections.Counter(), 0, [], []
     for event in events:
         busy[re.sub(r"[._]\d+", "", event.name)[:60]] += event.duration_ns

@@ -1,7 +1,7 @@
-"""Stages `step` and `train` of gpu_check.py: a small StepGRPO step against the CPU's, and the training command.
+"""Runs stages `step` and `train` of gpu_check.py: a small StepGRPO step compared with the CPU, and a training run.
 
 `step` runs rollout, reference and two updates in fp32 at highest precision, in fp32 as the command runs it, and in
-bfloat16, each twice. A process beside it runs the same on this machine's CPU in fp32. With --cpu the CPU's way runs
+bfloat16, each twice. A second process runs the same step on this machine's CPU in fp32. With --cpu the CPU's step runs
 twice and is compared with itself.
 """
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Limits(NamedTuple):
-    """Of the largest difference between log-probabilities; of relative differences of metrics and of the change."""
+    """Limits on the largest difference between log-probabilities, and on relative differences of metrics and change."""
 
     logprob: float
     metric: float
@@ -66,12 +66,12 @@ def largest_difference(result: np.ndarray, expected: np.ndarray) -> float:
 
 
 def relative(result: np.ndarray, expected: np.ndarray) -> float:
-    """||result - expected|| / ||expected||."""
+    """Returns ||result - expected|| / ||expected||."""
     return float(np.linalg.norm(result - expected) / max(np.linalg.norm(expected), 1e-30))
 
 
 def compare_runs(first: Arrays, second: Arrays, limits: Limits) -> dict[str, Any]:
-    """What the decode program and the training program say of the same tokens; what a second run repeats exactly."""
+    """Compares the decode program with the training program on the same tokens, and a first run with a second."""
     difference = largest_difference(first["rollout_logprobs"], first["recomputed"])
     repeats = {name: bool(np.array_equal(first[name], second[name])) for name in first}
     right = difference < limits.logprob and all(repeats[name] for name in REPEATABLE)
@@ -79,7 +79,7 @@ def compare_runs(first: Arrays, second: Arrays, limits: Limits) -> dict[str, Any
 
 
 def compare_with_cpu(result: Arrays, expected: Arrays, limits: Limits) -> dict[str, Any]:
-    """One way's arrays against the CPU's. Sampled tokens part after the first that differs: they are not judged."""
+    """Compares one way's arrays with the CPU's. Sampled tokens are not judged: they diverge after one difference."""
     logprob = largest_difference(result["reference"], expected["reference"])
     metric = {name: relative(result[name], expected[name]) for name in METRICS}
     change = relative(result["change"], expected["change"])
@@ -106,7 +106,7 @@ def step_stage(args: argparse.Namespace) -> None:
 
 
 def check_way(args: argparse.Namespace, name: str, way: Way, limits: Limits) -> Arrays | None:
-    """Runs a way twice, prints the row of both runs, and on a CPU that of the second against the first."""
+    """Runs a way twice and prints a row for both runs. On a CPU, also compares the second run with the first."""
     runs: list[Arrays] = []
 
     def check() -> dict[str, Any]:
@@ -140,7 +140,7 @@ def against_file(result: Arrays, path: Path, limits: Limits) -> dict[str, Any]:
 
 
 def train_stage(args: argparse.Namespace) -> None:
-    """The training command on the built-in task: a few steps of both stages; bfloat16 on a GPU, hence cuDNN."""
+    """Runs the training command on the built-in task: a few steps of both stages; on a GPU in bfloat16, with cuDNN."""
     folder = args.keep / "train"
     options = TRAINING | {
         "output_dir": folder,

@@ -1,11 +1,11 @@
-"""What the programs of a StepGRPO step take on a GPU that is not there: each is compiled ahead of time for it.
+"""Reports the memory that the programs of a StepGRPO step need on a GPU, by compiling them without that GPU.
 
     python scripts/hlo_report.py --target h100_80gb.textproto --size 2b --questions 16 --micro 4
 
-Needs `pip install -e '.[gpu]'`, no GPU, and a description of one in XLA's text form (GpuTargetConfigProto, as XLA's own
-tests have them). Prints for each program its arguments, its temporaries, and what else is on the device meanwhile:
-fp32 parameters and both moments, the reference, the rollout's weights, gradients. Nothing runs, so nothing is said
-about speed.
+Needs `pip install -e '.[gpu]'`, no GPU, and a description of the GPU in XLA's text form (GpuTargetConfigProto, as in
+XLA's own tests). For each program it prints the memory of its arguments, of its temporaries, and of everything else on
+the device at that time: fp32 parameters and both moments, the reference, the rollout's weights, gradients. The programs
+do not run, so the report contains no times.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ STEPS = 8  # of an answer, for the advantages
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A program with abstract arguments. `beside`: trees on the device meanwhile that are not among its arguments."""
+    """A program with abstract arguments. `beside`: other trees that are on the device at the same time."""
 
     name: str
     program: Any
@@ -55,12 +55,12 @@ class Call:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of all arrays on one device."""
+    """Returns the bytes of all arrays on one device."""
     return sum(a.dtype.itemsize * math.prod(a.sharding.shard_shape(a.shape)) for a in jax.tree.leaves(tree))
 
 
 def placed(tree: Any, mesh: Mesh, *axes: str | None) -> Any:
-    """Abstract arrays whose first axis is split over the batch axes of the mesh; `axes` are others before it."""
+    """Returns abstract arrays whose axis after `axes` is split over the batch axes of the mesh."""
 
     def one(a: Any) -> jax.ShapeDtypeStruct:
         spec = partition_spec((*axes, "batch")[: a.ndim], RULES)
@@ -70,7 +70,7 @@ def placed(tree: Any, mesh: Mesh, *axes: str | None) -> Any:
 
 
 def prompts_of(size: Size, questions: int, mesh: Mesh) -> Prompts:
-    """Abstract prompts of some questions."""
+    """Returns abstract prompts of the given number of questions."""
     buckets = Buckets(128, shards=batch_shards(mesh))
     batch = collate_prompts(random_questions(size, questions), buckets)
     positions_3BT = placed(batch.positions_3BT, mesh, None)
@@ -82,14 +82,14 @@ def array(mesh: Mesh, *shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeSt
 
 
 def reference_of(programs: Programs, dtype: str) -> Any:
-    """The frozen reference: the parameters in the dtype of the computation."""
+    """Returns the frozen reference: the parameters in the dtype of the computation."""
     return jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, jnp.dtype(dtype), sharding=a.sharding), programs.layout.params
     )
 
 
 def rollout_calls(programs: Programs, cfg: ModelConfig, size: Size, questions: int, mesh: Mesh) -> Iterator[Call]:
-    """The programs of a rollout; of the decode loops the one with the longest cache."""
+    """Yields the programs of a rollout; of the decode loops only the one with the longest cache."""
     state, reference = programs.layout, reference_of(programs, size.dtype)
     B, G, T = questions, size.group, size.new
     yield Call("rollout_weights", programs.rollout_weights, (state.params,), (state.opt_state, reference))
@@ -112,7 +112,7 @@ def rollout_calls(programs: Programs, cfg: ModelConfig, size: Size, questions: i
 
 
 def training_calls(programs: Programs, size: Size, micro: int, mesh: Mesh) -> Iterator[Call]:
-    """The programs from the sampled answers to the updated policy, on micro-batches of `micro` questions."""
+    """Yields the programs from sampled answers to updated policy, on micro-batches of `micro` questions."""
     state, reference = programs.layout, reference_of(programs, size.dtype)
     prompts, shape = prompts_of(size, micro, mesh), (micro, size.group, size.new)
     tokens_BGT = array(mesh, *shape, dtype=jnp.int32)
@@ -140,7 +140,7 @@ def lower(call: Call, mesh: Mesh, platform: str) -> jax.stages.Lowered:
 
 
 def memory_row(call: Call, mesh: Mesh) -> dict[str, Any]:
-    """Compiles a program for the target. Returns its memory, in GiB of one device."""
+    """Compiles a program for the target. Returns its memory, in GiB per device."""
     started = time.perf_counter()
     memory: Any = lower(call, mesh, "cuda").compile().memory_analysis()
     own = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -177,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line. Returns 1 where a program does not fit."""
+    """Runs the command. Returns the exit code: 1 if a program does not fit."""
     args = _parser().parse_args(argv)
     shape = f"1x{args.devices}x1"
     topology = topologies.get_topology_desc(platform="cuda", target_config=args.target.read_text(), topology=shape)

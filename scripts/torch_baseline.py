@@ -1,9 +1,10 @@
-"""The peer of both benchmarks: transformers' Qwen2-VL with generate, and a training step that loops over answers.
+"""Runs the baseline of both benchmarks: transformers' Qwen2-VL with generate, and a training step over answers.
 
-`python scripts/torch_baseline.py --size 2b` does what the released trainer does, on the GPU where there is one: one
-question, four answers by generate; then a StepGRPO step on them, each after a prompt of its own, full logits, gradient
-checkpointing, AdamW. It is kinder than the released one: one process, weights and moments in bf16, a fused AdamW.
-Prints one JSON row a measurement: tokens a second, and seconds for each answer trained.
+`python scripts/torch_baseline.py --size 2b` does the released trainer's work, on the GPU if there is one. It samples
+four answers to one question by generate. Then it runs a StepGRPO step on the answers one at a time, each after its own
+copy of the prompt, with full logits, gradient checkpointing and AdamW. It is expected (not measured) to be faster than
+the released trainer: one process, weights and moments in bf16, a fused AdamW. It prints one JSON row per measurement:
+tokens per second, and seconds per trained answer.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from r1vl_jax.types import EncodedPrompt
 
 
 def hf_inputs(questions: Sequence[EncodedPrompt], image_token_id: int, device: str = "cpu") -> dict[str, Any]:
-    """The keyword arguments of transformers' model for questions of one length."""
+    """Returns the keyword arguments of transformers' model for questions of one length."""
     ids = np.stack([question.tokens_T for question in questions]).astype(np.int64)
     patches = np.concatenate([question.patches_PC for question in questions])
     inputs = {
@@ -39,7 +40,7 @@ def hf_inputs(questions: Sequence[EncodedPrompt], image_token_id: int, device: s
 
 
 def with_answers(inputs: dict[str, Any], tokens: torch.Tensor) -> dict[str, Any]:
-    """Each row of `inputs` followed by an answer (rows, length)."""
+    """Returns `inputs` with an answer of `tokens` (rows, length) appended to each row."""
     more = {
         "input_ids": tokens,
         "attention_mask": torch.ones_like(tokens),
@@ -63,7 +64,11 @@ def generate(model, inputs: dict[str, Any], new: int, answers: int = 1) -> torch
 
 
 def logprobs(model, inputs, tokens: torch.Tensor, forbidden: Sequence[int] = (), *, full: bool = False) -> torch.Tensor:
-    """Log-probabilities (rows, length) of answers after prompts; `full`: of logits at every position, as released."""
+    """Returns log-probabilities (rows, length) of answers after prompts.
+
+    Args:
+      full: computes logits at every position, as the released trainer does.
+    """
     length = tokens.shape[1]
     keep = 0 if full else length + 1
     logits = model(**with_answers(inputs, tokens), use_cache=False, logits_to_keep=keep).logits
@@ -74,7 +79,7 @@ def logprobs(model, inputs, tokens: torch.Tensor, forbidden: Sequence[int] = (),
 
 
 class TorchTraining:
-    """A policy, its AdamW and a reference; the StepGRPO step on rows of prompt and answer."""
+    """A policy, its AdamW and a reference, with the StepGRPO step on rows of prompt and answer."""
 
     def __init__(self, policy, reference, forbidden: Sequence[int] = (), *, full: bool = False):
         self.policy, self.reference = policy.train(), reference.eval()  # no dropout: train() only for checkpointing
@@ -85,7 +90,7 @@ class TorchTraining:
         )
 
     def loss(self, inputs, tokens: torch.Tensor, advantages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(the objective, the reference's log-probabilities); `advantages` (rows, 1)."""
+        """Returns (the objective, the reference's log-probabilities); `advantages` (rows, 1)."""
         with torch.inference_mode():
             ref = self.score(self.reference, inputs, tokens)
         policy = self.score(self.policy, inputs, tokens)
@@ -104,7 +109,7 @@ class TorchTraining:
 
 
 def build(size: Size, attention: str, device: str, *, checkpointing: bool = False):
-    """A model of random weights, as transformers draws them."""
+    """Returns a model with random weights, as transformers initialises them."""
     with torch.device(device):
         model = Qwen2VLForConditionalGeneration._from_config(
             Qwen2VLConfig(**size.raw), dtype=getattr(torch, size.dtype), attn_implementation=attention
@@ -115,7 +120,7 @@ def build(size: Size, attention: str, device: str, *, checkpointing: bool = Fals
 
 
 def measure(call: Callable[[], Any], repeats: int, device: str, until: float) -> dict[str, Any]:
-    """Up to `repeats` calls, while another one still ends before `until`; figures as in bench_common.Timing."""
+    """Times up to `repeats` calls while the next should end before `until`; figures as in bench_common.Timing."""
     seconds = []
     while not seconds or (len(seconds) < repeats and time.monotonic() + seconds[-1] < until):
         start = time.perf_counter()
@@ -128,7 +133,7 @@ def measure(call: Callable[[], Any], repeats: int, device: str, until: float) ->
 
 
 def bench(size: Size, args: argparse.Namespace) -> None:
-    """The released trainer's step, in two rows: answers to one question, and the update on them."""
+    """Runs the released trainer's step. Prints two rows: answers to one question, and the update on these answers."""
     device, until = "cuda" if torch.cuda.is_available() else "cpu", time.monotonic() + args.seconds
     question = random_questions(size, 1, pixels=False)
     model, reference = (build(size, args.attention, device, checkpointing=trained) for trained in (True, False))

@@ -1,4 +1,4 @@
-"""Shared by the kernels: how to run one, which form each platform gets, checks of arguments, padding."""
+"""Provides the code that all kernels share: running a kernel on each platform, argument checks, and padding."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ BACKENDS = ("reference", "pallas", "interpret")
 
 
 def on_device(call: Callable[..., Any], backend: str, *arrays: Any) -> Any:
-    """Runs a kernel. "pallas" chooses the form by the platform the program is lowered for, not the machine it is on.
+    """Runs a kernel. "pallas" chooses the kernel's form by the platform that the program is lowered for, which need not
+    be the platform of this machine.
 
     Args:
       call: call(*arrays, form=..., **options) runs a pallas_call with these options; form is "gpu" or "tpu".
-      backend: "pallas", or "interpret", which runs the GPU form.
+      backend: "pallas" or "interpret"; "interpret" runs the GPU form.
       arrays: arrays or trees of arrays.
     """
     if backend == "interpret":
@@ -33,7 +34,7 @@ def on_device(call: Callable[..., Any], backend: str, *arrays: Any) -> Any:
 
 
 def _refuse(*arrays: jax.Array, kernel: Callable[..., Any]) -> Any:
-    """Has the outputs of `kernel`, and raises when a program that contains it is lowered."""
+    """Returns placeholders shaped like `kernel`'s outputs; lowering a program that contains them raises an error."""
     outs, tree = jax.tree.flatten(jax.eval_shape(kernel, *arrays))
     return jax.tree.unflatten(tree, refused_p.bind(outs=tuple((out.shape, out.dtype) for out in outs)))
 
@@ -45,7 +46,7 @@ def _raise(platform: str) -> NoReturn:
     )
 
 
-# platform_dependent traces every branch and lowers one: a platform without a kernel must fail at lowering, not tracing.
+# platform_dependent traces all branches and lowers one, so a missing kernel must raise at lowering, not at tracing.
 refused_p = Primitive("r1vl_kernel_refused")
 refused_p.multiple_results = True
 refused_p.def_impl(lambda *, outs: _raise(jax.default_backend()))
@@ -54,7 +55,7 @@ mlir.register_lowering(refused_p, lambda ctx, *, outs: _raise(" and ".join(ctx.m
 
 
 def check_backend(backend: str) -> None:
-    """Raises ValueError for an unknown backend."""
+    """Raises ValueError if the backend is unknown."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
 
@@ -63,10 +64,10 @@ def check_array(name: str, array: jax.Array, kind: Any, shape: tuple[int, ...] |
     """Raises ValueError unless the array has this shape and a dtype of this kind.
 
     Args:
-      name: the argument's name. Its letters after the last "_" are its axes.
+      name: the argument's name. The letters after its last "_" are the array's axes.
       kind: a dtype or a class of dtypes, such as jnp.floating.
-      shape: None checks only that there are as many axes as letters.
-      source: the argument that the expected shape comes from, for the message.
+      shape: the expected shape; None: only the number of axes is checked.
+      source: the argument that the expected shape comes from, for the error message.
     """
     letters = name.rsplit("_", 1)[1]
     if shape is None and array.ndim != len(letters):
@@ -78,19 +79,22 @@ def check_array(name: str, array: jax.Array, kind: Any, shape: tuple[int, ...] |
 
 
 def round_up(size: int, multiple: int) -> int:
-    """The smallest multiple that is not less than `size`."""
+    """Returns the smallest multiple of `multiple` that is at least `size`."""
     return -(-size // multiple) * multiple
 
 
 def padded(array: jax.Array, *sizes: int) -> jax.Array:
-    """The array with its last axes extended to these sizes by zeros at their ends."""
+    """Returns the array with its last axes extended to these sizes by zeros at their ends."""
     lead = array.ndim - len(sizes)
     missing = [(0, size - present) for size, present in zip(sizes, array.shape[lead:], strict=True)]
     return jnp.pad(array, [(0, 0)] * lead + missing) if any(after for _, after in missing) else array
 
 
 def token_block(tokens: int, largest: int) -> int:
-    """Tokens in a block: a power of two from 128 to `largest`, the largest that needs no more padding than 128."""
+    """Returns the number of tokens in a block: a power of two from 128 to `largest`.
+
+    The result is the largest such block that needs no more padding than a block of 128.
+    """
     block = 128
     while block < largest and round_up(tokens, 128) % (2 * block) == 0:
         block *= 2

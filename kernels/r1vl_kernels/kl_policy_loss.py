@@ -1,11 +1,11 @@
-"""The StepGRPO loss of each answer, with its KL and entropy: what the update differentiates.
+"""Computes the StepGRPO loss of each answer, its KL and its entropy. Training differentiates this loss.
 
     loss_R = w_R sum_t -(s_t - beta KL_t)      kl_R = w_R sum_t KL_t      entropy_R = w_R sum_t H_t
 
-`reference_jax` defines s_t and KL_t and names their source; `reference` defines the weights w_R. One program takes one
-row (eight on a TPU) and loops over its tokens in blocks. Forward and backward are a kernel each; the backward kernel
-calls jax.vjp on the function that the forward kernel sums. The work is a few bytes a token, so the launches should
-bound the time, as they should for the code that XLA compiles from the reference.
+`reference_jax` defines s_t and KL_t and cites their sources; `reference` defines the weights w_R. Each Pallas program
+instance handles one row (eight rows on a TPU) and loops over blocks of its tokens. The forward pass is one kernel and
+the backward pass another. The backward kernel calls jax.vjp on the function whose values the forward kernel sums.
+Expected, not measured: kernel-launch overhead dominates, here and in the XLA-compiled reference.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Options = tuple[tuple[str, Any], ...]  # (name, value) pairs: hashable, for nond
 
 
 class PolicyLoss(NamedTuple):
-    """One fp32 number for each answer; their sums over R are the batch's loss, mean KL and mean entropy."""
+    """Three fp32 numbers per answer. Their sums over R are the batch's loss, mean KL and mean entropy."""
 
     loss_R: jax.Array
     kl_R: jax.Array
@@ -48,24 +48,25 @@ def kl_policy_loss(
     max_length: int | None = None,
     backend: str,
 ) -> PolicyLoss:
-    """The loss, KL and entropy of R answers of T tokens. Gradients flow only to logprobs_RT and entropy_RT.
+    """Returns the loss, KL and entropy of R answers of T tokens. Only logprobs_RT and entropy_RT get a gradient.
 
     Args:
-      logprobs_RT, ref_RT: float, log-probabilities of the tokens under policy and reference.
-      advantage_RT: float, each token's advantage.
-      mask_RT: bool, True on the tokens that count. The other arrays may hold anything elsewhere, NaN too. A row with no
-        True gives 0.
-      weight_R: float, the weight of each answer's sum over tokens. It replaces `average`, for a batch that is part of
+      logprobs_RT, ref_RT: float, log-probabilities of the tokens under the policy and under the reference.
+      advantage_RT: float, the advantage of each token.
+      mask_RT: bool, True on the tokens that count. The other arrays may contain anything elsewhere, even NaN. A row
+        without a True yields 0.
+      weight_R: float, the factor on each answer's sum over tokens. It replaces `average` if the batch is only a part of
         an update.
-      old_RT: float, log-probabilities under the policy that sampled the tokens, for several updates a rollout.
-      entropy_RT: float, the policy's entropy at each token; without it entropy_R is 0.
+      old_RT: float, log-probabilities under the policy that sampled the tokens; needed for several updates per rollout.
+      entropy_RT: float, the policy's entropy at each token; None: entropy_R is 0.
       beta: the weight of the KL.
-      clip_low, clip_high: the ratio is cut to [1 - clip_low, 1 + clip_high]; both or neither, and only with old_RT.
+      clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]; give both or neither; they need
+        old_RT.
       average: sequence (GRPO), token (DAPO) or constant (Dr. GRPO, by max_length): see `reference.sequence_weights`.
       backend: reference, pallas or interpret.
 
     Raises:
-      ValueError: an argument has a wrong shape, dtype or value, or one that another argument needs is missing.
+      ValueError: an argument has a wrong shape, dtype or value, or a required argument is missing.
     """
     check_backend(backend)
     clip = _checked_clip(clip_low, clip_high, old_RT)
@@ -101,7 +102,7 @@ def _checked_clip(low: float | None, high: float | None, old_RT: jax.Array | Non
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sums(options: Options, backend: str, arrays: dict[str, jax.Array], mask_RT: jax.Array) -> Any:
-    """(loss_R, kl_R, entropy_R) as `policy_sums` returns them, by the kernel."""
+    """Runs the kernel. Returns (loss_R, kl_R, entropy_R) as `policy_sums` does."""
     return on_device(partial(_call_forward, options), backend, arrays, mask_RT)
 
 
@@ -119,9 +120,9 @@ _sums.defvjp(_forward, _backward)
 
 
 class _Blocks:
-    """How (R, T) is cut into programs and blocks.
+    """The division of an (R, T) array into Pallas program instances and blocks of tokens.
 
-    A program takes one row on a GPU, and eight on a TPU: the height of its vector registers.
+    A program instance handles one row on a GPU, and eight rows on a TPU: the height of a TPU's vector registers.
     """
 
     def __init__(self, shape: tuple[int, ...], form: str) -> None:
@@ -140,7 +141,7 @@ class _Blocks:
         return padded(array, *self.padded)
 
     def at(self, i: jax.Array) -> tuple[slice, Any]:
-        """The index of token block i."""
+        """Returns the index of token block i."""
         return slice(None), pl.ds(pl.multiple_of(i * self.block, self.block), self.block)
 
 
@@ -170,7 +171,7 @@ def _call_backward(
     form: str,
     **call: Any,
 ) -> dict[str, jax.Array]:
-    """The gradients of logprobs and entropy; grads_R3 holds those of loss_R, kl_R and entropy_R."""
+    """Returns the gradients of logprobs and entropy. grads_R3 holds the gradients of loss_R, kl_R and entropy_R."""
     cut = _Blocks(mask_RT.shape, form)
     names = tuple(arrays)
     wanted = tuple(name for name in ("logprobs", "entropy") if name in names)
@@ -189,7 +190,7 @@ def _call_backward(
 
 
 def _load(refs: dict[str, Any], mask_ref: Any, at: Any) -> tuple[dict[str, jax.Array], jax.Array]:
-    """A block of each array, 0 where the mask is False, and the mask."""
+    """Loads one block of the mask and of each array. Returns (the arrays, 0 where the mask is False; the mask)."""
     mask = mask_ref[at] != 0
     return {name: jnp.where(mask, ref[at].astype(jnp.float32), 0) for name, ref in refs.items()}, mask
 
@@ -218,7 +219,7 @@ def _backward_kernel(
     cut: _Blocks,
     options: dict[str, Any],
 ) -> None:
-    """loss_ref, kl_ref and entropy_ref hold the gradients of these three outputs."""
+    """Writes one block's gradients; loss_ref, kl_ref and entropy_ref hold the gradients of these three outputs."""
     inputs, outs = dict(zip(names, refs, strict=False)), refs[len(names) :]
 
     def body(i: jax.Array, carry: None) -> None:

@@ -1,16 +1,17 @@
-"""Decode attention of one token: each answer of a group attends to the prompt they share and to its own tokens.
+"""Computes decode attention: one token of each answer attends to the prompt of its group and to its own answer's cache.
 
     out = softmax(q k^T / sqrt(H)) v          one softmax over prompt and answer, each up to its length
 
-Memory traffic bounds decoding. A group's prompt is therefore read once for all its G answers, not once an answer. The
-keys are split among programs (flash-decoding: Dao, Haziza, Massa, Sizov 2023). Each keeps a running softmax in fp32
-over its blocks of keys:
+Decoding is expected to be limited by memory traffic. The kernel therefore reads a group's prompt once for all its G
+answers, not once per answer. The keys are split among Pallas program instances (flash-decoding: Dao, Haziza, Massa,
+Sizov 2023). Each instance keeps a running softmax in fp32 over its blocks of keys:
 
     m' = max(m, max s)    l' = l e^(m-m') + sum e^(s-m')    o' = o e^(m-m') + e^(s-m') v    lse = m + log l
 
-One kernel serves both parts. Its input is a list of caches, and for each cache the Q query rows that read it. A cache
-is the keys and values of one kv head, of one prompt (Q = G*E) or of one answer (Q = E). The programs return o / l and
-lse, and XLA merges these with the weights e^(lse - max lse). Blocks of keys after a cache's length are not read.
+The same kernel handles the prompts and the answers. Its input is a list of caches, and for each cache the Q query rows
+that read it. A cache holds the keys and values of one kv head, of one prompt (Q = G*E) or of one answer (Q = E). The
+instances return o / l and lse, and XLA merges them with the weights e^(lse - max lse). Blocks of keys after a cache's
+length are not read.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from r1vl_kernels.backends import check_array, check_backend, on_device
 from r1vl_kernels.reference_jax import LOW, attention
 
 PROGRAMS = (
-    528  # four for each of an H100's 132 SMs, at least two of them at a time: lengths differ, this evens the work
+    528  # four per SM of an H100 (132 SMs), at least two at a time, so that caches of unequal length share SMs evenly
 )
-GPU_BLOCK_BYTES = 128  # one component of a block's keys: 64 keys in bf16, 32 in fp32
+GPU_BLOCK_BYTES = 128  # bytes of one component of all keys in a block: 64 keys in bf16, 32 in fp32
 TPU_BLOCK = 512  # keys in a block
-QUERY_ROWS = 64  # the most a GPU program takes
+QUERY_ROWS = 64  # maximum number of query rows of a GPU program instance
 TINY = 1e-30
 
 State = tuple[jax.Array, jax.Array, jax.Array]  # the running softmax (o, m, l): (Q, H), (Q, 1), (Q, 1)
@@ -48,16 +49,16 @@ def prefix_decode_attention(
     *,
     backend: str,
 ) -> jax.Array:
-    """Attention (B, K, G, E, H) of one token's queries, in their dtype; E query heads share a kv head.
+    """Returns the attention (B, K, G, E, H) of one token's queries, in their dtype; E query heads share a kv head.
 
-    An answer that sees no key in either part gets a finite value without meaning. The gradient is the reference's;
-    training does not differentiate through decoding.
+    An answer that sees no key in either part gets a finite value without meaning. The gradient is that of the
+    reference; training does not differentiate through decoding.
 
     Args:
       q_BKGEH: queries; query head n of N = K*E is (n // E, n % E).
-      prefix_k_BKSH, prefix_v_BKSH: the prompts' caches, one for each group.
+      prefix_k_BKSH, prefix_v_BKSH: the prompts' caches, one per group.
       prefix_length_B: int32, keys from this index on are masked; "reference" needs finite numbers there.
-      own_k_BKGSH, own_v_BKGSH: the answers' caches, with an S of their own.
+      own_k_BKGSH, own_v_BKGSH: the answers' caches; their S may differ from the prompts' S.
       own_length_BG: int32, keys from this index on are masked; 0 is allowed.
       backend: reference, pallas or interpret.
 
@@ -116,7 +117,7 @@ def _both_parts(
     form: str,
     **call: Any,
 ) -> jax.Array:
-    """Runs the kernel on the prompts' caches, then on the answers', and merges the two."""
+    """Runs the kernel on the prompts' caches, then on the answers' caches, and merges the two results."""
     B, K, G, E, H = q_BKGEH.shape
     partial_attention = {"gpu": _partial_gpu, "tpu": _partial_tpu}[form]
 
@@ -139,13 +140,13 @@ def _both_parts(
 
 
 def _start(rows: int, width: int) -> State:
-    """The running softmax before any key."""
+    """Returns the running softmax before the first key."""
     column = jnp.zeros((rows, 1), jnp.float32)
     return jnp.zeros((rows, width), jnp.float32), column + LOW, column
 
 
 def _step(state: State, q_QH: jax.Array, k_SH: jax.Array, v_SH: jax.Array, seen_1S: jax.Array, scale: float) -> State:
-    """The running softmax after one more block of keys; seen_1S is False where a key is masked."""
+    """Returns the running softmax after one more block of keys; seen_1S is False for masked keys."""
     out, top, total = state
     precision = jax.lax.Precision.HIGHEST if q_QH.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     dot = partial(jax.lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
@@ -157,7 +158,7 @@ def _step(state: State, q_QH: jax.Array, k_SH: jax.Array, v_SH: jax.Array, seen_
 
 
 def _finish(state: State) -> tuple[jax.Array, jax.Array]:
-    """(out, lse); (0, LOW) if no key was seen."""
+    """Returns (out, lse); (0, LOW) if no key was seen."""
     out, top, total = state
     total = jnp.maximum(total, TINY)
     return out / total, top + jnp.log(total)
@@ -166,14 +167,16 @@ def _finish(state: State) -> tuple[jax.Array, jax.Array]:
 def _partial_gpu(
     q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, **call: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention of each cache's queries to its keys by splits: out (caches, splits, Q, H), lse (caches, splits, Q).
+    """Runs the GPU kernel on a list of caches. Returns out (caches, splits, Q, H) and lse (caches, splits, Q), fp32.
 
-    A program takes one cache, one split of its keys and one part of its query rows. Split i of n reads the key blocks
-    i, i + n, i + 2n, ... before the cache's length, so that every split has work however short the length is. Query
-    rows are padded to at least 16, for the tensor cores. More than 64 are cut into parts, to fit the registers.
+    Each program instance handles one cache, one split of its keys and one part of its query rows. Split i of n reads
+    the key blocks i, i + n, i + 2n, ... before the cache's length, so that short caches are divided evenly too. Query
+    rows are padded to at least 16, for the tensor cores. More than 64 rows are divided into parts, to fit the
+    registers.
 
     Args:
-      q: (caches, Q, H); k, v: (caches, S, H).
+      q: (caches, Q, H).
+      k, v: (caches, S, H).
       lengths: (caches,) int32.
     """
     caches, Q, H = q.shape
@@ -234,10 +237,13 @@ def _gpu_kernel(
 def _partial_tpu(
     q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, **call: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """As `_partial_gpu`, in one split: out (caches, 1, Q, H) and lse (caches, 1, Q), fp32.
+    """Runs the TPU kernel in one split, on arguments as for `_partial_gpu`.
 
-    The programs of a cache run one after another, a key block each, and keep the running softmax in scratch memory.
-    Blocks after the length ask for the last block before it again, which is not fetched a second time.
+    Returns out (caches, 1, Q, H) and lse (caches, 1, Q), fp32.
+
+    The program instances of a cache run one after another, each on one block of keys, and keep the running softmax in
+    scratch memory. For blocks after the length, `key_block` names the last real block again, which is not fetched
+    twice.
     """
     caches, Q, H = q.shape
     S = k.shape[1]

@@ -1,10 +1,10 @@
-"""The group-relative advantage of each step, for NumPy arrays on the host and jax arrays on a device. Loads no jax.
+"""Defines the group-relative advantage of each step, for NumPy arrays on the host and jax arrays on a device.
 
     R_k = sum_{j >= k} r_j          A_k = (R_k - mean R_k) / (std R_k + eps),   std with ddof = 1
 
-r_j is the reward of an answer's step j, so R_k is the answer's return from step k on. Mean and deviation are over the
-answers of the group that have a step k. This is R1-VL's advantage (arXiv 2503.12937, section 3.3) by step: with one
-step an answer it is the paper's.
+r_j is the reward of an answer's step j, so R_k is the answer's return from step k on. Mean and standard deviation are
+over the answers of the group that have a step k. With one step per answer this is the advantage of R1-VL (arXiv
+2503.12937, section 3.3). This module does not load jax.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ AVERAGES = ("sequence", "token", "constant")
 def step_advantages(
     rewards_BGJ: Array, mask_BGJ: Array, *, scale: str = "std", std_floor: float = 0.1, eps: float = 1e-4
 ) -> Array:
-    """float32 advantages (B, G, J), 0 where mask_BGJ is False. Computed in float64 where rewards_BGJ is float64.
+    """Returns float32 advantages (B, G, J), 0 where mask_BGJ is False. Computes in float64 if rewards_BGJ is float64.
 
     Args:
       rewards_BGJ: the reward of each step of each answer.
@@ -35,16 +35,16 @@ def step_advantages(
 
 
 def normalised(xp: Any, returns: Array, mask: Array, *, axis: int, scale: str, std_floor: float, eps: float) -> Array:
-    """Returns minus their mean over `axis`, divided as `scale` says. Only places where `mask` is True count; others: 0.
+    """Returns `returns` minus their mean over `axis`, divided as `scale` says; 0 where `mask` is False.
 
-    Equal returns give 0, and so does a single one. Returns are equal if none is farther from their mean than 1e-9 (1e-6
-    in float32) times the largest of them, or times 1 if that is larger. Without this tolerance, rounding (of the mean,
-    and of the few numbers that a reward adds up) would be divided by about eps and look like an advantage.
+    Masked entries do not count in the mean. A single return yields 0, and equal returns yield 0. Returns are equal if
+    every one is within 1e-9 (1e-6 in float32) times max(1, largest absolute return) of the mean. Without this
+    tolerance, rounding errors would be divided by about eps and look like an advantage.
 
     Args:
       xp: numpy or jax.numpy.
-      scale: std: divided by the group's standard deviation plus eps; none: not divided (Dr. GRPO); floor: divided by
-        the larger of the standard deviation and std_floor, plus eps.
+      scale: std: divides by the group's standard deviation plus eps; none: does not divide (Dr. GRPO); floor: divides
+        by the larger of the standard deviation and std_floor, plus eps.
     """
     if scale not in SCALES:
         raise ValueError(f"scale is {scale!r}; expected one of {', '.join(SCALES)}")
@@ -62,7 +62,7 @@ def normalised(xp: Any, returns: Array, mask: Array, *, axis: int, scale: str, s
 
 
 def token_advantages(advantages_BGJ: Array, step_BGT: Array) -> Array:
-    """The advantage (B, G, T) of each token: that of its step; 0 where step_BGT is none of 0..J-1."""
+    """Returns the advantage (B, G, T) of each token's step; 0 for tokens whose step_BGT is not in 0..J-1."""
     xp = advantages_BGJ.__array_namespace__()
     J = advantages_BGJ.shape[2]
     values_BGT = xp.take_along_axis(advantages_BGJ, xp.clip(step_BGT, 0, J - 1), axis=2)
@@ -72,16 +72,16 @@ def token_advantages(advantages_BGJ: Array, step_BGT: Array) -> Array:
 def sequence_weights(
     mask_RT: Array, average: str, max_length: int | None = None, *, sequences: int | None = None
 ) -> Array:
-    """The weight (R,) of each answer's sum over its tokens; float32 for jax arrays, float64 for NumPy's.
+    """Returns the factor (R,) on each answer's sum over tokens; float32 for jax arrays, float64 for NumPy arrays.
 
     Args:
-      mask_RT: bool, True on the tokens of each answer; answer i has |c_i| of them.
+      mask_RT: bool, True on the tokens of each answer; answer i has |c_i| tokens.
       average: sequence: 1 / (R |c_i|), the mean over answers of their token means (GRPO); token: 1 / sum_i |c_i|, the
         mean over all tokens (DAPO); constant: 1 / (R max_length) (Dr. GRPO).
-      max_length: for average "constant".
-      sequences: the number of answers, if other than R: rows of padding do not count.
+      max_length: the divisor of average "constant".
+      sequences: the number of answers to use in place of R, if some rows are padding.
     Raises:
-      ValueError: `average` is unknown, or "constant" without a max_length of 1 or more.
+      ValueError: `average` is unknown, or it is "constant" and max_length is None or less than 1.
     """
     if average not in AVERAGES:
         raise ValueError(f"average is {average!r}; expected one of {', '.join(AVERAGES)}")

@@ -1,11 +1,12 @@
-"""The equations of the policy loss and of decode attention, in plain jax.numpy. The kernels compute the same.
+"""Defines the policy loss and decode attention in plain jax.numpy. The Pallas kernels compute the same values.
 
     KL_t   = exp(ref_t - lp_t) - (ref_t - lp_t) - 1                                  (k3, Schulman)
     s_t    = rho_t * A_t, rho_t = exp(lp_t - stop_gradient(lp_t)); with log-probabilities kept from sampling
              min(rho_t * A_t, clip(rho_t) * A_t), rho_t = exp(lp_t - old_t)          (PPO)
     loss_t = -(s_t - beta * KL_t)                                                    (R1-VL, 2503.12937, equation 5)
 
-`kl_policy_loss` and `prefix_decode_attention` describe the arguments; their backend "reference" calls these functions.
+The modules `kl_policy_loss` and `prefix_decode_attention` document the arguments; their backend "reference" calls the
+functions of this module.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ LOW = -1e30  # the score of a masked key: finite, because the difference of two 
 
 
 def k3(ref: jax.Array, logprobs: jax.Array) -> jax.Array:
-    """Schulman's k3 estimator of KL(policy || reference), never negative."""
+    """Returns Schulman's k3 estimate of KL(policy || reference), which is never negative."""
     return jnp.exp(ref - logprobs) - (ref - logprobs) - 1
 
 
@@ -30,11 +31,11 @@ def policy_terms(
     beta: float,
     clip: tuple[float, float] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """(loss_t, KL_t) of each token, from fp32 arrays of one shape.
+    """Returns (loss_t, KL_t) of each token, from fp32 arrays of one shape.
 
     Args:
-      old: log-probabilities under the policy that sampled the tokens; None: this policy sampled them, so rho = 1.
-      clip: (low, high): rho is cut to [1 - low, 1 + high] where that makes the surrogate smaller.
+      old: log-probabilities under the policy that sampled the tokens; None: the current policy did, so rho = 1.
+      clip: (low, high): rho is clipped to [1 - low, 1 + high] if that makes the surrogate smaller.
     """
     ratio = jnp.exp(logprobs - (jax.lax.stop_gradient(logprobs) if old is None else old))
     surrogate = ratio * advantage
@@ -48,10 +49,10 @@ def policy_terms(
 def policy_sums(
     arrays: dict[str, jax.Array], mask_RT: jax.Array, *, beta: float, clip: tuple[float, float] | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(loss_R, kl_R, entropy_R): sums over the tokens of each answer. Values outside mask_RT do not count.
+    """Returns (loss_R, kl_R, entropy_R): sums over the tokens of each answer that mask_RT selects.
 
-    They are replaced by 0 before exp: if they were not finite, the gradient of exp would be NaN even where the mask is
-    False. The terms of a token of zeros are 0.
+    Values outside mask_RT are replaced by 0 before exp: if they were not finite, the gradient of exp would be NaN even
+    where the mask is False. A token whose values are all 0 adds 0 to each sum.
 
     Args:
       arrays: (R, T) each: logprobs, ref, advantage, and optionally old and entropy.
@@ -72,9 +73,9 @@ def attention(
     own_v_BKGSH: jax.Array,
     own_length_BG: jax.Array,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v over the keys of both caches, each up to its length. Returns (B, K, G, E, H).
+    """Returns softmax(q k^T / sqrt(H)) v over the keys of both caches, each up to its length: (B, K, G, E, H).
 
-    The caches are not transposed or copied: the queries of a group are the G*E rows of one batched matmul.
+    The caches are not transposed or copied: the queries of a group become the G*E rows of one batched matmul.
     """
     B, K, G, E, H = q_BKGEH.shape
     f32 = {"preferred_element_type": jnp.float32}

@@ -1,11 +1,12 @@
-"""The group-relative advantage of each token by step, on the device: between the rewards and the policy loss.
+"""Computes the group-relative advantage of every token.
 
     R_k = sum_{j >= k} r_j          A_k = (R_k - mean R_k) / (std R_k + eps)          each token gets its step's A_k
 
-`reference` has the equation and its source. The kernel goes from the last step to the first and keeps the running
-return of a group's G answers. At each step it normalises that return and writes it to the tokens of the step. A program
-takes one group and one block of tokens, so the (B, G, J) array of advantages is never written to memory. The launches
-should bound the time, as they should for the code that XLA compiles from the reference.
+r_j is the reward of step j. Mean and std are over the G answers to one question. `reference` defines the equation and
+cites its source. Each Pallas program instance handles one group and one block of tokens. It goes from the last step to
+the first and keeps the running return of the G answers. At each step it normalises that return and writes it to the
+tokens of the step, so the (B, G, J) array of advantages is never written to memory. Expected, not measured:
+kernel-launch overhead dominates, here and in the XLA-compiled reference.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ def step_group_advantage(
     eps: float = 1e-4,
     backend: str,
 ) -> jax.Array:
-    """The advantage (B, G, T) of each token, fp32. With J = 1 it is the paper's, one number for a whole answer.
+    """Returns the advantage (B, G, T) of each token, fp32. With J = 1 it is the paper's: one number per answer.
 
-    A single return gives 0 and so do equal ones (within 1e-6 of their size: see `reference.normalised`). The gradient
-    with respect to rewards_BGJ is the reference's; training treats advantages as data and takes none.
+    A single return yields 0, and equal returns yield 0 (within 1e-6 of their size: see `reference.normalised`). The
+    gradient with respect to rewards_BGJ is that of the reference; training treats advantages as constants.
 
     Args:
       rewards_BGJ: float, the reward of each step of each answer.
-      mask_BGJ: bool, True where the answer has this step; rewards elsewhere do not count.
-      step_BGT: int32, the step of each token; a token of no step (-1, or J and more) gets 0.
-      scale: std: divided by the group's standard deviation (ddof 1) plus eps; none: not divided; floor: divided by the
-        larger of the standard deviation and std_floor, plus eps.
+      mask_BGJ: bool, True where the answer has this step; other rewards do not count.
+      step_BGT: int32, the step of each token; a token outside all steps (-1, or J and more) gets 0.
+      scale: std: divides by the group's standard deviation (ddof 1) plus eps; none: does not divide; floor: divides by
+        the larger of the standard deviation and std_floor, plus eps.
       backend: reference, pallas or interpret.
 
     Raises:
@@ -89,9 +90,9 @@ _advantage.defvjp(_forward, _backward)
 def _call(
     options: Options, rewards_BGJ: jax.Array, mask_BGJ: jax.Array, step_BGT: jax.Array, *, form: str, **call: Any
 ) -> jax.Array:
-    """Steps become the first axis: only there do both compilers take an index known at run time.
+    """Runs the kernel, with steps moved to the first axis and answers padded to a power of two.
 
-    Answers are padded to a power of two.
+    Steps come first because both compilers accept an index known only at run time on the first axis alone.
     """
     B, G, J = rewards_BGJ.shape
     T = step_BGT.shape[2]

@@ -1,6 +1,6 @@
-"""Answers of a checkpoint to one question, with their log-probabilities: load -> encode -> generate.
+"""Samples a checkpoint's answers to one question, with their log-probabilities: load -> encode -> generate.
 
-Everything that a user can get wrong is raised by the first two, as CheckpointError, RowError or ValueError.
+`load` and `encode` check everything that a user can get wrong. They raise CheckpointError, RowError or ValueError.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from r1vl_jax.processing.videos import VideoSpec
 from r1vl_jax.rollout.generate import rollout
 from r1vl_jax.types import EncodedPrompt, Sampling
 
-# Published checkpoints allow 12,845,056 pixels, 16,384 image tokens: attention over those takes hundreds of GB.
+# Published checkpoints allow 12,845,056 pixels (16,384 image tokens); attention over so many takes hundreds of GB.
 MAX_PIXELS = 1280 * 28 * 28
 
 
 def say(message: str) -> None:
-    """One line for people; stdout is for the answers."""
+    """Prints one line for people on stderr; stdout is for the answers."""
     print(message, file=sys.stderr, flush=True)
 
 
@@ -72,13 +72,14 @@ def encode(
     max_pixels: int | None = None,
     video: VideoSpec | None = None,
 ) -> EncodedPrompt:
-    """One question as a prompt; prints which images are shrunk below what the checkpoint allows.
+    """Encodes one question as a prompt; prints which images are shrunk below the checkpoint's own pixel limit.
 
     Args:
-      prompt: the question; "<image>" and "<video>" mark the places of images and videos, without them all come first.
-      images, videos: paths; a video may be a folder of frames, which are taken in the order of their names.
+      prompt: the question; "<image>" and "<video>" mark the places of images and videos. Without marks, all images and
+        videos come before the text.
+      images, videos: paths; a video may be a folder of frames, which are read in the order of their names.
       max_pixels: larger images are shrunk to this; None: the checkpoint's limit, but at most MAX_PIXELS.
-      video: which frames of a video are taken; None: the default.
+      video: how frames are chosen from a video; None: the default.
     Raises: RowError or ValueError.
     """
     own = processor.image_spec
@@ -108,8 +109,8 @@ def generate(
     """Samples answers to one question.
 
     Returns:
-      {"prompt_tokens", "image_tokens", "samples": [{"text", "tokens", "logprobs"}]}; tokens include the stop token,
-      log-probabilities are those of log softmax(z / T), with T = 1 where the temperature is 0.
+      {"prompt_tokens", "image_tokens", "samples": [{"text", "tokens", "logprobs"}]}; tokens include the stop token;
+      log-probabilities are log softmax(z / T) of each token, with T = 1 if the temperature is 0.
     """
     started = time.perf_counter()
     with jax.set_mesh(loaded.model.mesh):

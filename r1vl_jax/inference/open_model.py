@@ -1,4 +1,4 @@
-"""Opening a checkpoint folder: what every command needs to know of a model before it reads the weights.
+"""Opens a checkpoint folder: collects everything that a command needs before it reads the weights.
 
 folder -> config.json, processor, backend -> parameter spec -> shardings
 """
@@ -26,7 +26,7 @@ class OpenModel:
     """A checkpoint without its weights.
 
     Attributes:
-      folder: where weights and files are; `folder.note` is what people should know about the choice.
+      folder: the folders of weights and files; `folder.note` is a message for the user about which folder was chosen.
       config: sizes, pixel statistics and backend; a static argument of every program.
       mesh, shardings: the devices, and how the parameters are split over them, a tree of NamedSharding.
       processor: turns questions into prompts and tokens into text.
@@ -40,15 +40,19 @@ class OpenModel:
 
     @property
     def files(self) -> Path:
-        """The folder with config.json, tokenizer and processor files."""
+        """Returns the folder with config.json, tokenizer and processor files."""
         return self.folder.files
 
     def load_weights(self, dtype: str, folder: ModelFolder | Path | None = None) -> Any:
-        """The parameters on the mesh; `folder`: other weights of the same sizes. Raises CheckpointError."""
+        """Loads the parameters onto the mesh. Raises CheckpointError.
+
+        Args:
+          folder: other weights of the same sizes; None: this checkpoint's.
+        """
         return load_model(folder or self.folder, dtype=dtype, shardings=lambda _: self.shardings)[0]
 
     def describe(self, dtype: str) -> str:
-        """Size, devices and backend in one line."""
+        """Returns size, devices and backend in one line."""
         return (
             f"{num_params(self.config) / 1e6:.1f}M parameters; {self.mesh.devices.size} {jax.devices()[0].platform} "
             f"device(s), mesh {dict(self.mesh.shape)}; compute in {dtype}, attention {self.config.attention}, kernels "
@@ -68,9 +72,9 @@ def open_model(
     """Opens a checkpoint of any kind: Hugging Face, converted, or a training run's folder. Reads no weights.
 
     Args:
-      mesh: the devices; default: the first one alone.
-      rules: from logical axes to mesh axes, see parallel.sharding.
-      dtype, attention, kernels: of the computation, as in section `model` of the configuration.
+      mesh: the devices; None: the first device alone.
+      rules: map logical axes to mesh axes, see parallel.sharding.
+      dtype, attention, kernels: as in section `model` of the configuration.
     Raises:
       CheckpointError: the folder or one of its files cannot be used.
       ConfigError: this machine cannot run the named backend, or the mesh does not divide the model.

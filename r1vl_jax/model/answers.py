@@ -1,4 +1,4 @@
-"""Answers to prompts: their hidden states, their log-probabilities, a loss of them. What training and scoring run."""
+"""Computes hidden states, log-probabilities and losses of answers to prompts, for training and scoring."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ from r1vl_jax.types import Prompts
 def answer_hidden(
     params: Any, cfg: ModelConfig, prompts: Prompts, tokens_BGT: jax.Array, *, shared: bool = True, remat: str = "none"
 ) -> jax.Array:
-    """The hidden states (B, G, T, D) that predict the answer tokens: the prompt's last, then all but the answer's last.
+    """Returns the hidden states (B, G, T, D) that predict the answer tokens.
+
+    The first is the state of the prompt's last token; the others are those of all answer tokens but the last.
 
     Args:
-      shared: run the prompt once and let its answers attend to it; False runs it once an answer. Both compute the same.
+      shared: True: runs the prompt once, and its answers attend to it; False: runs the prompt once per answer. The
+        results are the same up to rounding.
     """
     if not shared:
         return _unshared_hidden(params, cfg, prompts, tokens_BGT, remat=remat)
     _, last_BD, kv = prefill(params, cfg, prompts, remat=remat)
-    # The state of the answer's last token is not used. The token runs all the same: kernels want even lengths.
+    # The hidden state of an answer's last token is unused. It is computed anyway, because kernels need even lengths.
     x = embed_tokens(params, tokens_BGT)
     hidden_BGTD = text.extend(params["text"], cfg, x, prompts.next_position_B, kv, lengths(prompts), remat=remat)
     B, G, _ = tokens_BGT.shape
@@ -36,7 +39,7 @@ def answer_hidden(
 def _unshared_hidden(
     params: Any, cfg: ModelConfig, prompts: Prompts, tokens_BGT: jax.Array, *, remat: str
 ) -> jax.Array:
-    """`answer_hidden` with one causal row for each answer: the prompt's embeddings, then directly the answer's."""
+    """Computes `answer_hidden` with one causal row per answer: the prompt's embeddings, then directly the answer's."""
     prompts, _ = right_padded(prompts)
     (B, G, T), length_B1 = tokens_BGT.shape, lengths(prompts)[:, None]
     x_prompt, x_answer = embed_prompts(params, cfg, prompts, remat=remat), embed_tokens(params, tokens_BGT)
@@ -63,7 +66,7 @@ def _unshared_hidden(
 def joined_hidden(
     params: Any, cfg: ModelConfig, rows: Prompts, start_B: jax.Array, T: int, *, remat: str = "none"
 ) -> jax.Array:
-    """`answer_hidden` (B, 1, T, D) for rows that hold one answer each, after start_B tokens of prompt."""
+    """Computes `answer_hidden` (B, 1, T, D) for rows that hold start_B tokens of prompt and then one answer each."""
     hidden_BTD, _, _ = prefill(params, cfg, rows, remat=remat)
     places_BT = jnp.minimum(start_B[:, None] - 1 + jnp.arange(T), hidden_BTD.shape[1] - 1)
     return take_places(hidden_BTD, places_BT)[:, None]
@@ -81,15 +84,15 @@ def answer_logprobs(
     shared: bool = True,
     remat: str = "none",
 ) -> tuple[jax.Array, jax.Array]:
-    """log softmax(z / temperature) of the given answer tokens, and the entropy of the distribution of each.
+    """Computes log softmax(z / temperature) of the given answer tokens, and the entropy of each token's distribution.
 
     Args:
       tokens_BGT: answers, padded at their ends with any id.
-      start_B: if `prompts` also hold the answers (G = 1): the number of tokens before each answer.
+      start_B: the number of tokens before each answer, if the rows of `prompts` also hold the answers (G = 1).
       temperature: the sampling temperature; 0 is treated as 1, so greedy answers are scored at 1.
       forbidden: ids removed from the distribution, as in sampling.
       shared: see `answer_hidden`.
-      remat: what layers keep for the backward pass, see layers.recomputed.
+      remat: which activations layers store for the backward pass, see layers.recomputed.
     Returns:
       fp32 (logprobs_BGT, entropy_BGT); values after an answer's end have no meaning.
     """
@@ -118,7 +121,7 @@ def answer_loss(
     shared: bool = True,
     remat: str = "none",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(loss, metrics): `token_loss` summed over all answer tokens, with one pass over the logits.
+    """Returns (loss, metrics): `token_loss` summed over all answer tokens. The logits are computed once.
 
     Args: as for `answer_logprobs`; token_loss, values: as for model.head.head_loss.
     """

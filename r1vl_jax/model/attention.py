@@ -1,12 +1,12 @@
-"""Attention of prompts, of answers to the prompt they share, and of images, in three implementations.
+"""Computes the attention of prompts, of answers to a shared prompt, and of images, in three implementations.
 
     xla      plain matmuls: any platform, any dtype; holds all scores in memory
     cudnn    cuDNN's fused attention (jax.nn.dot_product_attention): NVIDIA GPUs, bfloat16
     splash   Pallas' splash attention: TPUs
 
-`ModelConfig.attention` names one of them, which runs or raises. All scale scores by H^-1/2 and take the softmax in
-fp32. Padding is at the ends of rows (see qwen2_vl.right_padded), so the causal mask alone hides it. The attention of
-one new token to the caches is r1vl_kernels.prefix_decode_attention.
+`ModelConfig.attention` names the implementation; if it cannot run, it raises an error. All three scale scores by
+H^-1/2 and take the softmax in fp32. Rows are padded at their ends (see qwen2_vl.right_padded), so the causal mask alone
+hides the padding. r1vl_kernels.prefix_decode_attention computes the attention of one new token to the caches.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LANES = 128  # splash takes lengths and head widths that are multiples of this
 
 
 def attend_prompt(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, attention: str) -> jax.Array:
-    """Causal self-attention of rows: (B, T, N, H). Query head n reads kv head n // (N / K)."""
+    """Computes causal self-attention within each row: (B, T, N, H). Query head n reads kv head n // (N / K)."""
     if attention == "xla":
         T = q_BTNH.shape[1]
         return _attend(q_BTNH, k_BTKH, v_BTKH, jnp.tril(jnp.ones((T, T), bool)))
@@ -39,11 +39,11 @@ def attend_prompt(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, atten
 def attend_frames(
     q_WPNH: jax.Array, k_WPNH: jax.Array, v_WPNH: jax.Array, segment_WP: jax.Array, attention: str
 ) -> jax.Array:
-    """Attention of patches within their frame, (W, P, N, H); a vision row may hold several frames."""
+    """Computes attention of patches within their own frame: (W, P, N, H). A vision row may hold several frames."""
     if attention == "splash":
         whole = lambda T, S: splash.FullMask((T, S))  # noqa: E731
         return _splash(q_WPNH, k_WPNH, v_WPNH, whole, segment_WP, segment_WP, pad_segment=-1)
-    same_WPP = segment_WP[:, :, None] == segment_WP[:, None, :]  # padding attends to padding; nothing reads its output
+    same_WPP = segment_WP[:, :, None] == segment_WP[:, None, :]  # padding attends to padding; its output is unused
     if attention == "cudnn":
         return jax.nn.dot_product_attention(q_WPNH, k_WPNH, v_WPNH, mask=same_WPP[:, None], implementation="cudnn")
     return _attend(q_WPNH, k_WPNH, v_WPNH, same_WPP[:, None])
@@ -57,18 +57,18 @@ def attend_shared(
     prefix_length_B: jax.Array,
     attention: str,
 ) -> jax.Array:
-    """Attention of G answers to the prompt they share and, causally, to themselves: one softmax over both parts.
+    """Computes attention of G answers to the prompt they share and, causally, to themselves, in one softmax.
 
     Args:
-      q_BGTNH, k_BGTKH, v_BGTKH: of the answers.
-      prefix: (k_BKSH, v_BKSH) of the prompt, stored once a group.
-      prefix_length_B: how many of the prompt's keys are real.
+      q_BGTNH, k_BGTKH, v_BGTKH: queries, keys and values of the answers.
+      prefix: (k_BKSH, v_BKSH) of the prompt, stored once per group.
+      prefix_length_B: the number of real (not padding) keys of each prompt.
     Returns:
       (B, G, T, N, H).
     """
     if attention == "xla":
         return _attend_shared(q_BGTNH, prefix, k_BGTKH, v_BGTKH, prefix_length_B)
-    # Fused kernels need the prompt's keys before each answer's own. This copies the prompt's kv heads for one layer.
+    # Fused kernels need the prompt's keys before each answer's keys, so one layer's prompt keys are copied per answer.
     B, G, T, _, _ = q_BGTNH.shape
     S = prefix[0].shape[2]
     q = q_BGTNH.reshape(B * G, *q_BGTNH.shape[2:])
@@ -92,7 +92,7 @@ def attend_shared(
 
 
 def _to_multiple(a: jax.Array, multiple: int, *axes: int, value: int = 0) -> jax.Array:
-    """The array with `value` added at its ends until these axes are multiples."""
+    """Returns the array with `value` appended along these axes until their sizes are multiples of `multiple`."""
     widths = [(0, -size % multiple if axis in axes else 0) for axis, size in enumerate(a.shape)]
     return jnp.pad(a, widths, constant_values=value) if any(after for _, after in widths) else a
 
@@ -102,7 +102,10 @@ def _to_multiple(a: jax.Array, multiple: int, *axes: int, value: int = 0) -> jax
 
 
 def _attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: jax.Array) -> jax.Array:
-    """Attention where `mask`, (T, S) or (B, 1, T, S), is True. A query with no True gets finite values."""
+    """Computes attention to the keys for which `mask`, (T, S) or (B, 1, T, S), is True.
+
+    A query whose mask has no True gets finite values without meaning.
+    """
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BKQH = jnp.moveaxis((q_BTNH * H**-0.5).reshape(B, T, K, N // K, H), 1, 3).reshape(B, K, -1, H)
@@ -119,7 +122,7 @@ def _attend_shared(
     v_BGTKH: jax.Array,
     prefix_length_B: jax.Array,
 ) -> jax.Array:
-    """`attend_shared` in matmuls: the queries of all answers of a group read the prompt's keys once."""
+    """Computes `attend_shared` with plain matmuls. All answers of a group read the prompt's keys in one matmul."""
     B, G, T, N, H = q_BGTNH.shape
     K = k_BGTKH.shape[3]
     E = N // K
@@ -157,7 +160,7 @@ def _splash(
     pad_segment: int = 0,
     interpret: bool = False,
 ) -> jax.Array:
-    """Splash attention within segments; `mask(T, S)` makes the static mask for the padded sizes."""
+    """Computes splash attention within segments; `mask(T, S)` returns the static mask for the padded sizes."""
     _, T, _, H = q_BTNH.shape
     q, k, v = (_to_multiple(a.swapaxes(1, 2), LANES, 2, 3) for a in (q_BTNH * H**-0.5, k_BSKH, v_BSKH))
     segments = splash.SegmentIds(*(_to_multiple(a, LANES, 1, value=pad_segment) for a in (q_segment_BT, segment_BS)))

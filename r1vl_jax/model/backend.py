@@ -1,13 +1,13 @@
-"""How a model is computed on this machine: which attention, kernels or their references, how many logits at once.
+"""Chooses how a model is computed on this machine: attention, kernels, and the number of logit rows held at once.
 
-`auto` chooses for NVIDIA GPUs from Ampere on, TPUs and CPUs; on other GPUs name xla and reference. A backend named in
-the config runs or raises. Nothing is replaced silently: commands print the choice.
+`auto` chooses for NVIDIA GPUs from Ampere on, TPUs and CPUs; on other GPUs set xla and reference. If a backend named in
+the config cannot run, an error is raised; no backend is replaced silently. Commands print the choice.
 
                  attention            kernels      rows of logits at once
-    gpu, bf16    cudnn                pallas       4,096: with fewer the matmuls are too small
+    gpu, bf16    cudnn                pallas       4,096: with fewer rows the matmuls are too small
     gpu, fp32    xla (cuDNN has none) pallas       4,096
     tpu          splash               pallas       4,096
-    cpu          xla                  reference    256: more do not fit the caches, and memory is slow
+    cpu          xla                  reference    256: more rows do not fit the CPU's caches
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ CPU_LOGIT_ROWS = 256
 
 
 def choose(attention: str, kernels: str, *, dtype: str, platform: str | None = None) -> tuple[str, str, int]:
-    """(attention, kernels, logit_rows) for ModelConfig.with_backend, with `auto` resolved.
+    """Returns (attention, kernels, logit_rows) for ModelConfig.with_backend, with `auto` resolved.
 
     Args:
-      dtype: of the computation.
+      attention, kernels: as in section `model` of the configuration.
+      dtype: the dtype of the computation.
       platform: gpu, tpu or cpu; None: the platform of this machine's devices.
     Raises:
       ValueError: a named backend does not run on the platform or in the dtype.

@@ -1,7 +1,8 @@
-"""The shape of a Qwen2-VL, read from a Hugging Face config.json.
+"""Reads the sizes of a Qwen2-VL model from a Hugging Face config.json.
 
 Published checkpoints have a flat file (transformers 4: text fields at the top level, `rope_scaling`); transformers 5
-writes a nested one (`text_config`, `rope_parameters`). This module reads both. No other module reads config.json.
+writes a nested file (`text_config`, `rope_parameters`). This module reads both forms. No other module reads
+config.json.
 """
 
 from __future__ import annotations
@@ -18,9 +19,16 @@ LOGIT_ROWS = 4096  # rows of logits that a device holds at once
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower: `layers` blocks of width `width` on patches of `patch_dim` values; it merges 2x2 patches.
+    """Sizes and constants of the vision tower.
 
-    `pixel_mean` and `pixel_std` are by channel, for pixel values in [0, 1]. The defaults are CLIP's; see `with_pixels`.
+    The tower has `layers` transformer blocks. It reads patches of `patch_dim` pixel values and merges each square of
+    merge_size x merge_size patches into one image token.
+
+    Attributes:
+      width: the width of the hidden states.
+      mlp: the width of the MLP's hidden layer.
+      pixel_mean, pixel_std: per channel, for pixel values in [0, 1]. The defaults are CLIP's; see
+        ModelConfig.with_pixels.
     """
 
     layers: int
@@ -47,10 +55,11 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Text model, vision tower and the token ids that the forward pass needs. Hashable: it is a static jit argument.
+    """Sizes of the text model and the vision tower, and the token ids that the forward pass needs.
 
-    `attention` (xla, cudnn, splash), `kernels` (reference, pallas) and `logit_rows` (how many a device holds at once)
-    say how the model is computed, not what it computes; see `with_backend`.
+    A ModelConfig is hashable, because it is a static jit argument. `attention` (xla, cudnn, splash), `kernels`
+    (reference, pallas) and `logit_rows` (rows of logits that a device holds at once) change how the model is computed,
+    not its result (up to rounding); see `with_backend`.
     """
 
     vocab: int
@@ -78,20 +87,20 @@ class ModelConfig:
 
     @property
     def vision_ids(self) -> tuple[int, ...]:
-        """Ids that a policy may never emit: the next forward pass would need image features for them."""
+        """Returns the ids that a policy may never sample: the next forward pass would need image features for them."""
         return (self.image_token_id, self.video_token_id, self.vision_start_token_id, self.vision_end_token_id)
 
     def with_pixels(self, mean: tuple[float, ...], std: tuple[float, ...]) -> ModelConfig:
-        """The same model, with the `mean` and `std` by which the checkpoint's image processor normalises pixels."""
+        """Returns the same model with the `mean` and `std` that the checkpoint's image processor uses for pixels."""
         return dataclasses.replace(self, vision=dataclasses.replace(self.vision, pixel_mean=mean, pixel_std=std))
 
     def with_backend(self, attention: str, kernels: str, logit_rows: int = LOGIT_ROWS) -> ModelConfig:
-        """The same model with these backends: see model.backend."""
+        """Returns the same model with these backends: see model.backend."""
         return dataclasses.replace(self, attention=attention, kernels=kernels, logit_rows=logit_rows)
 
 
 def load_config(folder: str | Path) -> ModelConfig:
-    """Reads `folder`/config.json. Raises CheckpointError if it is missing or not the config of a Qwen2-VL."""
+    """Reads `folder`/config.json. Raises CheckpointError if the file is missing or is not the config of a Qwen2-VL."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; expected the folder of a Qwen2-VL checkpoint")
@@ -103,7 +112,7 @@ def load_config(folder: str | Path) -> ModelConfig:
 
 
 def parse_config(raw: dict[str, Any], path: str | Path = "config.json") -> ModelConfig:
-    """The ModelConfig of a config.json's dictionary, flat or nested. A CheckpointError names `path`."""
+    """Returns the ModelConfig of a config.json's dictionary, flat or nested. CheckpointErrors name `path`."""
     try:
         return _parse(raw, path)
     except CheckpointError:

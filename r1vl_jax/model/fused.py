@@ -1,10 +1,11 @@
-"""The rollout's weights: one tree for each layer, with matrices that read the same input joined into one.
+"""Builds the rollout's weights: one tree per layer, with matrices that read the same input joined into one.
 
     q, k, v   -> qkv (D, K, E + 2, H): for each kv head its query heads, its key, its value
     gate, up  -> gate_up (D, 2, F)
 
-A decode step reads every weight once, so its time is the time to read their bytes plus a cost for each operation. This
-form has four matmuls a layer instead of seven. In it the kv heads can still be sharded over the `tensor` axis.
+A decode step reads every weight once, so its time is about the time to read their bytes plus a cost per operation
+(expected, not measured). Fused layers have four matmuls instead of seven. The kv heads of fused weights can still be
+sharded over the `tensor` axis.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from r1vl_jax.types import is_spec
 
 
 def fuse(params: Any, cfg: ModelConfig) -> Any:
-    """The parameter tree with params["text"]["layers"] as a tuple of layers of joined matrices. Call it under jit."""
+    """Returns the tree with params["text"]["layers"] as a tuple of layers of joined matrices. Call it under jit."""
     stacked = params["text"]["layers"]
     layers = tuple(_layer(jax.tree.map(lambda a, i=i: a[i], stacked), cfg) for i in range(cfg.layers))
     return {**params, "text": {**params["text"], "layers": layers}}
@@ -40,7 +41,7 @@ def _layer(p: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
 
 
 def fused_shardings(cfg: ModelConfig, mesh: Mesh, rules: Rules) -> Any:
-    """A NamedSharding for each array of `fuse`'s tree."""
+    """Returns a NamedSharding for each array of the tree that `fuse` returns."""
     axes = jax.tree.map(lambda spec: spec.axes, param_spec(cfg), is_leaf=is_spec)
     stacked = axes["text"]["layers"]
     layer = {name: stacked[name][1:] for name in ("norm1", "o", "norm2", "down")} | {

@@ -1,11 +1,12 @@
-"""From hidden states to log-probabilities of given tokens, and to a loss of them, without holding all logits at once.
+"""Computes log-probabilities and losses of tokens from hidden states, without holding all logits at once.
 
     z = W h / temperature, without the forbidden ids        log p(token) = z_token - logsumexp(z)
 
 With a vocabulary of 151,936, logits would be the largest array of a training step: 14.9 GB for 16 rows of 1,536
-tokens. Both functions therefore go through the tokens in chunks, with the whole vocabulary for each. `token_logprobs`
-is the plain form, for the reference model and for scoring. `head_loss` takes the gradient of a chunk while its logits
-exist. They are computed once, so a chunk needs three matmuls; recomputing them in the backward pass would need four.
+tokens. Both public functions therefore process the tokens in chunks, each with the whole vocabulary. `token_logprobs`
+is the plain form, for the reference model and for scoring. `head_loss` computes the gradient of a chunk while the
+chunk's logits are in memory. Each chunk then needs three matmuls; recomputing the logits in the backward pass would
+need four.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from r1vl_jax.parallel.sharding import ambient_shards
 
 
 def logits(hidden: jax.Array, head_VD: jax.Array) -> jax.Array:
-    """fp32 logits (..., V) of hidden states (..., D)."""
-    hidden_TD = hidden.reshape(-1, hidden.shape[-1])  # one axis of rows: with several the gradient is slow on a CPU
+    """Returns fp32 logits (..., V) of hidden states (..., D)."""
+    hidden_TD = hidden.reshape(-1, hidden.shape[-1])  # one row axis: with several, the gradient is slow on a CPU
     return jnp.einsum("TD,VD->TV", hidden_TD, head_VD, **FP32).reshape(*hidden.shape[:-1], -1)
 
 
 def scaled(logits: jax.Array, temperature: float, forbidden: tuple[int, ...]) -> jax.Array:
-    """fp32 logits over the temperature, forbidden ids at -inf: the distribution that is sampled from and trained.
+    """Returns fp32 logits divided by the temperature, with forbidden ids at -inf.
 
-    Temperature 0 (greedy) is treated as 1.
+    Their softmax is the distribution that is sampled from and trained. Temperature 0 (greedy) is treated as 1.
     """
     z = logits.astype(jnp.float32) / (temperature or 1.0)
     if not forbidden:
@@ -40,7 +41,7 @@ def scaled(logits: jax.Array, temperature: float, forbidden: tuple[int, ...]) ->
 
 
 def _score(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(log p of the tokens, entropy, p), fp32."""
+    """Returns (log p of the tokens, entropy, p), fp32."""
     top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     below = logits - top
     weights = jnp.exp(below)
@@ -60,10 +61,10 @@ def token_logprobs(
     forbidden: tuple[int, ...] = (),
     chunk: int = LOGIT_ROWS,
 ) -> tuple[jax.Array, jax.Array]:
-    """log p of each token under the distribution from its hidden state, and the entropy of that distribution.
+    """Returns fp32 (logprobs_BGT, entropy_BGT): log p of each token, and the entropy of that token's distribution.
 
-    This is the one definition of a token's log-probability, for SFT, policy, reference and rollout. The backward pass
-    recomputes each chunk's logits. Returns fp32 (logprobs_BGT, entropy_BGT).
+    SFT, policy, reference and rollout all use this definition of a token's log-probability. The backward pass
+    recomputes each chunk's logits.
     """
 
     @jax.checkpoint
@@ -81,7 +82,7 @@ def token_logprobs(
     return logprobs_BGT, entropy_BGT
 
 
-# token_loss(logprobs, entropy, values) -> (loss, metrics): sums over the tokens of a chunk, so chunks are added.
+# token_loss(logprobs, entropy, values) -> (loss, metrics), summed over a chunk's tokens; head_loss adds the chunks.
 TokenLoss = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, dict[str, jax.Array]]]
 
 
@@ -96,15 +97,14 @@ def head_loss(
     forbidden: tuple[int, ...] = (),
     chunk: int = LOGIT_ROWS,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of all tokens and its metrics, summed over them.
+    """Returns (loss, metrics), fp32 scalars summed over all tokens. Only the loss has a gradient.
 
     Args:
-      token_loss: (logprobs, entropy, values) of some tokens, (B, G, t) each -> (loss, metrics), summed over them.
-      values: a tree of (B, G, T) arrays for token_loss. Neither they nor the entropies get a gradient.
+      token_loss: called with (logprobs, entropy, values) of some tokens, (B, G, t) each; returns (loss, metrics) summed
+        over these tokens.
+      values: a tree of (B, G, T) arrays for token_loss. Neither `values` nor the entropies get a gradient.
       temperature, forbidden: as in `token_logprobs`.
-      chunk: rows of logits that each device holds at once.
-    Returns:
-      (loss, metrics), fp32 scalars. Only the loss has a gradient.
+      chunk: the number of rows of logits that each device holds at once.
     """
     return _head_loss(token_loss, hidden_BGTD, head_VD, tokens_BGT, values, temperature, forbidden, chunk, False)[0]
 
@@ -120,14 +120,17 @@ def _head_loss(
     chunk: int,
     with_gradient: bool,
 ) -> tuple[tuple[jax.Array, dict[str, jax.Array]], Any]:
-    """((loss, metrics), (gradient of hidden, of the head) or ()): one scan over the chunks that carries all sums."""
+    """Returns ((loss, metrics), (gradient of hidden, gradient of the head)); the gradients are () unless asked for.
+
+    One scan over the chunks accumulates all sums.
+    """
     (B, G, T, D), dtype = hidden_BGTD.shape, hidden_BGTD.dtype
     chunks, width = _chunks(hidden_BGTD, chunk)
     real_BGT = jnp.ones((B, G, T), bool)
     inputs = _padded((hidden_BGTD, tokens_BGT, values, real_BGT), chunks * width)
 
     def one(i: Any) -> tuple[Any, Any]:
-        """((loss, metrics), gradients) of chunk i."""
+        """Returns ((loss, metrics), gradients) of chunk i."""
         hidden, tokens, value, real = _part(inputs, i, width)
         logprobs, entropy, p = _score(scaled(logits(hidden, head_VD), temperature, forbidden), tokens)
 
@@ -191,14 +194,17 @@ head_loss.defvjp(_forward, _backward)
 
 
 def _chunks(hidden_BGTD: jax.Array, chunk: int) -> tuple[int, int]:
-    """(number of chunks, tokens of each answer in one): chunks cut the T axis, so B stays sharded as it is."""
+    """Returns (number of chunks, tokens of each answer per chunk).
+
+    Chunks divide the T axis, so the sharding of B does not change.
+    """
     B, G, T, _ = hidden_BGTD.shape
     count = -(-T // max(1, chunk * ambient_shards() // (B * G)))
     return count, -(-T // count)
 
 
 def _padded(tree: Any, length: int) -> Any:
-    """The (B, G, T, ...) arrays with zeros at the end of T, up to this length."""
+    """Returns the (B, G, T, ...) arrays with T extended to this length by zeros."""
 
     def pad(a: jax.Array) -> jax.Array:
         return jnp.pad(a, [(0, 0), (0, 0), (0, length - a.shape[2])] + [(0, 0)] * (a.ndim - 3))
@@ -207,5 +213,5 @@ def _padded(tree: Any, length: int) -> Any:
 
 
 def _part(tree: Any, i: Any, width: int) -> Any:
-    """Chunk i of the (B, G, T, ...) arrays."""
+    """Returns chunk i of the (B, G, T, ...) arrays."""
     return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i * width, width, axis=2), tree)

@@ -1,4 +1,4 @@
-"""Qwen2-VL: vision tower and text model put together (arXiv 2409.12191), as pure functions on a parameter tree."""
+"""Combines vision tower and text model into Qwen2-VL (arXiv 2409.12191), as pure functions on a parameter tree."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from r1vl_jax.types import Prompts
 
 
 def cast(params: Any, dtype: Any) -> Any:
-    """The tree in the dtype of the computation (fp32 masters, bf16 compute)."""
+    """Returns the tree in the dtype of the computation (parameters are stored in fp32 and computed with in bf16)."""
     return jax.tree.map(lambda a: a.astype(dtype), params)
 
 
 def embed_tokens(params: Any, tokens: jax.Array) -> jax.Array:
-    """Embeddings (..., D) of token ids (...)."""
+    """Returns the embeddings (..., D) of token ids (...)."""
     x = params["text"]["embed"][tokens]
     return constrain(x, "batch", *[None] * (x.ndim - 1))
 
 
 def right_padded(prompts: Prompts) -> tuple[Prompts, jax.Array]:
-    """The same questions with all padding at the ends of their rows, and how far each row moved to the left (B,).
+    """Moves all padding to the ends of the rows. Returns (prompts, number of places each row moved to the left (B,)).
 
-    After this a row's length says which tokens are real, and the causal mask alone hides the padding.
+    Afterwards a row's length determines its real tokens, and the causal mask alone hides the padding.
     """
     first_B = jnp.argmax(prompts.mask_BT, axis=1)
 
@@ -47,24 +47,27 @@ def right_padded(prompts: Prompts) -> tuple[Prompts, jax.Array]:
 
 
 def _rolled(a: jax.Array, left_B: jax.Array) -> jax.Array:
-    """Each row of a (B, T, ...) rolled to the left; its first entries come back at its end."""
+    """Rolls each row of a (B, T, ...) array to the left; entries that leave at the start come back at the end."""
     T = a.shape[1]
     places_BT = (jnp.arange(T) + left_B[:, None]) % T
     return jnp.take_along_axis(a, places_BT.reshape(*places_BT.shape, *[1] * (a.ndim - 2)), axis=1)
 
 
 def lengths(prompts: Prompts) -> jax.Array:
-    """The number of real tokens of each question (B,)."""
+    """Returns the number of real tokens of each question (B,)."""
     return jnp.sum(prompts.mask_BT, axis=1, dtype=jnp.int32)
 
 
 def take_places(hidden_BTD: jax.Array, places_BT: jax.Array) -> jax.Array:
-    """The hidden states at these places of each row."""
+    """Returns the hidden states at the given places of each row."""
     return jnp.take_along_axis(hidden_BTD, places_BT[..., None], axis=1)
 
 
 def embed_prompts(params: Any, cfg: ModelConfig, prompts: Prompts, *, remat: str = "none") -> jax.Array:
-    """Token embeddings (B, T, D), with image features at the places that `image_slot` names (never by token id)."""
+    """Returns token embeddings (B, T, D), replaced by image features at the places that `image_slot_BT` selects.
+
+    Token ids never decide which places hold image features.
+    """
     x = embed_tokens(params, prompts.tokens_BT)
     if prompts.patches_WPC.shape[0] == 0:
         return x
@@ -80,7 +83,7 @@ def prefill(
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Runs the vision tower and the prompts, with padding moved to the ends of rows.
 
-    Returns (hidden_BTD, the last real token's hidden_BD, the KV of text.prefill).
+    Returns (hidden_BTD, hidden_BD of the last real token, the KV of text.prefill).
     """
     prompts, _ = right_padded(prompts)
     x = embed_prompts(params, cfg, prompts, remat=remat)
@@ -89,6 +92,6 @@ def prefill(
 
 
 def prompt_logits(params: Any, cfg: ModelConfig, prompts: Prompts) -> jax.Array:
-    """fp32 logits (B, T, V) at every prompt position."""
+    """Returns fp32 logits (B, T, V) at every prompt position."""
     hidden_BTD, _, _ = prefill(params, cfg, prompts)
     return logits(_rolled(hidden_BTD, -right_padded(prompts)[1]), text.head(params["text"]))

@@ -1,6 +1,6 @@
-"""One tree that describes every parameter: shape, logical axes, initialiser, Hugging Face name.
+"""Describes every parameter in one tree: shape, logical axes, initialiser, Hugging Face name.
 
-Initialisation, sharding, conversion and checkpoint checks all read this tree, and no other place describes a parameter.
+Initialisation, sharding, conversion and checkpoint checks all read this tree; no other module describes a parameter.
 Layers are stacked on a leading axis L, because training scans over them.
 """
 
@@ -21,12 +21,12 @@ Dims = tuple[tuple[int, str | None], ...]  # (size, logical axis) of each dimens
 
 
 def tree_map_spec(fn: Callable[[ParamSpec], Any], spec_tree: Any) -> Any:
-    """Maps `fn` over the ParamSpecs of a tree."""
+    """Applies `fn` to every ParamSpec of a tree."""
     return jax.tree.map(fn, spec_tree, is_leaf=is_spec)
 
 
 def _linear(name: str, ins: Dims, outs: Dims, layers: int | None) -> ParamSpec:
-    """A matrix (*ins, *outs); its shape in the checkpoint is (prod outs, prod ins)."""
+    """Returns the spec of a matrix (*ins, *outs); its shape in the checkpoint is (prod outs, prod ins)."""
     sizes, axes = zip(*ins, *outs, strict=True)
     hf_shape = (math.prod(size for size, _ in outs), math.prod(size for size, _ in ins))
     return _stack(ParamSpec(sizes, axes, "normal", f"{name}.weight", hf_shape, transpose=True), layers)
@@ -38,7 +38,7 @@ def _vector(name: str, dims: Dims, init: str, layers: int | None) -> ParamSpec:
 
 
 def _stack(spec: ParamSpec, layers: int | None) -> ParamSpec:
-    """The spec with a first axis for layers; None leaves it as it is."""
+    """Returns the spec with a first axis for layers; with layers None, the unchanged spec."""
     if layers is None:
         return spec
     return dataclasses.replace(spec, shape=(layers, *spec.shape), axes=("layers", *spec.axes))
@@ -114,12 +114,12 @@ def _text_spec(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def param_spec(cfg: ModelConfig) -> dict[str, Any]:
-    """The tree of ParamSpecs of a whole model: {"vision": ..., "text": ...}."""
+    """Returns the tree of ParamSpecs of a whole model: {"vision": ..., "text": ...}."""
     return {"vision": _vision_spec(cfg.vision, cfg.width), "text": _text_spec(cfg)}
 
 
 def init_params(key: jax.Array, cfg: ModelConfig, dtype: Any = jnp.float32) -> Any:
-    """Random parameters for training from scratch: matrices normal with deviation fan_in^-1/2, norms one, biases zero.
+    """Draws random parameters: matrices normal with deviation fan_in^-1/2, norms one, biases zero.
 
     A fixed deviation of 0.02 suits a width near 2,500. In a narrow model it makes attention uniform for a long time.
     """
@@ -134,5 +134,5 @@ def init_params(key: jax.Array, cfg: ModelConfig, dtype: Any = jnp.float32) -> A
 
 
 def num_params(cfg: ModelConfig) -> int:
-    """The number of parameters of a model."""
+    """Returns the number of parameters of a model."""
     return sum(math.prod(spec.shape) for spec in jax.tree.leaves(param_spec(cfg), is_leaf=is_spec))

@@ -1,13 +1,13 @@
-"""The text model's layer and its three uses: prompts, whole answers, one more token of each answer.
+"""Runs the text model's layers on prompts, on whole answers, or on one more token of each answer.
 
-All three run the same `_block`. They differ in what its attention reads:
+All three functions run the same `_block`. They differ in the keys that its attention reads:
 
     prefill   a prompt attends to itself, causally; its keys and values are returned
     extend    G answers attend to the prompt they share and to themselves (training, reference model)
     decode    one token of each answer attends to the prompt and to the answer's cache (rollout)
 
-Training scans over stacked layers. The rollout loops over separate layers, prepared by `fused.fuse`: the number of
-bytes and of operations bounds a decode step.
+Training scans over stacked layers. The rollout loops over separate layers, prepared by `fused.fuse`, because the number
+of bytes and of operations limits a decode step (expected, not measured).
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class KV(NamedTuple):
 
 
 def mrope_angles(positions: jax.Array, cfg: ModelConfig) -> jax.Array:
-    """M-RoPE (Qwen2-VL, section 2.1): mrope_section divides H/2 among t, h and w; each part rotates by its position.
+    """Returns the M-RoPE angles (..., H/2), fp32 (Qwen2-VL, section 2.1).
+
+    mrope_section divides H/2 into three parts, which rotate by the positions t, h and w.
 
     Args:
       positions: (3, ...) integer positions (t, h, w).
-    Returns:
-      fp32 angles (..., H/2).
     """
     frequencies = rope_frequencies(cfg.head_dim, cfg.rope_theta)
     row = jnp.repeat(jnp.arange(3), jnp.array(cfg.mrope_section), total_repeat_length=cfg.head_dim // 2)
@@ -48,7 +48,7 @@ def mrope_angles(positions: jax.Array, cfg: ModelConfig) -> jax.Array:
 def _projected(
     h: jax.Array, p: dict[str, Any], angle: jax.Array, cfg: ModelConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries (..., N, H), keys and values (..., K, H); queries and keys are rotated to their positions."""
+    """Returns queries (..., N, H), keys and values (..., K, H); queries and keys are rotated to their positions."""
     if "qkv" not in p:
         q, k, v = (linear(h, p[name]["kernel"]) + p[name]["bias"] for name in ("q", "k", "v"))
         return rotate(q, angle), rotate(k, angle), v
@@ -68,12 +68,12 @@ def _gate_up(h: jax.Array, p: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
 def _block(
     x: jax.Array, p: dict[str, Any], angle: jax.Array, cfg: ModelConfig, attention: Callable[..., tuple[jax.Array, Any]]
 ) -> tuple[jax.Array, Any]:
-    """One layer on x (..., T, D).
+    """Runs one layer on x (..., T, D).
 
     Args:
-      attention: (q, k, v) -> (the attended heads, what the caller keeps of this layer).
+      attention: (q, k, v) -> (the attended heads, a value that the caller keeps for this layer, such as its KV).
     Returns:
-      (x after the layer, what `attention` kept).
+      (x after the layer, the value that `attention` returned to keep).
     """
     h = rms_norm(x, p["norm1"], cfg.norm_eps)
     attended, kept = attention(*_projected(h, p, angle, cfg))
@@ -124,13 +124,13 @@ def extend(
     *,
     remat: str = "none",
 ) -> jax.Array:
-    """Runs G whole answers to each prompt. Their padding is at their ends, so the causal mask alone hides it.
+    """Runs G whole answers to each prompt. They are padded at their ends, so the causal mask alone hides the padding.
 
     Args:
       x_BGTD: embedded answers.
       start_B: the position of each group's first answer token.
       prefix: the stacked KV from `prefill`.
-      prefix_length_B: how many of the prefix's keys are real.
+      prefix_length_B: the number of real (not padding) keys of each prompt.
     Returns:
       hidden states after the final norm (B, G, T, D).
     """
@@ -165,9 +165,10 @@ def decode(
     Args:
       params: fused weights.
       x_BGD: embedded tokens.
-      prefix: the prompts' KV, one for each layer.
-      cache: the answers' KV, one for each layer; every answer writes at index `step`.
-      live_BG: False for finished answers, which skip the attention to their own tokens: nothing uses their output.
+      start_B, prefix_length_B: as for `extend`.
+      prefix: the prompts' KV, one per layer.
+      cache: the answers' KV, one per layer; every answer writes at index `step`.
+      live_BG: False for finished answers, which skip the attention to their own tokens, because their output is unused.
     Returns:
       (hidden states after the final norm (B, G, D), the cache with this step's keys and values).
     """
@@ -192,7 +193,7 @@ def decode(
 
 
 def _written(cache_BKGSH: jax.Array, new_BG1KH: jax.Array, step: Any) -> jax.Array:
-    """The cache with one token's keys or values at index `step`."""
+    """Returns the cache with one token's keys or values written at index `step`."""
     new_BKG1H = jnp.moveaxis(new_BG1KH, 3, 1)
     return jax.lax.dynamic_update_slice_in_dim(cache_BKGSH, new_BKG1H, step, axis=3)
 
@@ -200,7 +201,7 @@ def _written(cache_BKGSH: jax.Array, new_BG1KH: jax.Array, step: Any) -> jax.Arr
 def _attend_caches(
     q_BKGEH: jax.Array, prefix: KV, prefix_length_B: jax.Array, own: KV, own_length_BG: jax.Array, backend: str
 ) -> jax.Array:
-    """prefix_decode_attention, run by each device on its own questions and heads."""
+    """Calls prefix_decode_attention on each device, on that device's own questions and heads."""
 
     def attend(q: jax.Array, prefix: KV, prefix_length: jax.Array, own: KV, own_length: jax.Array) -> jax.Array:
         return prefix_decode_attention(q, *prefix, prefix_length, *own, own_length, backend=backend)
@@ -212,7 +213,7 @@ def _attend_caches(
 
 
 def empty_cache(cfg: ModelConfig, batch: int, group: int, length: int, dtype: Any) -> tuple[KV, ...]:
-    """Zeroed caches, one for each layer, for `group` answers of at most `length` tokens to each of `batch` prompts."""
+    """Returns zeroed caches, one per layer, for `group` answers of up to `length` tokens to each of `batch` prompts."""
 
     def zeros() -> jax.Array:
         shape = (batch, cfg.kv_heads, group, length, cfg.head_dim)
@@ -222,11 +223,11 @@ def empty_cache(cfg: ModelConfig, batch: int, group: int, length: int, dtype: An
 
 
 def head(params: Any) -> jax.Array:
-    """The output matrix (V, D): the embedding if the checkpoint ties the two."""
+    """Returns the output matrix (V, D): the embedding if the checkpoint ties the two."""
     return params.get("head", params["embed"])
 
 
 def _answer_positions(start_B: jax.Array, G: int, T: int) -> jax.Array:
-    """M-RoPE positions (3, B, G, T) of answers: text counts all three axes on by one."""
+    """Returns the M-RoPE positions (3, B, G, T) of answers: t, h and w all increase by one per text token."""
     positions_BGT = jnp.broadcast_to(start_B[:, None, None] + jnp.arange(T), (start_B.shape[0], G, T))
     return jnp.broadcast_to(positions_BGT, (3, *positions_BGT.shape))

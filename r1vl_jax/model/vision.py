@@ -1,4 +1,4 @@
-"""The vision tower: image patches in, merged image tokens out. Images are packed: one row may hold several.
+"""Runs the vision tower, from image patches to merged image tokens. Images are packed: one row may hold several.
 
 A row holds the patches of its images one image after another. `segment` numbers the frames, and a patch attends to all
 patches of its own frame and to no others, as in Qwen2-VL.
@@ -19,12 +19,12 @@ from r1vl_jax.parallel.sharding import constrain
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
-    """x * sigmoid(1.702 x), CLIP's approximation of GELU."""
+    """Returns x * sigmoid(1.702 x), CLIP's approximation of GELU."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
 def normalise(patches_WPC: jax.Array, cfg: VisionConfig) -> jax.Array:
-    """(x / 255 - mean) / std in fp32 of uint8 pixels. Floats are already normalised and are returned unchanged."""
+    """Returns (x / 255 - mean) / std in fp32 for uint8 pixels. Floats, already normalised, are returned unchanged."""
     if patches_WPC.dtype != jnp.uint8:
         return patches_WPC
     mean_C, std_C = (
@@ -35,7 +35,7 @@ def normalise(patches_WPC: jax.Array, cfg: VisionConfig) -> jax.Array:
 
 
 def vision_angles(hw_WP2: jax.Array, cfg: VisionConfig) -> jax.Array:
-    """2-D rotary angles (W, P, H/2): the first H/4 rotate by h, the others by w."""
+    """Returns 2-D rotary angles (W, P, H/2): the first H/4 rotate by h, the others by w."""
     frequencies = rope_frequencies(cfg.head_dim // 2, cfg.rope_theta)
     angle = hw_WP2[..., None].astype(jnp.float32) * frequencies  # (W, P, 2, H/4)
     return angle.reshape(*hw_WP2.shape[:-1], -1)
@@ -70,13 +70,13 @@ def encode_images(
     attention: str = "xla",
     remat: str = "none",
 ) -> jax.Array:
-    """Vision tower and merger.
+    """Runs the vision tower and the merger.
 
     Args:
-      params: the "vision" subtree.
-      patches_WPC: 3*2*14*14 values a patch: uint8 pixels, or floats that are already normalised.
-      hw_WP2: each patch's (h, w) in its frame, in merge order.
-      segment_WP: the frame of each patch, unique in its row; -1 for padding.
+      params: the "vision" subtree of the parameters.
+      patches_WPC: 3*2*14*14 values per patch: uint8 pixels, or floats that are already normalised.
+      hw_WP2: the (h, w) of each patch in its frame, in merge order.
+      segment_WP: the frame number of each patch, unique in its row; -1 for padding.
       attention: see model.attention.
       remat: see layers.recomputed.
     Returns:

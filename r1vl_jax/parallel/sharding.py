@@ -1,4 +1,4 @@
-"""One table from logical axes to mesh axes, and the functions that apply it. No layer names a mesh axis.
+"""Maps logical axes to mesh axes in one table, and applies the table. No layer names a mesh axis.
 
 Mesh axes: `data` (replicas), `fsdp` (replicas that each store a part of the train state), `tensor` (heads, MLP columns,
 vocabulary).
@@ -37,7 +37,7 @@ ROLLOUT_RULES: Mapping[str, Rules] = {
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of these sizes. At most one may be -1: it takes all devices that the other two leave.
+    """Returns a mesh of these sizes. At most one size may be -1; it takes all devices that the other two leave.
 
     Args:
       devices: None: all devices.
@@ -62,17 +62,17 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """The number of parts that a batch is split into; the groups of a batch must be a multiple of it."""
+    """Returns the number of parts that a batch is split into; a batch's number of groups must be a multiple of it."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def partition_spec(axes: tuple[str | None, ...], rules: Rules = RULES) -> PartitionSpec:
-    """The PartitionSpec of an array with these logical axes."""
+    """Returns the PartitionSpec of an array with these logical axes."""
     return PartitionSpec(*[rules.get(axis) if axis else None for axis in axes])
 
 
 def param_shardings(spec_tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
-    """A NamedSharding for each ParamSpec of the tree.
+    """Returns a NamedSharding for each ParamSpec of the tree.
 
     Raises:
       ValueError: names every dimension that is not a multiple of its mesh axis.
@@ -93,12 +93,12 @@ def param_shardings(spec_tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array that every device holds whole."""
+    """Returns the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_axes(batch: Any) -> Any:
-    """The batch axis of each array of a tree: `batch_axis` in the metadata of its dataclass field, else 0."""
+    """Returns the batch axis of each array of a tree: `batch_axis` in the metadata of its dataclass field, else 0."""
 
     def axes(node: Any) -> Any:
         if not dataclasses.is_dataclass(node) or isinstance(node, type):
@@ -133,7 +133,7 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def ambient_shards() -> int:
-    """The number of parts that a batch is split into on the ambient mesh; 1 without a mesh."""
+    """Returns the number of parts that a batch is split into on the ambient mesh; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -147,10 +147,14 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def per_shard(f: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..., Any]:
-    """`f`, run by each device on its own rows and heads: for kernels, which the compiler cannot partition.
+    """Returns `f` wrapped so that each device runs it on its own rows and heads.
+
+    Kernels need this, because the compiler cannot partition them. Without a mesh of several devices, returns `f`
+    itself.
 
     Args:
-      in_axes, out_axes: a tuple of logical axes for each argument and result; one for a tree holds for all its arrays.
+      in_axes, out_axes: a tuple of logical axes per argument and per result; a tuple for a tree of arrays applies to
+        each of its arrays.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -160,5 +164,5 @@ def per_shard(f: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..
 
 
 def is_axes(node: Any) -> bool:
-    """True for a tuple of logical axes."""
+    """Returns True for a tuple of logical axes."""
     return type(node) is tuple and all(axis is None or isinstance(axis, str) for axis in node)

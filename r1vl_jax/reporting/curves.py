@@ -1,4 +1,4 @@
-"""From the metrics.jsonl of a run folder: curves.png, and the held-out results as a table."""
+"""Turns the metrics.jsonl of a run folder into curves.png and a table of held-out results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # matplotlib is loaded when something is drawn
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """What one panel shows: metrics by name, of one stage or of all, on a linear or logarithmic scale."""
+    """The content of one panel: metrics by name, of one stage or of all, on a linear or logarithmic scale."""
 
     title: str
     names: tuple[str, ...]
@@ -40,7 +40,7 @@ SMOOTHED_FROM = 60  # steps; a longer curve is drawn pale, under its running mea
 
 
 def read_metrics(folder: str | Path) -> list[dict]:
-    """The rows of metrics.jsonl, empty where there are none yet."""
+    """Returns the rows of metrics.jsonl; an empty list if there are none yet."""
     return list(read_json_lines(Path(folder) / "metrics.jsonl"))
 
 
@@ -65,7 +65,7 @@ def plot_metrics(folder: str | Path) -> Path:
 
 
 def _draw(axes: Axes, panel: Panel, rows: list[dict[str, Any]], lengths: dict[str, int]) -> None:
-    """One panel. Every stage is one unit wide, whatever its number of steps."""
+    """Draws one panel. Every stage is one unit wide, whatever its number of steps."""
     stages = list(lengths)
     shown: set[int] = set()
     positive = False
@@ -94,7 +94,7 @@ def _draw(axes: Axes, panel: Panel, rows: list[dict[str, Any]], lengths: dict[st
 
 
 def _curve(axes: Axes, rows: list[dict[str, Any]], name: str, colour: str, place: int, length: int) -> None:
-    """One metric of one stage: steps as a line, held-out rows as dots."""
+    """Draws one metric of one stage: steps as a line, held-out rows as dots."""
     for heldout in (False, True):
         points = [(row["step"], row[name]) for row in rows if (row.get("event") == "heldout") == heldout]
         if not points:
@@ -111,7 +111,7 @@ def _curve(axes: Axes, rows: list[dict[str, Any]], name: str, colour: str, place
 
 
 def _stage_ticks(axes: Axes, places: range, stages: list[str], lengths: dict[str, int]) -> None:
-    """Ticks in each stage's own steps, its name below them, and a line between stages."""
+    """Draws ticks in each stage's own steps, the stage's name below the ticks, and a line between stages."""
     halves = [(place + part, round(part * lengths[stages[place]])) for place in places for part in (0.5, 1)]
     ticks = [(places[0], 0), *halves]
     axes.set_xticks([x for x, _ in ticks], [str(step) for _, step in ticks], fontsize=8)
@@ -122,13 +122,13 @@ def _stage_ticks(axes: Axes, places: range, stages: list[str], lengths: dict[str
 
 
 def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """The mean over a window around each point, shorter at both ends."""
+    """Returns the mean over a window around each point; the window is shorter at both ends."""
     kernel = np.ones(width + 1 - width % 2)
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 
 
 def heldout_table(folder: str | Path) -> str:
-    """The held-out results of a run as a table of text, empty where there are none."""
+    """Returns the held-out results of a run as a text table; an empty string if there are none."""
     rows = [row for row in read_metrics(folder) if row.get("event") == "heldout"]
     names = {"reward": "reward", "correct": "answers right", "validity": "valid", "key_steps": "key steps"}
     if not rows:

@@ -1,12 +1,12 @@
-"""Samples answers to a batch of questions: one prefill a question, then a few jitted loops that decode G answers each.
+"""Samples answers to a batch of questions: one prefill per question, then jitted loops that each decode many tokens.
 
-data -> [rollout] -> rewards -> step_grpo. The keys and values of a prompt are stored once a group, and all its answers
-read them. Each answer has a cache of its own; all answers write at one common index.
+data -> [rollout] -> rewards -> step_grpo. The keys and values of a prompt are stored once per group, and all answers of
+the group read them. Each answer has its own cache; all answers write at the same index.
 
     prefill -> decode up to 256 tokens -> drop finished questions, enlarge the cache -> decode on -> ...
 
-The host looks at the state only between these loops. Their shapes (cache lengths 256, 512, 1,024, ...; a batch halved
-again and again) are few, so later batches find every program compiled.
+The host reads the state only between these loops. The loops have few different shapes (cache lengths 256, 512, 1,024,
+...; batches halved again and again), so later batches reuse the compiled programs.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from r1vl_jax.parallel.sharding import ambient_shards, constrain
 from r1vl_jax.rollout.sampling import answer_uniforms, check_sampling, sample
 from r1vl_jax.types import Array, Prompts, Rollout, Sampling
 
-SEGMENT = 256  # tokens that one loop decodes before the host looks at the state; also the shortest cache
+SEGMENT = 256  # tokens that one loop decodes before the host reads the state; also the length of the first cache
 
 
 class Questions(NamedTuple):
     """The fixed inputs of decoding the answers to B questions.
 
     Attributes:
-      prefix: the prompts' KV, one for each layer.
-      length_B: how many keys of each prompt are real.
+      prefix: the prompts' KV, one per layer.
+      length_B: the number of real (not padding) keys of each prompt.
       start_B: the position of the first answer token.
-      uniforms_BGT: a random number for each token.
-      limit_BG: the most tokens of each answer.
+      uniforms_BGT: a uniform random number for each token.
+      limit_BG: the maximum number of tokens of each answer.
     """
 
     prefix: tuple[text.KV, ...]
@@ -53,7 +53,7 @@ class Answers(NamedTuple):
     Attributes:
       hidden_BGD: the hidden states that predict the next tokens.
       done_BG: True for finished answers.
-      cache: the answers' KV, one for each layer.
+      cache: the answers' KV, one per layer.
       sampled: the tokens so far.
     """
 
@@ -65,7 +65,7 @@ class Answers(NamedTuple):
 
 @partial(jax.jit, static_argnames="cfg")
 def prefill(weights: Any, cfg: ModelConfig, prompts: Prompts) -> tuple[jax.Array, tuple[text.KV, ...], jax.Array]:
-    """Runs vision tower and prompts: (the last token's hidden_BD, one KV for each layer, lengths_B)."""
+    """Runs vision tower and prompts. Returns (the last token's hidden_BD, one KV per layer, lengths_B)."""
     _, last_BD, kv = qwen2_vl.prefill(weights, cfg, prompts)
     return last_BD, kv, qwen2_vl.lengths(prompts)
 
@@ -109,7 +109,7 @@ def decode(
 
 @partial(jax.jit, static_argnames="length")
 def enlarge(answers: Answers, length: int) -> Answers:
-    """The same answers with room for `length` tokens in their caches."""
+    """Returns the same answers with room for `length` tokens in their caches."""
     missing = length - answers.cache[0].k.shape[3]
     cache = jax.tree.map(lambda a: jnp.pad(a, [(0, 0)] * 3 + [(0, missing), (0, 0)]), answers.cache)
     return answers._replace(cache=cache)
@@ -117,7 +117,7 @@ def enlarge(answers: Answers, length: int) -> Answers:
 
 @jax.jit
 def compact(questions: Questions, answers: Answers, places_B: jax.Array) -> tuple[Questions, Answers]:
-    """Only the questions at these places of the batch, and their answers."""
+    """Returns only the questions at these places of the batch, and their answers."""
 
     def take(a: Any) -> Any:
         if isinstance(a, text.KV):
@@ -130,7 +130,7 @@ def compact(questions: Questions, answers: Answers, places_B: jax.Array) -> tupl
 
 @partial(jax.jit, static_argnames=("cfg", "samples", "tokens", "length", "stop"))
 def start(cfg: ModelConfig, last_BD: jax.Array, *, samples: int, tokens: int, length: int, stop: int) -> Answers:
-    """The state before the first token; caches have room for `length` tokens."""
+    """Returns the state before the first token; caches have room for `length` tokens."""
     shape = (last_BD.shape[0], samples, tokens)
     hidden_BGD = jnp.broadcast_to(last_BD[:, None], (*shape[:2], last_BD.shape[-1]))
     cache = text.empty_cache(cfg, shape[0], shape[1], length, last_BD.dtype)
@@ -140,7 +140,10 @@ def start(cfg: ModelConfig, last_BD: jax.Array, *, samples: int, tokens: int, le
 
 
 def segments(tokens: int) -> Iterator[tuple[int, int, int]]:
-    """(first, last, cache length) of each decode loop for this many tokens: caches double, loops stay short."""
+    """Yields (first, last, cache length) of each decode loop for this many tokens.
+
+    A loop decodes at most SEGMENT tokens. The cache length doubles when the next loop needs more room.
+    """
     length, first = min(SEGMENT, tokens), 0
     while first < tokens:
         last = min(first + SEGMENT, tokens)
@@ -151,7 +154,10 @@ def segments(tokens: int) -> Iterator[tuple[int, int, int]]:
 
 
 def shrunk_batch(live: int, batch: int) -> int:
-    """The batch of the next loop: halved while the unfinished questions fit and the devices can still split it."""
+    """Returns the batch size of the next loop.
+
+    The batch is halved as long as the unfinished questions fit and the devices can still split it evenly.
+    """
     while batch % (2 * ambient_shards()) == 0 and live <= batch // 2:
         batch //= 2
     return batch
@@ -175,9 +181,10 @@ def rollout(
     Args:
       weights: fused (model.fused.fuse), in the dtype of the computation.
       prompts: B questions.
-      row_ids_B: a number for each question; its random numbers depend on this, seed, step and sample.
-      stop_ids: an answer ends with the first of these, which belongs to it.
-      limit_BG: the most tokens of each answer, if less than max_new_tokens.
+      row_ids_B: a number for each question. An answer's random numbers depend on this number, on seed and step, and on
+        the answer's index in its group.
+      stop_ids: an answer ends with the first of these ids; this token is part of the answer.
+      limit_BG: the maximum number of tokens of each answer; None: max_new_tokens for all.
     Returns:
       Rollout of (B, group, max_new_tokens) arrays, on the host.
     """
@@ -208,7 +215,7 @@ def rollout(
 
 
 def _written(whole: Rollout | None, part: Rollout, places_B: np.ndarray) -> Rollout:
-    """The whole batch's answers on the host, after those at these places are overwritten by `part`."""
+    """Returns the whole batch's answers on the host, after `part` has overwritten those at places_B."""
     part = jax.device_get(part)
     if whole is None:
         return jax.tree.map(np.array, part)

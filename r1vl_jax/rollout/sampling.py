@@ -1,4 +1,4 @@
-"""Draws one token from logits: greedy, temperature, top-k, top-p. One uniform number a row, through the inverse CDF."""
+"""Draws one token per row of logits (greedy, temperature, top-k, top-p) by the inverse CDF of one uniform number."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BLOCK = 128  # tokens in a block of the inverse CDF
 
 
 def check_sampling(sampling: Sampling) -> None:
-    """Raises ValueError for a value out of range."""
+    """Raises ValueError if a value is out of range."""
     if sampling.temperature < 0:
         raise ValueError(f"temperature is {sampling.temperature}, expected 0 (greedy) or more")
     if not 0 < sampling.top_p <= 1:
@@ -24,9 +24,9 @@ def check_sampling(sampling: Sampling) -> None:
 
 
 def answer_uniforms(seed: int, step: int, row_ids_B: jax.Array, group: int, length: int) -> jax.Array:
-    """The random numbers of a rollout (B, G, T), from keys folded from (seed, step, row, sample).
+    """Returns the random numbers of a rollout (B, G, T), from keys folded from (seed, step, row, sample).
 
-    They depend on nothing else: not on the batch, the place in it, the mesh, or a restart.
+    They depend on nothing else: not on the batch, a question's place in the batch, the mesh, or a restart.
     """
     key = jax.random.fold_in(jax.random.key(seed), step)
 
@@ -60,7 +60,7 @@ def sample(
 
 
 def _truncated(p: jax.Array, sampling: Sampling) -> jax.Array:
-    """Probabilities, not normalised, with tokens outside top-k, then outside top-p, set to zero."""
+    """Sets the probabilities of tokens outside top-k, then outside top-p, to zero. The result is not normalised."""
     vocab = p.shape[-1]
     if not 0 < sampling.top_k < vocab and sampling.top_p == 1:
         return p
@@ -69,14 +69,14 @@ def _truncated(p: jax.Array, sampling: Sampling) -> jax.Array:
     if sampling.top_k:
         ranked = jnp.where(jnp.arange(vocab) < sampling.top_k, ranked, 0.0)
     ranked /= ranked.sum(axis=-1, keepdims=True)
-    # The nucleus is the fewest tokens whose sum reaches top_p: a token is in it if those before it do not reach top_p.
+    # The nucleus is the smallest set whose sum reaches top_p: a token is in it if the sum before it is below top_p.
     before = jnp.cumsum(ranked, axis=-1) - ranked
     ranked = jnp.where(before < sampling.top_p, ranked, 0.0)
     return jnp.take_along_axis(ranked, jnp.argsort(order, axis=-1), axis=-1)
 
 
 def _inverse_cdf(p: jax.Array, uniform: jax.Array) -> jax.Array:
-    """The first token whose cumulative probability exceeds uniform * total; never a token of probability 0.
+    """Returns the first token whose cumulative probability exceeds uniform * total; never a token of probability 0.
 
     Searches the blocks of tokens first, then one block: a cumulative sum over a whole vocabulary takes many passes.
     """
@@ -92,7 +92,7 @@ def _inverse_cdf(p: jax.Array, uniform: jax.Array) -> jax.Array:
 
 
 def _first_above(p: jax.Array, cdf: jax.Array, target: jax.Array) -> jax.Array:
-    """The first index with cdf > target and p > 0."""
+    """Returns the first index with cdf > target and p > 0."""
     hit = (cdf > target[..., None]) & (p > 0)
-    # Rounding may leave no such index when the target is close to the total: then the most probable one.
+    # Rounding may leave no such index if the target is close to the total; the most probable token is returned then.
     return jnp.where(hit.any(axis=-1), jnp.argmax(hit, axis=-1), jnp.argmax(p, axis=-1))

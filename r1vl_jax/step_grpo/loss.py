@@ -1,8 +1,8 @@
-"""The StepGRPO objective on a batch (R1-VL, arXiv 2503.12937, equation 5). r1vl_kernels.kl_policy_loss computes it.
+"""Computes the StepGRPO objective of a batch (R1-VL, arXiv 2503.12937, equation 5), by r1vl_kernels.kl_policy_loss.
 
     L = mean_i [ 1/|c^i| sum_t -( exp(lp_t - stop_gradient(lp_t)) * A^i - beta * KL_t ) ]
 
-The batch's token weights contain the mean over answers and tokens, see `answer_weights`.
+The mean over answers and tokens is part of the batch's token weights, see `answer_weights`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from r1vl_jax.types import TrainBatch
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What training minimises. Hashable: it is a static jit argument.
+    """The parameters of the loss that training minimises. Hashable, because it is a static jit argument.
 
     Attributes:
-      temperature: the sampling temperature, also that of the trained log-probability.
+      temperature: the sampling temperature; trained log-probabilities are computed at the same temperature.
       beta: the weight of the KL to the reference.
       clip: (low, high) of the probability ratio to the sampling policy (PPO); used if the batch has old_logprobs_BGT.
     """
@@ -38,10 +38,10 @@ class Objective:
 
 
 def answer_weights(mask_BGT: np.ndarray, answers: int, average: str = "sequence") -> np.ndarray:
-    """The weight of each token. Weighted sums over all micro-batches of an update add up to the chosen average.
+    """Returns the weight of each token. Weighted sums over all micro-batches of an update add up to the chosen average.
 
     Args:
-      mask_BGT: True on answer tokens, the stop token included; T is the longest that an answer may be.
+      mask_BGT: True on answer tokens, the stop token included; T is the maximum length of an answer.
       answers: the number of answers in the whole update.
       average: sequence: the mean over answers of their token means (the paper, GRPO); token: the mean over all tokens
         (DAPO); constant: the mean over answers of their token sums / T (Dr. GRPO).
@@ -54,7 +54,7 @@ def answer_weights(mask_BGT: np.ndarray, answers: int, average: str = "sequence"
 def policy_loss(
     logprobs: jax.Array, entropy: jax.Array, values: dict[str, jax.Array], *, objective: Objective, backend: str
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of some tokens (B, G, t) and its metrics; tokens of weight 0 do not count.
+    """Returns the loss of some tokens (B, G, t) and its metrics; tokens of weight 0 do not count.
 
     Args:
       values: (B, G, t) each: "ref", "advantage", "weight", and "old" if another policy sampled the tokens.
@@ -78,7 +78,7 @@ def policy_loss(
 def step_grpo_loss(
     params: dict, batch: TrainBatch, *, cfg: ModelConfig, objective: Objective, remat: str, shared: bool = True
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Loss and metrics of one micro-batch; the micro-batches of an update are added."""
+    """Returns loss and metrics of one micro-batch; those of all micro-batches of an update are added."""
     values = {"ref": batch.ref_logprobs_BGT, "advantage": batch.advantage_BGT, "weight": batch.weight_BGT}
     if batch.old_logprobs_BGT is not None:
         values["old"] = batch.old_logprobs_BGT

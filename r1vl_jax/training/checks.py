@@ -13,9 +13,9 @@ from r1vl_jax.parallel.sharding import batch_shards, make_mesh
 
 
 def check_inputs(config: Config) -> Mesh:
-    """Checks a configuration before a model is opened or a run folder is touched. Returns the mesh.
+    """Checks a configuration before a model is opened or a run folder is changed. Returns the mesh.
 
-    Raises ConfigError, RowError or OSError naming what is wrong.
+    Raises ConfigError, RowError or OSError that names the fault.
     """
     sections, sizes = {}, {}
     if "sft" in config.stages:

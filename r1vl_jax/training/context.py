@@ -1,4 +1,4 @@
-"""What every stage of a run needs: configuration, model, run folder, scorers, and the loading of its rows."""
+"""Holds the objects that every stage of a run uses (configuration, model, run folder, scorers) and loads its rows."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from r1vl_jax.types import Example, Prompts, Rollout, Sampling
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run's parts; holds no training state.
+    """The objects that all stages of a run share; the training state is in Stage.
 
     Attributes:
-      model: the checkpoint that the run starts from, opened.
-      reward: which rewards are summed.
-      pool: the processes that score answers.
+      model: the opened checkpoint that the run starts from.
+      reward: the rewards that are summed, with their weights.
+      pool: the worker processes that score answers.
     """
 
     config: Config
@@ -44,7 +44,7 @@ class Run:
     compilations: Compilations
 
     def source(self, section: SourceSection) -> Source:
-        """Opens a stage's rows and names those that cannot be used. Raises RowError where none can."""
+        """Opens a stage's rows and logs those that cannot be used. Raises RowError if no row is usable."""
         source = open_source(section)
         for error in source.errors:
             self.drop(error)
@@ -55,7 +55,7 @@ class Run:
         return source
 
     def drop(self, error: RowError) -> None:
-        """Names a row that is not used."""
+        """Logs a row that is not used."""
         self.log.say(f"dropped: {error}")
 
     def loader(
@@ -67,14 +67,22 @@ class Run:
         make: Callable[[list[Any]], Any],
         position: Position,
     ) -> Loader:
-        """Batches of `count` encoded rows, each passed through `make` (see data.loader)."""
+        """Returns a loader of batches of `count` encoded rows, each passed through `make` (see data.loader)."""
         return Loader(
             source, encode, count=count, seed=self.config.seed, make=make, position=position,
             workers=self.config.data.workers, on_drop=self.drop,
         )  # fmt: skip
 
     def first_sizes(self, source: Source, encode: Callable[[Example], Any], size: Callable[[Any], Size]) -> list[Size]:
-        """The sizes of the first rows that training will see: batch shapes are planned from them."""
+        """Returns the sizes of the first rows (at most PLANNED_ROWS) that training will see, to plan batch shapes from.
+
+        Reads the source in training's shuffled order and leaves out rows that cannot be used. Raises RowError if none
+        can.
+
+        Args:
+          encode: encodes a row, as for `loader`.
+          size: returns the Size of an encoded row.
+        """
         with closing(read_rows(source, lambda example: size(encode(example)), seed=self.config.seed)) as rows:
             first = [row for _, row in islice(rows, min(PLANNED_ROWS, len(source)))]
         sizes = [row[1] for row in first if not isinstance(row, RowError)]
@@ -96,10 +104,13 @@ class Run:
     def sample(
         self, weights: Any, prompts: Prompts, sampling: Sampling, *, group: int, step: int, first: int = 0
     ) -> Rollout:
-        """`group` answers to each question, as NumPy arrays (B, group, T).
+        """Samples `group` answers to each question. Returns NumPy arrays (B, group, T).
 
-        The random numbers of a question follow from its place in the step, counted from `first`, not from its place in
-        the file: a question may occur twice in a step.
+        A question's random numbers depend on its index in the step, not on its row in the file, because a question may
+        occur twice in a step.
+
+        Args:
+          first: the index in the step of the first question of `prompts`.
         """
         row_ids = np.arange(first, first + len(prompts.next_position_B), dtype=np.uint32)
         return rollout(

@@ -1,4 +1,4 @@
-"""Held-out rows, which no stage trains on: one greedy answer each, scored."""
+"""Scores the policy on held-out rows, which no stage trains on: one greedy answer per row."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from r1vl_jax.types import EncodedPrompt, Example, Sampling
 def heldout(run: Run, stage: Stage, step: int) -> None:
     """Scores the policy on the held-out rows; writes the means to metrics.jsonl and prints them.
 
-    Does nothing where that was done already: the run was resumed after it.
+    Does nothing if metrics.jsonl already has the means of this step, which happens after a resume.
     """
     config = run.config.eval
     if not config.rows or run.log.has_heldout(stage.name, step):
@@ -52,7 +52,7 @@ def heldout(run: Run, stage: Stage, step: int) -> None:
 
 
 def _rows(run: Run) -> tuple[list[tuple[Example, EncodedPrompt]], int]:
-    """The first usable rows as prompts, and how many could not be used; each of these is named."""
+    """Returns the first usable rows as prompts, and the number of unusable rows; each unusable row is logged."""
     config, data = run.config.eval, run.config.data
     source = run.source(data.heldout)
     wanted = min(config.rows, len(source))

@@ -1,4 +1,4 @@
-"""Sampled answers scored: token ids -> texts -> scores -> rewards by step, metrics, and rows of rollouts.jsonl."""
+"""Scores sampled answers: token ids -> texts -> scores -> rewards per step, metrics, and rows of rollouts.jsonl."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ BUILT_IN = ("step_accuracy", "step_validity")
 
 @dataclasses.dataclass(frozen=True)
 class RewardSpec:
-    """What an answer's reward is the sum of.
+    """The rewards that are summed into an answer's reward, with their weights.
 
     Attributes:
-      rules, alpha: of the built-in rewards StepRAR and StepRVR; alpha is the weight of the key steps in StepRAR.
+      rules: the answer rules of the built-in rewards StepRAR and StepRVR.
+      alpha: the weight of the key steps in StepRAR.
       accuracy, validity: the weights of StepRAR and StepRVR.
       user: the user's functions with their weights.
     """
@@ -37,7 +38,7 @@ class RewardSpec:
 
     @classmethod
     def from_config(cls, config: RLSection) -> RewardSpec:
-        """Raises ConfigError for a name that is neither built in nor a function that can be imported."""
+        """Builds the spec. Raises ConfigError for a name that is neither built in nor an importable function."""
         weights = dict(zip(config.rewards, config.reward_weights or [1.0] * len(config.rewards), strict=True))
         accuracy, validity = (weights.pop(name, 0.0) for name in BUILT_IN)
         try:
@@ -49,16 +50,16 @@ class RewardSpec:
 
 @dataclasses.dataclass(frozen=True)
 class ScoredAnswer:
-    """One answer.
+    """One answer with its score and reward.
 
     Attributes:
       text: decoded, special tokens left out.
-      tokens: their number, the stop token included.
-      truncated: it reached the length limit without a stop token.
-      score: by the rules.
-      user: the value of each of the user's functions, by its name.
+      tokens: the number of tokens, the stop token included.
+      truncated: True if the answer reached the length limit without a stop token.
+      score: the score under the rules.
+      user: the value of each of the user's functions, by the function's name.
       reward: the weighted sum of all rewards, before any gate.
-      step_tokens: the index of the token at which each step begins; empty unless asked for.
+      step_tokens: the index of the token at which each step begins; empty unless start_scoring has `by_step`.
     """
 
     text: str
@@ -70,7 +71,7 @@ class ScoredAnswer:
     step_tokens: tuple[int, ...]
 
 
-ScoredGroups = list[list[ScoredAnswer]]  # B lists of G
+ScoredGroups = list[list[ScoredAnswer]]  # B lists of G answers
 
 
 def start_scoring(
@@ -89,7 +90,7 @@ def start_scoring(
       by_step: also find the token at which each step begins.
     Returns:
       a function that waits for the scores; it runs the user's functions in this process.
-    Raises: RewardError, from the returned function, where a user's function fails.
+    Raises: RewardError, from the returned function, if a user's function fails.
     """
     G = answers.tokens_BGT.shape[1]
     owners = [example for example in examples for _ in range(G)]
@@ -120,11 +121,11 @@ def start_scoring(
 
 
 class StepRewards(NamedTuple):
-    """What answer g to question b earns in its step j, (B, G, J).
+    """The rewards of each step: index [b, g, j] is step j of answer g to question b.
 
     Attributes:
       outcome_BGJ: for the right answer, and from the user's functions; on the answer's last step.
-      shaping_BGJ: for key steps, in the step where each first appears, and for validity, on the last step.
+      shaping_BGJ: for key steps, on the step where each first appears, and for validity, on the last step.
       mask_BGJ: True for the steps that an answer has.
     """
 
@@ -134,7 +135,10 @@ class StepRewards(NamedTuple):
 
 
 def rewards_by_step(scored: ScoredGroups, spec: RewardSpec, *, by_step: bool) -> StepRewards:
-    """The rewards of all answers. An answer without steps is one step; without `by_step` every answer is one step."""
+    """Returns the rewards of all answers, per step.
+
+    An answer without steps counts as one step. Without `by_step`, every answer counts as one step.
+    """
     counts = [[len(answer.score.step_rewards) if by_step else 1 for answer in group] for group in scored]
     shape = (len(scored), len(scored[0]), max(map(max, counts)))
     outcome_BGJ, shaping_BGJ, mask_BGJ = np.zeros(shape), np.zeros(shape), np.zeros(shape, bool)
@@ -150,12 +154,12 @@ def rewards_by_step(scored: ScoredGroups, spec: RewardSpec, *, by_step: bool) ->
 
 
 def correct(scored: ScoredGroups) -> np.ndarray:
-    """True where the final answer is right, (B, G)."""
+    """Returns True for answers whose final result is right, (B, G)."""
     return np.array([[answer.score.correct for answer in group] for group in scored])
 
 
 def token_steps(scored: ScoredGroups, length: int) -> np.ndarray:
-    """The step of each token, from 0, (B, G, length). Tokens before the first step belong to it."""
+    """Returns the step of each token, from 0, (B, G, length). Tokens before the first step belong to the first step."""
     places = np.arange(length)
     return np.array(
         [[np.searchsorted(answer.step_tokens[1:], places, side="right") for answer in group] for group in scored]
@@ -163,7 +167,7 @@ def token_steps(scored: ScoredGroups, length: int) -> np.ndarray:
 
 
 def reward_metrics(scored: ScoredGroups) -> dict[str, float]:
-    """Means over all answers; counts of answers that could not be scored (scoring/...) and of faulty key steps."""
+    """Returns means over all answers, and counts of answers that could not be scored and of faulty key steps."""
     flat = [answer for group in scored for answer in group]
     scores, lengths = [answer.score for answer in flat], [answer.tokens for answer in flat]
 
@@ -188,7 +192,7 @@ def reward_metrics(scored: ScoredGroups) -> dict[str, float]:
 
 
 def rollout_rows(examples: Sequence[Example], scored: ScoredGroups, **where: Any) -> list[dict[str, Any]]:
-    """Rows of rollouts.jsonl, one a question; each begins with `where` (stage, step)."""
+    """Returns rows of rollouts.jsonl, one per question; each begins with `where` (stage, step)."""
     return [
         {
             **where,

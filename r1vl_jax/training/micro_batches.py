@@ -1,6 +1,6 @@
-"""From a step's questions and answers to micro-batches: sorted by length, padded to few shapes, collated.
+"""Divides a step's questions and answers into micro-batches: sorted by length, padded to few shapes, collated.
 
-Padding after answers would be most of the work: where answers have 400 of 1,024 tokens on average, 60% of theirs.
+Without sorting, most of the work on answers would be padding: if answers have 400 of 1,024 tokens on average, 60%.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from r1vl_jax.step_grpo.loss import answer_weights
 from r1vl_jax.training.judging import ScoredAnswer
 from r1vl_jax.types import EncodedPrompt, Example, Prompts, TrainBatch
 
-ANSWER_UNIT = 128  # answers of a micro-batch are padded to multiples of it
+ANSWER_UNIT = 128  # answers of a micro-batch are padded to a multiple of at most this many tokens
 Question = tuple[Example, EncodedPrompt]
 
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """Questions with their scored answers, as NumPy arrays; T is the longest that an answer may be.
+    """Questions with their scored answers, as NumPy arrays; T is the maximum length of an answer.
 
     Attributes:
-      ref_logprobs_BGT: log-probabilities under the reference, 0 after what its micro-batch holds.
-      has_signal_B: some answer of the group is better than another.
-      shaping_alone_B: the group has a signal although its outcomes are equal.
+      ref_logprobs_BGT: log-probabilities under the reference, 0 after the end of their micro-batch's answer length.
+      has_signal_B: True if some advantage in the group is not 0.
+      shaping_alone_B: True if the group has a signal although its outcomes are equal.
     """
 
     questions: list[Question]
@@ -45,7 +45,7 @@ class Groups:
 
     @staticmethod
     def concatenate(parts: Sequence[Groups]) -> Groups:
-        """The groups of several rollouts of one step."""
+        """Concatenates the groups of several rollouts of one step."""
 
         def joined(name: str) -> Any:
             values = [getattr(part, name) for part in parts]
@@ -56,7 +56,7 @@ class Groups:
 
 @dataclasses.dataclass(frozen=True)
 class Batching:
-    """How a step is cut into micro-batches.
+    """The rules by which a step is divided into micro-batches.
 
     Attributes:
       micro_batch_size: questions in a micro-batch.
@@ -73,7 +73,7 @@ class Batching:
     def split(
         self, questions: Sequence[Question], mask_BGT: np.ndarray, used_B: np.ndarray | None = None
     ) -> list[tuple[np.ndarray, int]]:
-        """(indices of questions, answer length) of each micro-batch: sorted by longest answer, then by prompt.
+        """Returns (indices of questions, answer length) of each micro-batch: sorted by longest answer, then by prompt.
 
         Args:
           used_B: False for questions that do not count: they come last, and only fill the last micro-batch.
@@ -87,12 +87,12 @@ class Batching:
         return [(part, int(length_B[part[used_B[part]]].max(initial=self.unit))) for part in parts]
 
     def collate(self, questions: Sequence[Question], part: np.ndarray) -> Prompts:
-        """The prompts of a micro-batch, on the host."""
+        """Returns the prompts of a micro-batch, on the host."""
         return collate_prompts([questions[b][1] for b in part], self.buckets)
 
 
 def answer_unit(max_new_tokens: int, pad_multiple: int) -> int:
-    """The multiple that answers are padded to: a quarter of the longest answer, but at most ANSWER_UNIT."""
+    """Returns the multiple that answers are padded to: a quarter of the maximum length, but at most ANSWER_UNIT."""
     return min(ANSWER_UNIT, bucket(-(-max_new_tokens // 4), pad_multiple))
 
 
@@ -104,7 +104,10 @@ def batched_logprobs(
     tokens_BGT: np.ndarray,
     mask_BGT: np.ndarray,
 ) -> np.ndarray:
-    """Log-probabilities of answers under some parameters (B, G, T), 0 after what a micro-batch holds."""
+    """Returns log-probabilities of answers under `params` (B, G, T).
+
+    They are computed in micro-batches, and are 0 after the end of a micro-batch's answer length.
+    """
     logprobs_BGT = np.zeros(tokens_BGT.shape, np.float32)
     parts = batching.split(questions, mask_BGT)
     pending = [
@@ -125,13 +128,13 @@ def rl_batches(
     average: str,
     old_logprobs_BGT: np.ndarray | None,
 ) -> Iterator[TrainBatch]:
-    """Micro-batches of the groups that count, on the host; others fill the last one, with weight 0.
+    """Yields micro-batches of the groups that count, on the host; other groups fill the last one, with weight 0.
 
     Args:
       max_questions: groups that count, at most.
       keep_all: groups without a signal count too.
-      average: of the loss, see step_grpo.loss.answer_weights.
-      old_logprobs_BGT: under the policy that sampled; None where that is the one being trained.
+      average: the average that the loss takes, see step_grpo.loss.answer_weights.
+      old_logprobs_BGT: log-probabilities under the policy that sampled; None if that is the trained policy.
     """
     used_B = groups.has_signal_B | keep_all
     used_B &= np.cumsum(used_B) <= max_questions
@@ -146,7 +149,7 @@ def rl_batches(
 
 @dataclasses.dataclass(frozen=True)
 class SFTUpdate:
-    """The micro-batches of one SFT update, on the device, their tokens, and the share of them that is padding."""
+    """The micro-batches of one SFT update on the device, their number of tokens, and their shares of padding."""
 
     batches: list[TrainBatch]
     tokens: int
@@ -156,7 +159,7 @@ class SFTUpdate:
 def sft_update(
     pairs: Sequence[tuple[EncodedPrompt, np.ndarray]], count: int, buckets: Buckets, put: Callable[[Any], Any]
 ) -> SFTUpdate:
-    """Rows (prompt, answer) as micro-batches of `count`, sorted by length."""
+    """Divides rows (prompt, answer), sorted by length, into micro-batches of `count`."""
     answer_tokens = sum(len(answer) for _, answer in pairs)
     batches = []
     for part in by_length(pairs, count, lambda pair: size_of(*pair)):

@@ -1,6 +1,6 @@
-"""Gradient accumulation and the AdamW update of both stages, as pure functions; training/programs.py jits them.
+"""Accumulates gradients and applies the AdamW update of both stages, as pure functions; training/programs.py jits them.
 
-Master parameters, gradients and moments are fp32. In the formulas of an update:
+Master parameters, gradients and moments are fp32. An update computes:
 
     grads = sum over micro-batches of the gradient of the loss at the cast parameters
     state = AdamW(state, grads clipped by their global norm)
@@ -26,12 +26,12 @@ LossFn = Callable[[Any, TrainBatch], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 def trained_parts(config: OptimizerSection) -> tuple[str, ...]:
-    """The subtrees of the parameters that are trained; the others get neither gradients nor moments."""
+    """Returns the names of the parameter subtrees that are trained; the others get neither gradients nor moments."""
     return ("text",) if config.freeze_vision else ("vision", "text")
 
 
 def make_schedule(config: OptimizerSection, steps: int) -> optax.Schedule:
-    """Linear warm-up over warmup_ratio * steps, then the named decay to 0 at `steps`."""
+    """Returns a linear warm-up over warmup_ratio * steps, then the named decay to 0 at `steps`."""
     warmup = round(config.warmup_ratio * steps)
     rate, rest = config.learning_rate, max(1, steps - warmup)
     decay = {
@@ -39,13 +39,13 @@ def make_schedule(config: OptimizerSection, steps: int) -> optax.Schedule:
         "linear": optax.linear_schedule(rate, 0.0, rest),
         "constant": optax.constant_schedule(rate),
     }[config.schedule]
-    # The first update already moves: step s of the warm-up has (s + 1) / warmup of the rate.
+    # The first update's rate is not 0: step s of the warm-up has (s + 1) / warmup of the full rate.
     rise = optax.linear_schedule(rate / max(1, warmup), rate, max(1, warmup - 1))
     return optax.join_schedules([rise, decay], [warmup])
 
 
 def make_optimizer(config: OptimizerSection, steps: int, spec_tree: Any) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW with decay on matrices only."""
+    """Returns clipping by global norm, then AdamW with weight decay on matrices only."""
     parts = trained_parts(config)
     decayed = {part: tree_map_spec(lambda spec: spec.init == "normal", spec_tree[part]) for part in parts}
     return optax.chain(
@@ -57,7 +57,7 @@ def make_optimizer(config: OptimizerSection, steps: int, spec_tree: Any) -> opta
 def abstract_state(
     optimizer: optax.GradientTransformation, parts: tuple[str, ...], spec_tree: Any, shardings: Any, mesh: Mesh
 ) -> TrainState:
-    """Shapes, dtypes and shardings of a state, nothing allocated; moments have the shardings of their parameters."""
+    """Returns shapes, dtypes and shardings of a state; allocates nothing. Moments are sharded like their parameters."""
 
     def placed(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
@@ -77,7 +77,7 @@ def abstract_state(
 def init_state(
     params: Any, *, optimizer: optax.GradientTransformation, parts: tuple[str, ...], layout: TrainState
 ) -> TrainState:
-    """A fresh state on fp32 parameters that are on their devices already, in the layout of `abstract_state`."""
+    """Returns a fresh state in the layout of `abstract_state`, from fp32 parameters that are already on the devices."""
     sharding = jax.tree.map(lambda shape: shape.sharding, layout.opt_state)
     opt_state = jax.jit(optimizer.init, out_shardings=sharding)({part: params[part] for part in parts})
     return TrainState(jax.device_put(jnp.int32(0), layout.step.sharding), params, opt_state)
@@ -86,7 +86,11 @@ def init_state(
 def accumulate(
     grads: Any, params: Any, batch: TrainBatch, *, loss_fn: LossFn, parts: tuple[str, ...], dtype: str
 ) -> tuple[Any, dict[str, jax.Array]]:
-    """(grads + gradient of the loss at the parameters cast to `dtype`, metrics). grads None: the gradient alone."""
+    """Returns (grads + gradient of the loss at the parameters cast to `dtype`, metrics).
+
+    Args:
+      grads: the sum so far; None: the result is this micro-batch's gradient alone.
+    """
 
     def loss(trained: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         return loss_fn(cast({**params, **trained}, dtype), batch)
@@ -96,7 +100,7 @@ def accumulate(
 
 
 def update(state: TrainState, grads: Any, *, optimizer: optax.GradientTransformation) -> tuple[TrainState, jax.Array]:
-    """One step of the optimizer: (state, gradient norm)."""
+    """Runs one step of the optimizer. Returns (state, gradient norm before clipping)."""
     trained = {part: state.params[part] for part in grads}
     updates, opt_state = optimizer.update(grads, state.opt_state, trained)
     params = state.params | optax.apply_updates(trained, updates)
@@ -104,6 +108,6 @@ def update(state: TrainState, grads: Any, *, optimizer: optax.GradientTransforma
 
 
 def zero_grads(params: Any, parts: tuple[str, ...]) -> Any:
-    """fp32 zeros with the shapes and shardings of the trained parameters: the buffer that gradients are added to."""
+    """Returns fp32 zeros with shapes and shardings of the trained parameters, to which gradients are added."""
     trained = {part: params[part] for part in parts}
     return jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32, device=a.sharding), trained)

@@ -1,12 +1,14 @@
-"""Every jitted program of a training step, built once for a stage. Training runs them, benchmarks time them, and
-`scripts/hlo_report.py` compiles them for machines that are not there.
+"""Builds every jitted program of a training step, once per stage.
 
-    rollout_weights   fp32 parameters -> the rollout's fused weights              once an update
-    prefill, decode   the two programs of `rollout.generate.rollout`              once a rollout, once a segment
-    token_logprobs    parameters, prompts, answers -> log-probabilities           once a micro-batch
-    advantages        rewards by step -> the advantage of each token              once a rollout
-    accumulate        gradients += gradient of the loss of one micro-batch        once a micro-batch
-    update            state, gradients -> state                                   once an update
+Training runs the programs, benchmarks time them, and `scripts/hlo_report.py` compiles them for machines that are not
+present.
+
+    rollout_weights   fp32 parameters -> the rollout's fused weights              once per update
+    prefill, decode   the two programs of `rollout.generate.rollout`              once per rollout, once per segment
+    token_logprobs    parameters, prompts, answers -> log-probabilities           once per micro-batch
+    advantages        rewards per step -> the advantage of each token             once per rollout
+    accumulate        gradients += gradient of the loss of one micro-batch        once per micro-batch
+    update            state, gradients -> state                                   once per update
 """
 
 from __future__ import annotations
@@ -47,15 +49,15 @@ class Programs:
 
     Attributes:
       rollout_weights: (params) -> weights in the dtype of the computation, laid out for decoding.
-      prefill, decode: those of rollout.generate; their static arguments are not bound.
+      prefill, decode: the functions of rollout.generate; their static arguments are not bound.
       token_logprobs: (params, prompts, tokens_BGT) -> log-probabilities (B, G, T), fp32.
       advantages: (rewards_BGJ, mask_BGJ, step_BGT) -> advantages (B, G, T), fp32.
       accumulate: (grads, params, batch) -> (grads, metrics); grads None starts a sum.
       update: (state, grads) -> (state, gradient norm).
       layout: shapes, dtypes and shardings of the train state; nothing is allocated.
-      parts: the subtrees of the parameters that are trained.
+      parts: the names of the parameter subtrees that are trained.
       schedule: the learning rate of each update.
-      init: (params) -> a fresh train state on these fp32 parameters.
+      init: (params) -> a fresh train state with these fp32 parameters.
     """
 
     rollout_weights: Program
@@ -72,12 +74,12 @@ class Programs:
 
 
 def build_programs(model: ModelConfig, mesh: Mesh, config: Config, stage: str, updates: int) -> Programs:
-    """The programs of a stage; nothing is compiled yet.
+    """Builds the programs of a stage; nothing is compiled yet.
 
     Args:
-      model: with its backend.
+      model: the model's config, with its backend set.
       stage: sft or step_grpo.
-      updates: of the whole stage, for the learning rate's schedule.
+      updates: the number of updates of the whole stage, for the learning rate's schedule.
     """
     section = {"sft": config.sft, "step_grpo": config.rl}[stage].optimizer
     spec = param_spec(model)
@@ -107,7 +109,7 @@ def build_programs(model: ModelConfig, mesh: Mesh, config: Config, stage: str, u
 
 
 def stage_loss(model: ModelConfig, config: Config, stage: str) -> Callable[[Any, TrainBatch], Any]:
-    """(parameters, micro-batch) -> (loss, metrics) of a stage."""
+    """Returns the loss function of a stage: (parameters, micro-batch) -> (loss, metrics)."""
     if stage == "sft":
         return partial(sft_loss, cfg=model, remat=config.model.remat)
     rl = config.rl
@@ -145,10 +147,10 @@ def _advantages(scale: str, std_floor: float, kernels: str) -> Program:
 def gradient_step(
     programs: Programs, state: TrainState, batches: Iterable[TrainBatch], *, use_buffer: bool
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update from a step's micro-batches, all on the device.
+    """Runs one update from a step's micro-batches, all on the device.
 
     Args:
-      state: is donated.
+      state: is donated: its buffers are reused, so the caller must not use it again.
       use_buffer: add gradients up in a buffer. With False there must be one micro-batch; its gradient is used as it is.
     Returns:
       (state, metrics summed over the micro-batches, with grad_norm).
@@ -164,7 +166,11 @@ def gradient_step(
 
 
 def enable_compilation_cache(folder: str) -> None:
-    """Keeps compiled programs from run to run. `folder`: auto, off or a path. JAX's own settings take precedence."""
+    """Stores compiled programs in a folder, so that later runs reuse them. JAX's own settings take precedence.
+
+    Args:
+      folder: a path; auto: ~/.cache/r1vl_jax (or in XDG_CACHE_HOME); off: no cache.
+    """
     if folder == "off" or jax.config.values["jax_compilation_cache_dir"]:
         return
     path = Path(folder).expanduser()
@@ -174,7 +180,7 @@ def enable_compilation_cache(folder: str) -> None:
 
 
 class Compilations:
-    """Counts, while it is open, the programs of COUNTED that are compiled or read from the compilation cache."""
+    """A context manager that counts the programs of COUNTED that are compiled or read from the compilation cache."""
 
     def __init__(self) -> None:
         self.count = 0

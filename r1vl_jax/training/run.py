@@ -1,4 +1,4 @@
-"""A whole run: from a configuration to an exported checkpoint.
+"""Runs a whole training run, from a configuration to an exported checkpoint.
 
     check inputs -> open the model -> run folder -> stages (sft, step_grpo) -> export
 
@@ -34,11 +34,11 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, pool
     """Runs the configured stages.
 
     Args:
-      resume: go on from the run folder's newest checkpoint.
-      overwrite: remove an existing run folder and start anew.
-      pool: scores the answers, and stays open; default: one of `scoring.workers` processes.
+      resume: continue from the run folder's newest checkpoint.
+      overwrite: remove an existing run folder and start again.
+      pool: scores the answers, and is not closed; None: a new pool of `scoring.workers` processes.
     Returns: the exported Hugging Face folder.
-    Raises: ConfigError, CheckpointError, RowError, RewardError or OSError, in one line.
+    Raises: ConfigError, CheckpointError, RowError, RewardError or OSError, with a message of one line.
     """
     enable_compilation_cache(config.compilation_cache)
     if config.shapes.dir:

@@ -1,4 +1,4 @@
-"""The run folder: resolved configuration, metrics.jsonl, rollouts.jsonl, and the progress line on the terminal."""
+"""Writes the run folder (resolved configuration, metrics.jsonl, rollouts.jsonl) and the terminal's progress line."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from r1vl_jax.common.files import atomic_write, read_json_lines
 from r1vl_jax.config import Config
 from r1vl_jax.errors import ConfigError
 
-# How a run computes, not what: a change of these changes results by rounding alone.
+# These keys change how a run computes: changing them changes results by rounding alone.
 BACKEND_KEYS = ("model.remat", "model.attention", "model.kernels", "model.shared_prefix", "compilation_cache")
 
 
 class RunLog:
-    """Everything that a run writes except checkpoints and exports.
+    """The writer of all files of a run except checkpoints and exports.
 
     Args:
       config: is written to config.yaml.
-      resume: go on in an existing run folder. Without it such a folder is an error, or is removed with `overwrite`.
-    Raises: ConfigError where the folder cannot be used.
+      resume: continue in an existing run folder. Without `resume`, an existing run folder raises an error, or is
+        removed if `overwrite` is set.
+    Raises: ConfigError if the folder cannot be used.
     """
 
     def __init__(self, config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -56,13 +57,13 @@ class RunLog:
         self._bar: tqdm | None = None
 
     def _check_changes(self, config: Config) -> None:
-        """A resumed run keeps its settings, except those that change no result so far."""
+        """Raises ConfigError if a resumed run changes a setting, except settings that change no result so far."""
         old, new = yaml.safe_load(self._config_file.read_text()), yaml.safe_load(configs.dump(config))
         free = ["checkpoint.", "scoring.", "eval.", "mesh.", "output_dir", "rl.steps", "data.workers", *BACKEND_KEYS]
         if not (self.folder / "checkpoints" / "step_grpo").exists():
             free += ["sft.steps", "sft.epochs"]
         for key, default, _ in configs.describe():
-            # A run of an earlier version lacks newer keys: they had their defaults.
+            # A config.yaml of an earlier version lacks newer keys; the defaults are used for them.
             before = config_tree.get(old, key, list(default) if isinstance(default, tuple) else default)
             after = config_tree.get(new, key)
             if before != after and not key.startswith(tuple(free)):
@@ -71,17 +72,17 @@ class RunLog:
                 self.say(f"{key} was {before!r} in this run and is now {after!r}")
 
     def say(self, message: str) -> None:
-        """One line for people, on stderr, above the progress line."""
+        """Prints one line for people on stderr, above the progress line."""
         tqdm.write(message, file=sys.stderr)
 
     def truncate_after(self, stage: str, step: int) -> None:
-        """Removes what a stage logged after a step, so that a resumed run logs each step once."""
+        """Removes the rows that a stage logged after a step, so that a resumed run logs each step once."""
         has_heldout = self.has_heldout(stage, step)
 
         def keep(row: dict[str, Any]) -> bool:
             if row["stage"] != stage:
                 return True
-            # Held-out rows of a step are scored after its checkpoint: where that was cut off, it is done again.
+            # Held-out rows are scored after the checkpoint. If that was interrupted, they are removed and scored again.
             return row["step"] < step or (row["step"] == step and (has_heldout or row.get("event") != "heldout"))
 
         for name in ("metrics.jsonl", "rollouts.jsonl"):
@@ -91,7 +92,7 @@ class RunLog:
                     file.writelines(json.dumps(row) + "\n" for row in read_json_lines(path) if keep(row))
 
     def has_heldout(self, stage: str, step: int) -> bool:
-        """Whether metrics.jsonl has the held-out means of a step."""
+        """Returns whether metrics.jsonl has the held-out means of a step."""
         wanted = ("heldout", stage, step)
         rows = read_json_lines(self.folder / "metrics.jsonl")
         return any((row.get("event"), row["stage"], row["step"]) == wanted for row in rows)
@@ -108,7 +109,7 @@ class RunLog:
             file.write(json.dumps(row) + "\n")
 
     def steps(self, name: str, start: int, total: int) -> Iterator[int]:
-        """Steps start+1 to total, with a progress line: bar, rate, time left, and the values given to `show`."""
+        """Yields steps start+1 to total, with a progress line: bar, rate, time left, and the values given to `show`."""
         self._bar = tqdm(total=total, initial=start, desc=name, unit="step", file=sys.stderr, dynamic_ncols=True)
         with self._bar:
             for step in range(start + 1, total + 1):
@@ -117,13 +118,13 @@ class RunLog:
         self._bar = None
 
     def show(self, **values: float) -> None:
-        """Values beside the progress bar."""
+        """Shows values beside the progress bar."""
         if self._bar is not None:
             self._bar.set_postfix({key: f"{value:.3g}" for key, value in values.items()})
 
 
 class Phases:
-    """Seconds spent in each phase of a step."""
+    """A timer that sums the seconds spent in each phase of a step."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

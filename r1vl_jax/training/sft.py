@@ -1,4 +1,4 @@
-"""Stage 1 (R1-VL, section 3.1): cross-entropy on chain-of-thought answers, from rows to a trained policy."""
+"""Runs stage 1 (R1-VL, section 3.1): cross-entropy on chain-of-thought answers, from rows to a trained policy."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def sft(run: Run, params: Any, resume: bool) -> Any:
     """Trains on question and answer rows. Returns the fp32 parameters.
 
     Args:
-      params: to start from; None: those of the run's checkpoint.
-      resume: go on from the stage's newest checkpoint, if there is one.
+      params: the parameters to start from; None: those of the run's checkpoint.
+      resume: continue from the stage's newest checkpoint, if there is one.
     """
     config, data = run.config.sft, run.config.data
     source = run.source(data.sft)

@@ -1,4 +1,4 @@
-"""One stage of a run: its programs, train state and checkpoints, and what it logs at the end of a step."""
+"""Holds one stage of a run: its programs, train state and checkpoints; logs the end of each step."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from r1vl_jax.training.programs import build_programs, gradient_step
 from r1vl_jax.training.run_folder import Phases
 from r1vl_jax.types import TrainBatch, TrainState
 
-SHOWN = {"reward", "correct", "loss", "kl", "length", "tokens_per_second"}  # beside the progress bar
+SHOWN = {"reward", "correct", "loss", "kl", "length", "tokens_per_second"}  # metrics shown beside the progress bar
 
 
 class Stage:
-    """Starts from given weights, or resumes; `position` is where the loader of its rows continues.
+    """One stage of a run, started from given weights or resumed from its newest checkpoint.
+
+    The attribute `position` is the position at which the loader of the stage's rows continues.
 
     Args:
       name: sft or step_grpo.
-      steps: of the stage.
+      steps: the number of steps of the stage.
       params: fp32 parameters; None: those of the checkpoint that the run starts from.
-      micro_batches: of an update, at most.
-      updates: in a step; state.step counts them.
+      micro_batches: the maximum number of micro-batches per update.
+      updates: the number of updates per step; state.step counts updates.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class Stage:
         return self.start == 0 and self.run.config.stages[0] == self.name
 
     def rollout_weights(self) -> Any:
-        """The policy as it is now, laid out for decoding."""
+        """Returns the current policy's weights, laid out for decoding."""
         return self.programs.rollout_weights(self.state.params)
 
     def update(self, batches: Iterable[TrainBatch]) -> dict[str, float]:
@@ -64,14 +66,19 @@ class Stage:
         return jax.device_get(metrics)
 
     def skip_step(self) -> dict[str, float]:
-        """Counts a step that has nothing to learn from; parameters and moments stay. Returns no metrics."""
+        """Counts a step whose groups have no signal; parameters and moments do not change. Returns no metrics."""
         self.state = dataclasses.replace(self.state, step=self.state.step + self.updates)
         return {}
 
     def finish_step(
         self, step: int, metrics: dict[str, float], phases: Phases, tokens: int, position: Position
     ) -> None:
-        """Logs a step, and writes a checkpoint and the curves when they are due. `position`: where the rows go on."""
+        """Logs a step, and writes a checkpoint and the curves when they are due.
+
+        Args:
+          tokens: the number of tokens of the step, for tokens_per_second.
+          position: the position at which the loader continues after this step.
+        """
         log = self.run.log
         values = {
             **metrics,
@@ -88,7 +95,7 @@ class Stage:
             plot_metrics(log.folder)
 
     def save(self, step: int) -> None:
-        """Writes the checkpoint of the last finished step, unless there is one."""
+        """Writes the checkpoint of the last finished step, unless it exists."""
         if step > 0 and step != self.checkpoints.latest:
             self.checkpoints.save(step, self.state, self.position.to_json())
 

@@ -1,8 +1,8 @@
-"""Stage 2: StepGRPO (R1-VL, arXiv 2503.12937, section 3.3). In each step:
+"""Runs stage 2: StepGRPO (R1-VL, arXiv 2503.12937, section 3.3). In each step:
 
-sample       M answers to each question from the policy                       rollout/
+sample       M answers per question from the policy                           rollout/
 score        StepRAR + StepRVR, step by step                                  rewards/, training/judging.py
-gate         where the step rewards count                                     step_grpo/advantages.py
+gate         choice of the step rewards that count                            step_grpo/advantages.py
 advantage    reward to go against the mean of the group, for each token       kernels/step_group_advantage.py
 update       policy gradient with a KL to the reference, in micro-batches     step_grpo/loss.py, training/programs.py
 """
@@ -49,7 +49,7 @@ from r1vl_jax.types import Prompts, Sampling, TrainBatch
 
 @dataclasses.dataclass(frozen=True)
 class StepGRPO:
-    """What all steps share. `reference`: the frozen parameters, in the dtype of the computation."""
+    """The objects that all steps share. `reference`: the frozen parameters, in the dtype of the computation."""
 
     run: Run
     stage: Stage
@@ -61,7 +61,7 @@ class StepGRPO:
         return self.run.config.rl
 
     def step(self, loader: Loader, step: int, phases: Phases) -> tuple[dict[str, float], int]:
-        """One step of the algorithm: (metrics, sampled tokens)."""
+        """Runs one step of the algorithm. Returns (metrics, number of sampled tokens)."""
         groups = self.sample(loader, step, phases)
         with phases("train"):
             batches, metrics = self.update(groups)
@@ -74,7 +74,11 @@ class StepGRPO:
         return metrics, int(groups.mask_BGT.sum())
 
     def sample(self, loader: Loader, step: int, phases: Phases) -> Groups:
-        """The next questions with scored answers; with `zero_variance: resample` more, until enough have a signal."""
+        """Samples and scores answers to the next questions.
+
+        With `zero_variance: resample`, samples further questions until enough groups have a signal, in at most
+        1 + max_resamples rounds.
+        """
         config, weights, parts = self.config, self.stage.rollout_weights(), []
         rounds = 1 + (config.max_resamples if config.zero_variance == "resample" else 0)
         for number in range(rounds):
@@ -85,7 +89,7 @@ class StepGRPO:
         return Groups.concatenate(parts)
 
     def sample_once(self, loader: Loader, weights: Any, step: int, first: int, phases: Phases) -> Groups:
-        """Sample, score, gate, advantage. `first`: number of the first question in this step."""
+        """Samples, scores, gates and computes advantages. `first`: index of the first question in this step."""
         run, config, by_step = self.run, self.config, self.config.advantage == "step"
         with phases("data"):
             questions, prompts = loader.take()
@@ -109,12 +113,12 @@ class StepGRPO:
         )  # fmt: skip
 
     def update(self, groups: Groups) -> tuple[list[TrainBatch], dict[str, float]]:
-        """The step's updates of the policy: (micro-batches, metrics of the last update)."""
+        """Runs the step's updates of the policy. Returns (micro-batches, metrics of the last update)."""
         config = self.config
         if not (groups.has_signal_B.any() or config.zero_variance == "keep"):
             return [], self.stage.skip_step()
         old_logprobs_BGT = None
-        if config.updates_per_rollout > 1:  # the ratios of all updates are to the policy that sampled
+        if config.updates_per_rollout > 1:  # all updates take ratios to the policy that sampled
             params = self.stage.state.params
             old_logprobs_BGT = self.logprobs(params, groups.questions, groups.tokens_BGT, groups.mask_BGT)
         batches = list(
@@ -129,7 +133,7 @@ class StepGRPO:
         return batches, metrics
 
     def advantages(self, rewards_BGJ: np.ndarray, mask_BGJ: np.ndarray, step_BGT: np.ndarray) -> np.ndarray:
-        """Each token's advantage (B, G, T). J is padded to a power of two, for few compiled programs."""
+        """Returns each token's advantage (B, G, T). J is padded to a power of two, so few programs are compiled."""
         J = mask_BGJ.shape[2]
         more = [(0, 0), (0, 0), (0, (1 << (J - 1).bit_length()) - J)]
         rewards_BGJ, mask_BGJ = np.pad(rewards_BGJ.astype(np.float32), more), np.pad(mask_BGJ, more)
@@ -138,7 +142,7 @@ class StepGRPO:
     def logprobs(
         self, params: Any, questions: list[Question], tokens_BGT: np.ndarray, mask_BGT: np.ndarray
     ) -> np.ndarray:
-        """Log-probabilities of answers under some parameters, (B, G, T)."""
+        """Returns log-probabilities of answers under `params`, (B, G, T)."""
         program = self.stage.programs.token_logprobs
         return batched_logprobs(program, params, self.batching, questions, tokens_BGT, mask_BGT)
 
@@ -147,8 +151,8 @@ def step_grpo(run: Run, params: Any, resume: bool) -> Any:
     """Trains the policy with StepGRPO. Returns the fp32 parameters.
 
     Args:
-      params: to start from; None: those of the run's checkpoint.
-      resume: go on from the stage's newest checkpoint, if there is one.
+      params: the parameters to start from; None: those of the run's checkpoint.
+      resume: continue from the stage's newest checkpoint, if there is one.
     """
     config, data = run.config.rl, run.config.data
     source = run.source(data.rl)
@@ -175,7 +179,7 @@ def step_grpo(run: Run, params: Any, resume: bool) -> Any:
             phases = Phases()
             try:
                 metrics, tokens = grpo.step(loader, step, phases)
-            except RewardError:  # a user's function failed: what has been trained is kept
+            except RewardError:  # a user's function failed: save the finished steps
                 stage.save(step - 1)
                 stage.finish()
                 run.log.say(f"step_grpo: saved after step {step - 1}; --resume goes on from there")
@@ -186,7 +190,7 @@ def step_grpo(run: Run, params: Any, resume: bool) -> Any:
 
 
 def plan_buckets(run: Run, source: Source, encode: Any) -> tuple[Buckets, Buckets]:
-    """The shapes of a rollout's prompts and of a micro-batch's prompts."""
+    """Returns the shapes of a rollout's prompts and of a micro-batch's prompts."""
     config = run.config.rl
     sizes = run.first_sizes(source, encode, size_of)
     rollout_buckets, buckets = (
@@ -198,5 +202,5 @@ def plan_buckets(run: Run, source: Source, encode: Any) -> tuple[Buckets, Bucket
 
 
 def warm_up_folder(run: Run) -> Path:
-    """Where the parameters after the warm-up are exported: the reference of StepGRPO."""
+    """Returns the folder to which the parameters after the warm-up are exported: the reference of StepGRPO."""
     return run.log.folder / "warmup"

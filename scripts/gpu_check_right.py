@@ -230,9 +230,9 @@ def loss_head(setup: Setup) -> dict[str, Any]:
         return jnp.sum(logprobs * values), {}
 
     def call(hidden_BGTD: jax.Array, head_VD: jax.Array) -> jax.Array:
-        options = (temperature, forbidden, chunk)
-        loss, _ = head_loss(token_loss, hidden_BGTD, head_VD, tokens_BGT, values_BGT, *options)
-        return loss
+        # pyright takes the custom_vjp for a function without a result.
+        result: Any = head_loss(token_loss, hidden_BGTD, head_VD, tokens_BGT, values_BGT, temperature, forbidden, chunk)
+        return result[0]
 
     def exact(hidden_BGTD: jax.Array, head_VD: jax.Array) -> jax.Array:
         scored = token_logprobs(hidden_BGTD, head_VD, tokens_BGT, temperature=temperature, forbidden=forbidden)

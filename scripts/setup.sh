@@ -15,7 +15,7 @@ fi
 if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
   echo "installing r1vl_jax${extra:+ with the extra '$extra'} (a few minutes the first time)" >&2
   # torch first: asked for by name, pip takes this version and no other build.
-  [ "$extra" != test ] || .venv/bin/python -m pip install --quiet torch==2.13.0
+  case "$extra" in test | dev) .venv/bin/python -m pip install --quiet torch==2.13.0 ;; esac
   .venv/bin/python -m pip install --quiet --editable ".${extra:+[$extra]}"
   touch "$stamp"
 fi

@@ -44,8 +44,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, pool
     if config.shapes.dir:
         make_shapes(config.shapes)
     mesh, section = check_inputs(config), config.model
-    backend = {"dtype": section.dtype, "attention": section.attention, "kernels": section.kernels}
-    model = open_model(section.path, mesh=mesh, **backend)
+    model = open_model(
+        section.path, mesh=mesh, dtype=section.dtype, attention=section.attention, kernels=section.kernels
+    )
     reward = RewardSpec.from_config(config.rl)
     log = RunLog(config, resume=resume, overwrite=overwrite)
     own_pool = pool is None

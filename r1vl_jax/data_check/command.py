@@ -47,7 +47,7 @@ def _folder(config: Config, out: str | None) -> Path:
     run = Path(config.output_dir)
     folder = Path(out) if out else run.with_name(f"{run.name}-check")
     if folder.resolve().is_relative_to(run.resolve()):
-        raise ConfigError(f"--out: {folder} lies in output_dir {run}, which holds what a run writes")
+        raise ConfigError(f"--out: {folder} is inside output_dir {run}, where only the run writes")
     return folder
 
 

@@ -302,7 +302,7 @@ def test_bad_input(folder, tmp_path, capsys):
         (["--rl.betta", "1"], "did you mean rl.beta"),
         (["--data.sft.path", str(tmp_path / "nothing")], f"{tmp_path / 'nothing'}: no such file"),
         (["--model.path", str(tmp_path / "nothing")], f"{tmp_path / 'nothing'}: no such folder"),
-        (["--out", str(tmp_path / "run" / "check")], "lies in output_dir"),
+        (["--out", str(tmp_path / "run" / "check")], "is inside output_dir"),
         (["--data.sft.path", str(folder / "bad.json"), "--stages", "[sft]"], "bad.json: no usable row"),
         (["--data.sft.path", str(folder / "worse.json"), "--stages", "[sft]"], "worse.json: no usable row"),
     ):

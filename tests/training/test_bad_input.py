@@ -163,7 +163,7 @@ def test_data_that_the_run_folder_holds(command, tmp_path):
     for key in ("data.sft.tfds_dir", "data.sft.image_root"):
         options = ["--data.sft.tfds", "mulberry_sft"] if key.endswith("tfds_dir") else []
         code, line = command(*options, f"--{key}", tmp_path / "run" / "tfds")
-        assert code == 2 and f"{key}: {tmp_path / 'run' / 'tfds'} lies in output_dir" in line
+        assert code == 2 and f"{key}: {tmp_path / 'run' / 'tfds'} is inside output_dir" in line
     code, line = command("--data.sft.image_root", tmp_path / "nowhere")
     assert code == 2 and f"data.sft.image_root: {tmp_path / 'nowhere'}: no such folder" in line
 

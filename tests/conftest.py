@@ -1,4 +1,4 @@
-"""Tests run on eight forced CPU devices, in fp32 at the highest matmul precision.
+"""Tests run on eight forced CPU devices, in fp32 at the highest matmul precision, without implicit dtype promotion.
 
 They compile many tiny programs and run each once or twice, so what counts is the time to compile: LLVM's optimisations
 are left out, kernels are emitted the plain way (XLA's fusion emitters build an MLIR context for each), in one piece.
@@ -20,6 +20,7 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 import jax  # noqa: E402 (jax and numpy read the environment when they are imported)
 
 jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_numpy_dtype_promotion", "strict")  # no dtype is chosen by accident
 
 
 def pytest_collection_finish():

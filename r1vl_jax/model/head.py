@@ -141,7 +141,7 @@ def _head_loss(
             return loss(logprobs), ()
         totals, slope = jax.value_and_grad(loss, has_aux=True)(logprobs)
         taken = tokens[..., None] == jnp.arange(p.shape[-1])
-        d_logits = slope[..., None] / (temperature or 1.0) * (taken - p)
+        d_logits = slope[..., None] / (temperature or 1.0) * (taken.astype(p.dtype) - p)
         d_logits_TV = d_logits.astype(dtype).reshape(-1, p.shape[-1])
         d_hidden = jnp.einsum("TV,VD->TD", d_logits_TV, head_VD, **FP32).astype(dtype).reshape(hidden.shape)
         return totals, (d_hidden, jnp.einsum("TV,TD->VD", d_logits_TV, hidden.reshape(-1, D), **FP32))

@@ -102,7 +102,8 @@ def accumulate(
 def update(state: TrainState, grads: Any, *, optimizer: optax.GradientTransformation) -> tuple[TrainState, jax.Array]:
     """Runs one step of the optimizer. Returns (state, gradient norm before clipping)."""
     trained = {part: state.params[part] for part in grads}
-    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats; our own code does not
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
     params = state.params | optax.apply_updates(trained, updates)
     return TrainState(state.step + 1, params, opt_state), optax.global_norm(grads)
 

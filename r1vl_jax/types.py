@@ -12,7 +12,7 @@ labels and sizes in a function (`B, T, D = x.shape`) use the same letters; so do
     R  answers as rows (B*G)               J  steps of an answer
     W  packed vision rows                  P  patches of a vision row
     C  values of a patch (3*2*14*14)       M  merged image tokens of a vision row (P/4)
-    Q  query rows that read the same keys, several axes merged into one: E and T, or G, E and T
+    Q  query rows that read the same keys, merged into one axis: (E, T) or (G, E, T)
 
 Stages (data, processing, rollout, rewards, step_grpo, sft, checkpoint) never import each other. They share the types
 of this module, and training/ passes values between them.

@@ -50,8 +50,7 @@ def flat_config(raw: dict[str, Any], cfg: ModelConfig, dtype: str) -> dict[str, 
 
     Args:
       raw: contents of the file.
-      cfg: the model that the file describes; its values are written for the fields whose form differs between the
-        styles.
+      cfg: the model that the file describes. Fields that the two styles write differently are taken from it.
       dtype: name of the dtype of the weights.
     """
     flat = {key: value for key, value in raw.items() if key not in ("text_config", "rope_parameters", "dtype")}

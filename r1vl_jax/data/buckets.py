@@ -62,11 +62,10 @@ class Buckets:
         return Shape(*(bucket(size, multiple) for size, multiple in sizes))
 
     def fit(self, need: Shape) -> Shape:
-        """Returns the cheapest planned shape that holds a batch with the minimum sizes `need`.
+        """Returns the cheapest planned shape that is at least `need` in every size.
 
-        If no planned shape holds the batch, takes the largest value of each size among the planned shapes, and grows
-        the values that are too small by quarters until the batch fits. Batches that were not planned for then have few
-        different shapes, too.
+        If there is none, starts from the largest planned value of each size and enlarges each value that is too small,
+        again and again by a quarter, until it is enough. So unplanned batches have few different shapes, too.
         """
         if not self.shapes:
             return self.rounded(need)

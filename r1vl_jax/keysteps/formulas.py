@@ -196,7 +196,14 @@ def _trimmed(side: list[_Token], first: bool) -> list[_Token]:
 
 
 def _is_stray(token: _Token, following: list[_Token], first: bool) -> bool:
-    """Returns whether the first token of a side is stray: an operator that is not a sign, a unit, or an article."""
+    """Returns whether `token`, which starts a side of an equation, does not belong to the formula.
+
+    That is a unit, an operator other than a sign, or an article before the equation's first side.
+
+    Args:
+      following: the tokens after it.
+      first: whether the side is the first one of the equation.
+    """
     if token.kind == "operator":
         sign = token.text in "-−+±" and bool(following) and token.end == following[0].start
         return not sign

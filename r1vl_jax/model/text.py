@@ -1,13 +1,13 @@
 """Runs the text model's layers on prompts, on whole answers, or on one more token of each answer.
 
-All three functions run the same `_block`. They differ in the keys that its attention reads:
+`prefill`, `extend` and `decode` run the same `_block`. They differ in the keys that its attention reads:
 
     prefill   a prompt attends to itself, causally; its keys and values are returned
     extend    G answers attend to the prompt they share and to themselves (training, reference model)
     decode    one token of each answer attends to the prompt and to the answer's cache (rollout)
 
-Training scans over stacked layers. The rollout loops over separate layers, prepared by `fused.fuse`, because the number
-of bytes and of operations limits a decode step (expected, not measured).
+Training scans over stacked layers. The rollout loops over separate layers, prepared by `fused.fuse`: a decode step should
+be limited by the bytes that it reads and the operations that it launches, and this lowers both (expected, not measured).
 """
 
 from __future__ import annotations

@@ -126,7 +126,10 @@ def _order_faults(kinds: list[int]) -> list[str]:
 
 
 def _answer_place_faults(text: str) -> list[str]:
-    """Checks the order rule of the released code: the first final-answer header comes after the last step's header."""
+    """Returns the faults against the order rule of the authors' released code.
+
+    The first final-answer header must come after the last step's header.
+    """
     if text.strip().endswith(ANSWER_HEADER):
         return []
     last_step = max((header.end() for header in _STEP_HEADER.finditer(text)), default=0)

@@ -78,7 +78,14 @@ def policy_loss(
 def step_grpo_loss(
     params: dict, batch: TrainBatch, *, cfg: ModelConfig, objective: Objective, remat: str, shared: bool = True
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns loss and metrics of one micro-batch; those of all micro-batches of an update are added."""
+    """Returns the loss and the metrics of one micro-batch.
+
+    The weights of the batch make them parts of a sum: the caller adds up those of all micro-batches of an update.
+
+    Args:
+      remat: what the backward pass recomputes, see model.layers.
+      shared: run each prompt once for all its answers; False: once per answer.
+    """
     values = {"ref": batch.ref_logprobs_BGT, "advantage": batch.advantage_BGT, "weight": batch.weight_BGT}
     if batch.old_logprobs_BGT is not None:
         values["old"] = batch.old_logprobs_BGT

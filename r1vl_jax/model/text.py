@@ -6,8 +6,9 @@
     extend    G answers attend to the prompt they share and to themselves (training, reference model)
     decode    one token of each answer attends to the prompt and to the answer's cache (rollout)
 
-Training scans over stacked layers. The rollout loops over separate layers, prepared by `fused.fuse`: a decode step should
-be limited by the bytes that it reads and the operations that it launches, and this lowers both (expected, not measured).
+Training scans over stacked layers. The rollout loops over separate layers, prepared by `fused.fuse`: a decode step
+should be limited by the bytes that it reads and the operations that it launches, and this lowers both (expected, not
+measured).
 """
 
 from __future__ import annotations

@@ -191,10 +191,9 @@ class ScorerPool:
                 jobs.appendleft((index, message))
                 return
             worker.conn.send_bytes(data)
-        except OSError as error:
-            yield from self._lose(
-                worker, jobs, Score(status="crash", note=f"the worker died: {error}"), (index, message)
-            )
+        except OSError:  # the worker has died
+            note = f"the worker ended with code {_exit_code(worker)}"
+            yield from self._lose(worker, jobs, Score(status="crash", note=note), (index, message))
         except Exception as error:  # pickling may raise any error; only this answer fails
             yield index, Score(status="error", note=f"cannot be sent to a worker: {type(error).__name__}: {error}")
         else:
@@ -234,11 +233,7 @@ class ScorerPool:
         try:
             message = worker.conn.recv()
         except (EOFError, OSError):
-            try:
-                code = worker.process.wait(timeout=1)
-            except subprocess.TimeoutExpired:  # it closed its pipe but still runs
-                worker.process.kill()
-                code = worker.process.wait()
+            code = _exit_code(worker)
             if worker.ready:
                 yield from self._lose(worker, jobs, Score(status="crash", note=f"the worker ended with code {code}"))
             else:
@@ -257,3 +252,12 @@ class ScorerPool:
         self._failed_starts += 1
         if self._failed_starts >= MAX_FAILED_STARTS:
             raise RuntimeError(f"scorer processes do not start, the last one {how}; stderr says why")
+
+
+def _exit_code(worker: _Worker) -> int:
+    """Waits for a worker whose pipe is closed and returns its exit code; kills a worker that still runs."""
+    try:
+        return worker.process.wait(timeout=1)
+    except subprocess.TimeoutExpired:
+        worker.process.kill()
+        return worker.process.wait()

@@ -56,7 +56,7 @@ def loss_gradients(params, cfg, prompts, labels):
     def loss(params):
         logits = qwen2_vl.prompt_logits(params, cfg, prompts)
         picked = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)[..., 0]
-        return -jnp.sum(jnp.where(prompts.mask_BT, picked, 0.0)) / prompts.mask_BT.sum(), logits
+        return -jnp.sum(jnp.where(prompts.mask_BT, picked, 0.0)) / prompts.mask_BT.sum(dtype=jnp.float32), logits
 
     return jax.grad(loss, has_aux=True)(params)
 

@@ -51,7 +51,8 @@ def layer_norm(x: jax.Array, p: dict[str, jax.Array], eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
-    return (normed * p["scale"] + p["bias"]).astype(x.dtype)
+    scale, bias = (p[name].astype(jnp.float32) for name in ("scale", "bias"))
+    return (normed * scale + bias).astype(x.dtype)
 
 
 def rope_frequencies(dim: int, theta: float) -> jax.Array:

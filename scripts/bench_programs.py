@@ -115,20 +115,20 @@ def head_gradient(
 
 
 @partial(jax.jit, static_argnames=("steps", "backend"))
-def decode_layers(
-    q_BKGEH: jax.Array, caches: Any, prefix_length_B: jax.Array, own_length_BG: jax.Array, steps: int, backend: str
-) -> jax.Array:
+def decode_layers(q_RKEH: jax.Array, caches: Any, scalars: Any, steps: int, backend: str) -> jax.Array:
     """Runs decode attention for `steps` tokens, layer after layer.
 
     Args:
-      caches: for each layer its own (prompt k, prompt v, answers' k, answers' v).
+      caches: for each layer its own (prompts, answers).
+      scalars: (prefix_length_R, own_length_R, question_R).
     """
+    prefix_length_R, own_length_R, question_R = scalars
 
-    def one(_, q_BKGEH):
-        for prefix_k, prefix_v, own_k, own_v in caches:
-            q_BKGEH = prefix_decode_attention(
-                q_BKGEH, prefix_k, prefix_v, prefix_length_B, own_k, own_v, own_length_BG, backend=backend
+    def one(_, q_RKEH):
+        for prompts, answers in caches:
+            q_RKEH = prefix_decode_attention(
+                q_RKEH, prompts, prefix_length_R, answers, own_length_R, question_R, backend=backend
             )
-        return q_BKGEH
+        return q_RKEH
 
-    return jax.lax.fori_loop(0, steps, one, q_BKGEH)
+    return jax.lax.fori_loop(0, steps, one, q_RKEH)

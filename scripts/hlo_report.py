@@ -89,7 +89,7 @@ def reference_of(programs: Programs, dtype: str) -> Any:
 
 
 def rollout_calls(programs: Programs, cfg: ModelConfig, size: Size, questions: int, mesh: Mesh) -> Iterator[Call]:
-    """Yields the programs of a rollout; of the decode loops only the one with the longest cache."""
+    """Yields the programs of a rollout; of the decode loops the one with all rows."""
     state, reference = programs.layout, reference_of(programs, size.dtype)
     B, G, T = questions, size.group, size.new
     yield Call("rollout_weights", programs.rollout_weights, (state.params,), (state.opt_state, reference))
@@ -100,15 +100,14 @@ def rollout_calls(programs: Programs, cfg: ModelConfig, size: Size, questions: i
 
     last_BD, prefix, length_B = placed(jax.eval_shape(programs.prefill, weights, cfg, prompts), mesh)
     limit_BG = array(mesh, B, G, dtype=jnp.int32)
-    asked = generate.Questions(prefix, length_B, prompts.next_position_B, array(mesh, B, G, T), limit_BG)
-    start = partial(generate.start, cfg, samples=G, tokens=T, length=min(generate.SEGMENT, T), stop=0)
-    answers = placed(jax.eval_shape(start, last_BD), mesh)
-    if T > generate.SEGMENT:
-        half = placed(jax.eval_shape(partial(generate.enlarge, length=T // 2), answers), mesh)
-        yield Call("enlarge, the last time", generate.enlarge, (half, T), (*beside, weights, asked))
-    full = placed(jax.eval_shape(partial(generate.enlarge, length=T), answers), mesh)
-    sampling = Sampling(temperature=TEMPERATURE, max_new_tokens=T)
-    yield Call("decode, longest cache", programs.decode, (weights, cfg, asked, full, 0, T, sampling, (0,)), beside)
+    begin = partial(generate.start, cfg, length=T, stop=0)
+    inputs = (last_BD, length_B, prompts.next_position_B, array(mesh, B, G, T), limit_BG)
+    with jax.set_mesh(mesh):
+        rows, answers = placed(jax.eval_shape(begin, *inputs), mesh)
+    until, sampling = generate.Until(T, 0, T, T), Sampling(temperature=TEMPERATURE, max_new_tokens=T)
+    yield Call("decode", programs.decode, (weights, cfg, prefix, rows, answers, until, sampling, (0,)), beside)
+    kept_R = array(mesh, generate.row_counts(B * G // batch_shards(mesh))[1] * batch_shards(mesh), dtype=jnp.int32)
+    yield Call("compact", generate.compact, (rows, answers, kept_R), (*beside, weights, prefix))
 
 
 def training_calls(programs: Programs, size: Size, micro: int, mesh: Mesh) -> Iterator[Call]:

@@ -14,7 +14,6 @@ from helpers.tiny_jax import batch_of, left_padded, questions, random_params, ti
 from r1vl_jax.model.answers import answer_logprobs
 from r1vl_jax.model.fused import fuse
 from r1vl_jax.model.qwen2_vl import prompt_logits
-from r1vl_jax.parallel.sharding import make_mesh
 from r1vl_jax.rollout import generate
 from r1vl_jax.rollout.generate import rollout
 from r1vl_jax.rollout.sampling import answer_uniforms, check_sampling, sample
@@ -153,21 +152,17 @@ def test_decoding_ends_with_the_last_answer(monkeypatch):
     assert 1 < len(calls) == longest < STEPS
 
 
-# Loops: caches that grow, questions that are dropped when they are finished.
+# Loops: caches that grow, rows that are dropped when they are finished.
 
 
-def test_segments():
-    """Caches double up to the length that is asked for; no loop is longer than a segment."""
-    assert list(generate.segments(96)) == [(0, 96, 96)]
-    assert list(generate.segments(1000)) == [(0, 256, 256), (256, 512, 512), (512, 768, 1000), (768, 1000, 1000)]
-    assert [length for *_, length in generate.segments(2048)] == [256, 512, 1024, 1024] + [2048] * 4
-
-
-def test_fewer():
-    assert [generate.shrunk_batch(live, 64) for live in (64, 33, 32, 17, 16, 1, 0)] == [64, 64, 32, 32, 16, 1, 1]
-    assert [generate.shrunk_batch(live, 12) for live in (7, 6, 3, 1)] == [12, 6, 3, 3]
-    with jax.set_mesh(make_mesh(4, devices=jax.devices()[:4])):
-        assert [generate.shrunk_batch(live, 16) for live in (9, 8, 4, 1)] == [16, 8, 4, 4]
+def test_row_counts(monkeypatch):
+    """At most eight sizes from all rows down, in multiples of eight where there are so many rows."""
+    assert generate.row_counts(256) == [256, 208, 168, 128, 96, 64, 40, 24]
+    assert generate.row_counts(64) == [64, 56, 48, 32, 24, 16, 8]
+    assert generate.row_counts(4) == [4]
+    monkeypatch.setattr(generate, "ROW_MULTIPLE", 1)
+    assert generate.row_counts(4) == [4, 3, 2, 1]
+    assert all(len(generate.row_counts(rows)) <= 8 for rows in range(1, 600))
 
 
 LIMITS = np.array([[1, 3], [12, 2], [5, 9], [2, 1]])
@@ -185,23 +180,59 @@ def test_an_answer_ends_at_its_limit():
     np.testing.assert_array_equal(got.tokens_BGT[mask], full.tokens_BGT[mask])
 
 
-@pytest.mark.parametrize("segment", [1, 2, 3, 5])
-def test_growing_caches_and_dropped_questions_change_nothing(segment, monkeypatch):
-    """Short loops, that drop finished questions on the way, give what one loop over all of them gives."""
-    want = answers(four(), rows=range(4), limits=LIMITS)
-    batches, decode = [], generate.decode
-    monkeypatch.setattr(generate, "SEGMENT", segment)
-    monkeypatch.setattr(generate, "decode", lambda *args: batches.append(len(args[3].done_BG)) or decode(*args))
+@cache
+def unbroken():
+    return answers(four(), rows=range(4), limits=LIMITS)
+
+
+@pytest.mark.parametrize("segment, first_cache", [(1, 12), (2, 3), (3, 1), (5, 12)])
+def test_growing_caches_and_dropped_rows_change_nothing(segment, first_cache, monkeypatch):
+    """Short loops, that drop finished rows on the way, give what one loop over all of them gives."""
+    want = unbroken()
+    loops, decode = [], generate.decode
+
+    def watched(*args):
+        loops.append((len(args[4].done_R), args[4].cache[0].shape[3], int(args[4].step)))
+        return decode(*args)
+
+    for name, value in (("SEGMENT", segment), ("FIRST_CACHE", first_cache), ("ROW_MULTIPLE", 1), ("decode", watched)):
+        monkeypatch.setattr(generate, name, value)
     got = answers(four(), rows=range(4), limits=LIMITS)
     np.testing.assert_array_equal(got.tokens_BGT, want.tokens_BGT)
     np.testing.assert_array_equal(got.mask_BGT, want.mask_BGT)
     np.testing.assert_allclose(got.logprobs_BGT, want.logprobs_BGT, atol=1e-5)
-    assert batches[0] == 4 and batches[-1] == 1 and sorted(batches, reverse=True) == batches
+    counts, lengths, starts = zip(*loops, strict=True)
+    assert counts[0] == 8 and counts[-1] < 4 and sorted(counts, reverse=True) == list(counts)
+    assert lengths[0] == first_cache and lengths[-1] == STEPS
+    dropped = [i for i in range(1, len(loops)) if counts[i] < counts[i - 1]]
+    assert dropped and all(starts[i] - starts[i - 1] >= min(segment, first_cache) for i in dropped)
+
+
+def test_a_finished_row_takes_no_further_part(monkeypatch):
+    """Lengths as in training, lognormal: at least 85% of the tokens that are computed belong to answers."""
+    rng = np.random.default_rng(3)
+    limits = np.clip(rng.lognormal(np.log(400) - 0.18, 0.6, (64, 4)), 1, 1024).astype(int).reshape(-1)
+    computed, shapes, places = 0, set(), np.arange(limits.size)
+    counts, now = generate.row_counts(limits.size), 0
+    while now < limits.max():  # the loop of `rollout`, with lengths in place of sampling
+        fewer = max((n for n in counts if n < places.size), default=0)
+        until = generate.Until(1024, fewer, now + generate.SEGMENT, 1024 - generate.SEGMENT)
+        start = now
+        while not generate.ends(until, now, (limits[places] > now).sum()):
+            now += 1
+        computed += places.size * (now - start)
+        shapes.add(places.size)
+        live = (limits[places] > now).sum()
+        if live and (size := min(n for n in counts if n >= live)) < places.size:
+            places = places[np.argsort(limits[places] <= now, kind="stable")[:size]]
+    assert limits.sum() / computed >= 0.85 and len(shapes) <= 8
 
 
 def test_twenty_batches_compile_once(monkeypatch):
     """Questions and answers of any length, in one shape: a program for each shape of a loop, and none after that."""
     monkeypatch.setattr(generate, "SEGMENT", 3)
+    monkeypatch.setattr(generate, "FIRST_CACHE", 6)
+    monkeypatch.setattr(generate, "ROW_MULTIPLE", 1)
     built, calls, decode = [], [], generate.decode
 
     def hear(event, seconds, **about):
@@ -209,7 +240,7 @@ def test_twenty_batches_compile_once(monkeypatch):
             built.append(about.get("fun_name"))
 
     def counted(*args):
-        calls.append((len(args[3].done_BG), args[3].cache[0].k.shape[3]))
+        calls.append((len(args[4].done_R), args[4].cache[0].shape[3]))
         return decode(*args)
 
     def run(step):
@@ -223,7 +254,7 @@ def test_twenty_batches_compile_once(monkeypatch):
         for step in range(20):
             run(step)
         assert built.count("jit(prefill)") == 1 and len(calls) > 50
-        assert built.count("jit(decode)") == len(set(calls)) <= 3 * 3  # caches of 3, 6, 12; batches of 4, 2, 1
+        assert built.count("jit(decode)") == len(set(calls)) <= 2 * 7  # caches of 6, 12; 8, 7, 6, 4, 3, 2, 1 rows
         del built[:]
         for step in range(20):
             run(step)

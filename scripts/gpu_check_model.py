@@ -1,10 +1,9 @@
-"""Defines the models that gpu_check.py runs, and wraps the benchmarks' code: a small StepGRPO step, a rollout."""
+"""Defines the models that gpu_check.py runs, and wraps the benchmarks' code: a small StepGRPO step."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,6 @@ from bench_common import (
     Size,
     collate,
     random_advantages,
-    random_params,
     random_questions,
     random_tokens,
     single_device,
@@ -119,18 +117,3 @@ def sampled_entries(params: Any) -> np.ndarray:
     """Returns about SAMPLES entries of each parameter, evenly spaced."""
     flat = [np.asarray(a, np.float64).ravel() for a in jax.tree.leaves(params)]
     return np.concatenate([a[:: max(1, a.size // SAMPLES)] for a in flat])
-
-
-def rollout_call(name: str, questions: int, new: int) -> tuple[Callable[[], Any], int]:
-    """Returns (a function that samples 4 answers to each of `questions` questions, number of tokens of an answer)."""
-    size = SIZES[name]
-    cfg, new = size.on_this_machine(), min(new, size.new)
-    with jax.set_mesh(single_device()):
-        weights = step_programs(size, cfg, remat="full").rollout_weights(random_params(cfg, size.dtype))
-        prompts = collate(random_questions(size, questions))
-
-    def call() -> Any:
-        with jax.set_mesh(single_device()):
-            return jax.block_until_ready(answer(weights, cfg, prompts, size.group, new))
-
-    return call, new

@@ -200,14 +200,15 @@ class Bench:
     def decode_attention(self) -> dict[str, Any]:
         """Measures K: the attention of some steps in all layers, by the kernel and by the reference."""
         cfg, size, B = self.cfg, self.size, self.groups
-        K, G, H = cfg.kv_heads, size.group, cfg.head_dim
-        shapes = [(B, K, size.prompt, H)] * 2 + [(B, K, G, size.new, H)] * 2
-        keys = jax.random.split(jax.random.key(0), (cfg.layers, 4))
+        K, R, H = cfg.kv_heads, B * size.group, cfg.head_dim
+        shapes = (B, K, 2, size.prompt, H), (R, K, 2, size.new, H)
+        keys = jax.random.split(jax.random.key(0), (cfg.layers, 2))
         draw = jax.jit(jax.random.normal, static_argnums=(1, 2))
         caches = [tuple(map(partial(draw, dtype=size.dtype), layer, shapes)) for layer in keys]
         read = DECODE_STEPS * sum(a.nbytes for a in jax.tree.leaves(caches))
-        query = jnp.ones((B, K, G, cfg.heads // K, H), size.dtype)
-        args = query, caches, jnp.full(B, size.prompt, jnp.int32), jnp.full((B, G), size.new, jnp.int32)
+        query = jnp.ones((R, K, cfg.heads // K, H), size.dtype)
+        lengths = (jnp.full(R, length, jnp.int32) for length in (size.prompt, size.new))
+        args = query, caches, (*lengths, jnp.repeat(jnp.arange(B), size.group))
         timing = self._measure(lambda: decode_layers(*args, DECODE_STEPS, cfg.kernels))
         row = self._row(timing, read / timing.median / 1e12, None)
         other = self._measure(lambda: decode_layers(*args, DECODE_STEPS, "reference"))

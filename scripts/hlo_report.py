@@ -1,11 +1,19 @@
-"""Reports the memory that the programs of a StepGRPO step need on a GPU, by compiling them without that GPU.
+"""Reports what the programs of a StepGRPO step do on a GPU, by compiling them without that GPU.
 
     python scripts/hlo_report.py --target h100_80gb.textproto --size 2b --questions 16 --micro 4
 
 Needs `pip install -e '.[gpu]'`, no GPU, and a description of the GPU in XLA's text form (GpuTargetConfigProto, as in
-XLA's own tests). For each program it prints the memory of its arguments, of its temporaries, and of everything else on
-the device at that time: fp32 parameters and both moments, the reference, the rollout's weights, gradients. The programs
-do not run, so the report contains no times.
+XLA's own tests). For each program it prints
+
+    peak      GB of its arguments and temporaries, and of everything else that is on the device at that time: fp32
+              parameters and both moments, the reference, the rollout's weights, gradients
+    kernels   the operations that a GPU starts; of decode, for one token of every answer, with full caches
+    moved     GB that they read and write; elementwise: those that are neither matmuls, attention nor our own kernels
+    TFLOP     of matmuls, without attention
+    passes    how often a chunk of logits is written or read
+    compile   seconds to trace, to lower and to compile it on this machine
+
+The programs do not run, so nothing is said about their time.
 """
 
 from __future__ import annotations
@@ -28,6 +36,7 @@ import jax  # noqa: E402 (it reads the environment when it is imported)
 import jax.numpy as jnp  # noqa: E402
 from bench_common import SIZES, Size, random_questions  # noqa: E402
 from bench_programs import TEMPERATURE, step_programs  # noqa: E402
+from hlo_text import program_cost  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding  # noqa: E402
 
@@ -40,7 +49,6 @@ from r1vl_jax.rollout import generate  # noqa: E402
 from r1vl_jax.training.programs import Programs  # noqa: E402
 from r1vl_jax.types import Prompts, Sampling, TrainBatch  # noqa: E402
 
-GIB = 2**30
 STEPS = 8  # of an answer, for the advantages
 
 
@@ -106,7 +114,7 @@ def rollout_calls(programs: Programs, cfg: ModelConfig, size: Size, questions: i
         rows, answers = placed(jax.eval_shape(begin, *inputs), mesh)
     until, sampling = generate.Until(T, 0, T, T), Sampling(temperature=TEMPERATURE, max_new_tokens=T)
     yield Call("decode", programs.decode, (weights, cfg, prefix, rows, answers, until, sampling, (0,)), beside)
-    kept_R = array(mesh, generate.row_counts(B * G // batch_shards(mesh))[1] * batch_shards(mesh), dtype=jnp.int32)
+    kept_R = array(mesh, generate.row_counts(B * G // batch_shards(mesh))[:2][-1] * batch_shards(mesh), dtype=jnp.int32)
     yield Call("compact", generate.compact, (rows, answers, kept_R), (*beside, weights, prefix))
 
 
@@ -138,25 +146,50 @@ def lower(call: Call, mesh: Mesh, platform: str) -> jax.stages.Lowered:
         return call.program.trace(*call.args).lower(lowering_platforms=(platform,))
 
 
-def memory_row(call: Call, mesh: Mesh) -> dict[str, Any]:
-    """Compiles a program for the target. Returns its memory, in GiB per device."""
-    started = time.perf_counter()
-    memory: Any = lower(call, mesh, "cuda").compile().memory_analysis()
+def report_row(call: Call, mesh: Mesh, logits: int, save: Path | None = None) -> dict[str, Any]:
+    """Compiles a program for the target. Returns its figures, per device.
+
+    Args:
+      logits: the number of elements of a chunk of the program's logits.
+      save: a folder in which the optimized HLO is written.
+    """
+    clock = [time.perf_counter()]
+    with jax.set_mesh(mesh):
+        traced = call.program.trace(*call.args)
+        clock.append(time.perf_counter())
+        lowered = traced.lower(lowering_platforms=("cuda",))
+    clock.append(time.perf_counter())
+    compiled = lowered.compile()
+    clock.append(time.perf_counter())
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    if save:
+        (save / f"{call.name}.hlo.txt").write_text(text)
     own = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     own += memory.temp_size_in_bytes
     beside = sum(map(device_bytes, call.beside))
+    cost = program_cost(text, logits)
     return {
         "program": call.name,
-        "arguments_gib": memory.argument_size_in_bytes / GIB,
-        "temporaries_gib": memory.temp_size_in_bytes / GIB,
-        "beside_gib": beside / GIB,
-        "peak_gib": (own + beside) / GIB,
-        "compile_s": time.perf_counter() - started,
+        "peak_gb": (own + beside) / 1e9,
+        "temporaries_gb": memory.temp_size_in_bytes / 1e9,
+        "kernels": cost.kernels,
+        "moved_gb": cost.bytes / 1e9,
+        "elementwise_gb": cost.elementwise_bytes / 1e9,
+        "tflop": cost.flops / 1e12,
+        "logit_passes": cost.logit_passes,
+        "attention_calls": cost.attention_calls,
+        **{f"{name}_s": clock[i + 1] - clock[i] for i, name in enumerate(("trace", "lower", "compile"))},
     }
 
 
-HEADINGS = f"{'GiB':<24}{'arguments':>11}{'temporaries':>13}{'beside':>9}{'peak':>8}{'compile, s':>11}"
-ROW = "{program:<24}{arguments_gib:>11.1f}{temporaries_gib:>13.1f}{beside_gib:>9.1f}{peak_gib:>8.1f}{compile_s:>11.0f}"
+HEADINGS = (
+    f"{'':<16}{'peak, GB':>9}{'temporaries':>12}{'kernels':>9}{'moved, GB':>11}{'elementwise':>12}{'TFLOP':>8}"
+    f"{'passes':>8}{'attention':>10}{'compile, s':>16}"
+)
+ROW = (
+    "{program:<16}{peak_gb:>9.1f}{temporaries_gb:>12.2f}{kernels:>9}{moved_gb:>11.2f}{elementwise_gb:>12.2f}"
+    "{tflop:>8.2f}{logit_passes:>8}{attention_calls:>10}{trace_s:>6.1f}{lower_s:>5.1f}{compile_s:>5.0f}"
+)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -171,6 +204,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--kernels", default="pallas", help="default pallas")
     add("--remat", choices=REMAT, default="full", help="what the backward pass recomputes (default full)")
     add("--limit", type=float, default=80, help="GB of the device; exit code 1 above it (default 80)")
+    add("--only", type=lambda text: text.split(","), metavar="A,B", help="these programs (default: all)")
+    add("--save", type=Path, metavar="DIR", help="write each program's optimized HLO here")
     add("--json", type=Path, help="write the figures here too")
     return parser
 
@@ -187,14 +222,19 @@ def main(argv: list[str] | None = None) -> int:
         f"{args.size}, {args.questions} questions x {size.group}, prompt {size.prompt}, {size.new} new tokens, "
         f"micro-batches of {args.micro} questions, attention {args.attention}, kernels {args.kernels}\n\n{HEADINGS}"
     )
+    if args.save:
+        args.save.mkdir(parents=True, exist_ok=True)
     rows = []
     for call in step_calls(cfg, size, mesh, questions=args.questions, micro=args.micro, remat=args.remat):
-        rows.append(memory_row(call, mesh))
+        if args.only and call.name not in args.only:
+            continue
+        chunk = args.questions * size.group // args.devices if call.name == "decode" else cfg.logit_rows
+        rows.append(report_row(call, mesh, chunk * cfg.vocab, args.save))
         print(ROW.format(**rows[-1]), flush=True)
-    peak = max(rows, key=lambda row: row["peak_gib"])
-    fits = peak["peak_gib"] * GIB <= args.limit * 1e9
+    peak = max(rows, key=lambda row: row["peak_gb"])
+    fits = peak["peak_gb"] <= args.limit
     print(
-        f"\npeak {peak['peak_gib']:.1f} GiB ({peak['peak_gib'] * GIB / 1e9:.1f} GB), in {peak['program']}: "
+        f"\npeak {peak['peak_gb']:.1f} GB, in {peak['program']}: "
         f"{'fits' if fits else 'does not fit'} in {args.limit:.0f} GB"
     )
     if args.json:

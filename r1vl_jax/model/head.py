@@ -67,7 +67,7 @@ def _softmax_sums_jvp(with_entropy: bool, primals: Any, tangents: Any) -> tuple[
     p = jnp.exp(log_p)
     slopes = [jnp.zeros_like(out[0]), jnp.sum(p * dz, axis=-1)]
     if with_entropy:
-        slopes.append(-jnp.sum(jnp.where(p > 0, p * (log_p + out[2][..., None]) * dz, 0.0), axis=-1))
+        slopes.append(-jnp.sum(jnp.where(p > 0, p * (log_p + out[2][..., None]), 0.0) * dz, axis=-1))
     return out, tuple(slopes)
 
 

@@ -52,9 +52,9 @@ def _projected(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns queries (..., N, H), keys and values (..., K, H); queries and keys are rotated to their positions."""
     if "qkv" not in p:
-        q, k, v = (linear(h, p[name]["kernel"]) + p[name]["bias"] for name in ("q", "k", "v"))
+        q, k, v = (linear(h, **p[name]) for name in ("q", "k", "v"))
         return rotate(q, angle), rotate(k, angle), v
-    qkv = linear(h, p["qkv"]["kernel"]) + p["qkv"]["bias"]  # (..., K, E + 2, H)
+    qkv = linear(h, **p["qkv"])  # (..., K, E + 2, H)
     *rows, K, heads, H = qkv.shape
     rotated = rotate(qkv[..., :-1, :].reshape(*rows, -1, H), angle).reshape(*rows, K, heads - 1, H)
     return rotated[..., :-1, :].reshape(*rows, -1, H), rotated[..., -1, :], qkv[..., -1, :]

@@ -59,8 +59,6 @@ def test_every_program_of_a_step_lowers(scripts, monkeypatch, platform, attentio
         assert sum(map(hlo_report.device_bytes, call.beside)) > 0
     call = {"cuda": "__gpu$xla.gpu.triton", "tpu": "tpu_custom_call"}[platform]
     with_kernels = {name for name, text in lowered.items() if call in text}
-    expected = {"decode", "advantages", "gradient"} | (
-        {"prefill", "reference"} if attention == "splash" else set()
-    )
+    expected = {"decode", "advantages", "gradient"} | ({"prefill", "reference"} if attention == "splash" else set())
     assert with_kernels == expected
     assert {"rollout_weights", "update"} < set(lowered)

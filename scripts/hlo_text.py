@@ -16,6 +16,7 @@ NO_KERNEL = {
     "parameter", "get-tuple-element", "tuple", "constant", "bitcast", "while", "after-all", "partition-id", "call",
     "opt-barrier", "conditional",
 }  # fmt: skip
+SLICES = {"slice", "dynamic-slice", "gather"}
 SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 INSTRUCTION = re.compile(r"^(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
@@ -113,32 +114,57 @@ def _add(cost: Cost, found: dict[str, list[Instruction]], name: str, times: int,
             _add(cost, found, each.called("body"), times * int(rounds.group(1) if rounds else 1), logits)
         if each.opcode in NO_KERNEL or each.opcode.endswith("-done") or "AllocateBuffer" in each.kind:
             continue
-        arrays = [each.shape, *(shape_of.get(operand, "") for operand in each.operands)]
-        body = found.get(each.called("calls"), []) if each.opcode.startswith("fusion") else [each]
-        if each.opcode.endswith("-start"):  # the shape of an operation that runs beside others repeats its operands
-            arrays = [body[-1].shape, *arrays[1:]]
-        moved = sum(map(array_bytes, arrays)) + _in_place(body, {} if body != [each] else shape_of)
-        flops = sum(_dot_flops(found, body, shape_of))
+        body = found.get(each.called("calls"), []) if each.opcode.startswith("fusion") else []
+        sizes = [array_bytes(shape_of.get(operand, "")) for operand in each.operands]
+        # The shape of an operation that runs beside others ("-start") repeats its operands.
+        out = [body[-1].shape if each.opcode.endswith("-start") and body else each.shape]
+        read, written = _fused_bytes(body, sizes) if body else _plain_bytes(each, shape_of, sizes)
+        moved = sum(read) + array_bytes(out[0]) + written
+        flops = sum(_dot_flops(found, body or [each], shape_of))
         cost.kernels += times
         cost.bytes += times * moved
         cost.flops += times * flops
         cost.attention_calls += times * ("fmha" in each.kind)
         if not flops and "fmha" not in each.kind and "gemm" not in each.kind and "triton" not in each.kind:
             cost.elementwise_bytes += times * moved
-        sizes = [math.prod(size) for array in arrays for _, size in shapes(array)]
-        cost.logit_passes += times * (logits > 0 and sizes.count(logits))
+        whole = [shape_of.get(operand, "") for operand, a, b in zip(each.operands, read, sizes, strict=True) if a == b]
+        elements = [math.prod(size) for text in out + whole for _, size in shapes(text)]
+        cost.logit_passes += times * (logits > 0 and elements.count(logits))
 
 
-def _in_place(body: list[Instruction], shape_of: dict[str, str]) -> int:
-    """Returns the (negative) bytes of whole arrays of which the kernel only reads or writes a slice."""
-    shape_of = shape_of | {each.name: each.shape for each in body}
-    saved = 0
+def _plain_bytes(each: Instruction, shape_of: dict[str, str], sizes: list[int]) -> tuple[list[int], int]:
+    """Returns what `_fused_bytes` does for a kernel that is a single instruction."""
+    if each.opcode == "dynamic-update-slice":
+        return [0, *sizes[1:]], sizes[1] - array_bytes(each.shape)
+    if each.opcode in SLICES:
+        return [array_bytes(each.shape), *sizes[1:]], 0
+    return sizes, 0
+
+
+def _fused_bytes(body: list[Instruction], sizes: list[int]) -> tuple[list[int], int]:
+    """Returns (bytes that a fusion reads of each operand, bytes of its result that it does not write, negative).
+
+    It reads a part of an operand of which only slices are used, and writes a part of a result that it updates in place.
+    """
+    shape_of = {each.name: each.shape for each in body}
+    shares: dict[str, dict[int, float]] = {}  # of each operand, the share that is read to compute a name
+    unwritten = 0
     for each in body:
-        if each.opcode == "dynamic-update-slice":
-            saved += array_bytes(shape_of.get(each.operands[1], "")) - 2 * array_bytes(each.shape)
-        elif each.opcode in ("dynamic-slice", "gather"):
-            saved += array_bytes(each.shape) - array_bytes(shape_of.get(each.operands[0], ""))
-    return saved
+        behind = [shares.get(operand, {}) for operand in each.operands]
+        if each.opcode == "parameter":
+            behind = [{int(each.line.split("parameter(")[1].split(")")[0]): 1.0}]
+        elif each.opcode == "dynamic-update-slice":
+            unwritten += array_bytes(shape_of.get(each.operands[1], "")) - array_bytes(each.shape)
+            behind = behind[1:]
+        elif each.opcode in SLICES:
+            share = array_bytes(each.shape) / max(1, array_bytes(shape_of[each.operands[0]]))
+            behind[0] = {operand: share * part for operand, part in behind[0].items()}
+        merged: dict[int, float] = {}
+        for part in behind:
+            for operand, share in part.items():
+                merged[operand] = min(1.0, merged.get(operand, 0.0) + share)
+        shares[each.name] = merged
+    return [int(size * shares[body[-1].name].get(i, 0.0)) for i, size in enumerate(sizes)], unwritten
 
 
 def _dot_flops(found: dict[str, list[Instruction]], body: list[Instruction], outer: dict[str, str]) -> Iterator[float]:

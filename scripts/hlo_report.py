@@ -77,6 +77,13 @@ def placed(tree: Any, mesh: Mesh, *axes: str | None) -> Any:
     return jax.tree.map(one, tree)
 
 
+def with_pixels(size: Size, pixels: int) -> Size:
+    """Returns the same workload with larger or smaller images; the questions keep the rest of their tokens."""
+    rows = int(math.sqrt(pixels / 28**2 * 34 / 60))
+    grid = (1, 2 * rows, 2 * int(pixels / 28**2 / rows))
+    return dataclasses.replace(size, grid=grid, prompt=size.prompt + (math.prod(grid) - math.prod(size.grid)) // 4)
+
+
 def prompts_of(size: Size, questions: int, mesh: Mesh) -> Prompts:
     """Returns abstract prompts of the given number of questions."""
     buckets = Buckets(128, shards=batch_shards(mesh))
@@ -141,6 +148,18 @@ def step_calls(cfg: ModelConfig, size: Size, mesh: Mesh, *, questions: int, micr
     yield from training_calls(programs, size, micro, mesh)
 
 
+def sft_calls(cfg: ModelConfig, size: Size, mesh: Mesh, *, micro: int, remat: str) -> Iterator[Call]:
+    """Yields the programs of a warm-up step, on micro-batches of `micro` rows: a question and one answer each."""
+    programs = step_programs(size, cfg, remat=remat, mesh=mesh, stage="sft")
+    rows = prompts_of(dataclasses.replace(size, prompt=size.prompt + size.new), micro, mesh)
+    shape, state = (micro, 1, size.new), programs.layout
+    batch = TrainBatch(rows, array(mesh, *shape, dtype=jnp.int32), array(mesh, *shape))
+    batch = dataclasses.replace(batch, start_B=array(mesh, micro, dtype=jnp.int32))
+    grads = {part: state.params[part] for part in programs.parts}
+    yield Call("gradient", programs.accumulate, (grads, state.params, batch), (state.opt_state,))
+    yield Call("update", programs.update, (state, grads), ())
+
+
 def lower(call: Call, mesh: Mesh, platform: str) -> jax.stages.Lowered:
     with jax.set_mesh(mesh):
         return call.program.trace(*call.args).lower(lowering_platforms=(platform,))
@@ -199,7 +218,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--devices", type=int, default=1, help="GPUs (default 1); the train state is split over them (fsdp)")
     add("--size", choices=sorted(SIZES), default="2b", help="model (default 2b)")
     add("--questions", type=int, default=16, help="questions in a rollout (default 16: workload S)")
-    add("--micro", type=int, default=4, help="questions in a micro-batch (default 4)")
+    add("--stage", choices=["sft", "step_grpo"], default="step_grpo", help="default step_grpo")
+    add("--micro", type=int, default=4, help="questions (sft: rows) in a micro-batch, over all GPUs (default 4)")
+    add("--pixels", type=int, default=400_000, help="of an image (default 400000)")
     add("--attention", default="cudnn", help="default cudnn")
     add("--kernels", default="pallas", help="default pallas")
     add("--remat", choices=REMAT, default="full", help="what the backward pass recomputes (default full)")
@@ -216,16 +237,19 @@ def main(argv: list[str] | None = None) -> int:
     shape = f"1x{args.devices}x1"
     topology = topologies.get_topology_desc(platform="cuda", target_config=args.target.read_text(), topology=shape)
     mesh = make_mesh(1, args.devices, 1, devices=topology.devices)
-    size = SIZES[args.size]
+    size = with_pixels(SIZES[args.size], args.pixels)
     cfg = size.cfg.with_backend(args.attention, args.kernels)
     print(
-        f"{args.size}, {args.questions} questions x {size.group}, prompt {size.prompt}, {size.new} new tokens, "
-        f"micro-batches of {args.micro} questions, attention {args.attention}, kernels {args.kernels}\n\n{HEADINGS}"
+        f"{args.size}, {args.stage} on {args.devices} GPU(s), {args.questions} questions x {size.group}, prompt "
+        f"{size.prompt}, {size.new} new tokens, micro-batches of {args.micro}, remat {args.remat}, attention "
+        f"{args.attention}, kernels {args.kernels}\n\n{HEADINGS}"
     )
     if args.save:
         args.save.mkdir(parents=True, exist_ok=True)
     rows = []
-    for call in step_calls(cfg, size, mesh, questions=args.questions, micro=args.micro, remat=args.remat):
+    shared = {"micro": args.micro, "remat": args.remat}
+    of_grpo = partial(step_calls, cfg, size, mesh, questions=args.questions)
+    for call in sft_calls(cfg, size, mesh, **shared) if args.stage == "sft" else of_grpo(**shared):
         if args.only and call.name not in args.only:
             continue
         chunk = args.questions * size.group // args.devices if call.name == "decode" else cfg.logit_rows

@@ -58,7 +58,7 @@ from r1vl_jax.training.programs import Programs
 from r1vl_jax.types import Rollout, TrainBatch, TrainState
 
 PEAK_FLOPS = 989e12
-STEP_GB = {(4, "matmuls"): 83, (2, "matmuls"): 68, (4, "full"): 54}  # fastest first
+STEP_GB = {(4, "matmuls"): 88, (2, "matmuls"): 71, (4, "full"): 59}  # fastest first
 MEAN_LENGTH, LENGTH_SIGMA = 400 / 1024, 0.6
 DECODE_STEPS = 10  # steps in one program, so that starting the program hardly counts
 

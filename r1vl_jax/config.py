@@ -27,7 +27,8 @@ class ModelSection:
     path: str = field("", "a Qwen2-VL folder: Hugging Face layout, or made by r1vl_jax.convert from-hf")
     dtype: str = field("bfloat16", "dtype of the computation; master weights are always float32")
     remat: str = field(
-        "full", "what the backward pass recomputes: full (all but cuDNN's attention), matmuls (nor matmuls), none"
+        "full",
+        "recomputed in the backward pass: full (all but cuDNN's attention), matmuls (nor matmul outputs), none",
     )
     attention: str = field("auto", "cudnn (GPU, bfloat16), splash (TPU), xla (any), or auto: by platform")
     kernels: str = field("auto", "pallas (GPU, TPU), reference (XLA, any), or auto: pallas on GPUs and TPUs")
@@ -253,7 +254,7 @@ class Config:
     output_dir: str = field("runs/r1vl", "the run folder")
     stages: tuple[str, ...] = field(("sft", "step_grpo"), "the stages to run, in order: sft, step_grpo")
     seed: int = field(0, "fixes the order of rows and every sampled token")
-    deterministic: bool = field(False, "on a GPU: the same bits in every run, by operations that may be slower")
+    deterministic: bool = field(False, "GPU: the same bits in every run, by slower operations; set before JAX is used")
     compilation_cache: str = field(
         "auto", "folder of compiled programs, kept between runs; auto: r1vl_jax in the user's cache folder; off"
     )

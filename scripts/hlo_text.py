@@ -51,7 +51,7 @@ class Cost:
     Attributes:
       kernels: operations that a GPU starts.
       bytes: read and written by all kernels; an update in place counts what it writes.
-      elementwise_bytes: those of kernels that are neither matmuls nor fused attention.
+      elementwise_bytes: those of kernels that are neither matmuls nor fused attention nor our own.
       flops: of matmuls, without fused attention and kernels of our own.
       logit_passes: how often kernels read or write an array of `logits` elements.
       attention_calls: kernels of cuDNN's fused attention.
@@ -111,7 +111,8 @@ def _add(cost: Cost, found: dict[str, list[Instruction]], name: str, times: int,
     for each in found[name]:
         if each.opcode == "while":
             rounds = re.search(r'known_trip_count[^}]*?"n":"(\d+)"', each.line)
-            _add(cost, found, each.called("body"), times * int(rounds.group(1) if rounds else 1), logits)
+            for part in ("condition", "body"):
+                _add(cost, found, each.called(part), times * int(rounds.group(1) if rounds else 1), logits)
         if each.opcode in NO_KERNEL or each.opcode.endswith("-done") or "AllocateBuffer" in each.kind:
             continue
         body = found.get(each.called("calls"), []) if each.opcode.startswith("fusion") else []

@@ -27,7 +27,7 @@ from jax.experimental.pallas import tpu, triton
 from r1vl_kernels.backends import check_array, check_backend, on_device
 from r1vl_kernels.reference_jax import LOW, attention
 
-PROGRAMS = 132  # GPU program instances, at least, if the keys suffice: one per SM of an H100
+PROGRAMS = 132  # with fewer GPU program instances, the keys are split to get about so many: one per SM of an H100
 GPU_BLOCK_BYTES = 128  # bytes of one component of all keys in a block: 64 keys in bf16, 32 in fp32
 TPU_BLOCK = 512  # keys in a block
 TINY = 1e-30

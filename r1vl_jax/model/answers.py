@@ -29,7 +29,7 @@ def answer_hidden(
     if not shared:
         return _unshared_hidden(params, cfg, prompts, tokens_BGT, remat=remat)
     _, last_BD, kv = prefill(params, cfg, prompts, remat=remat)
-    # The hidden state of an answer's last token is unused. It is computed anyway, because kernels need even lengths.
+    # The hidden state of an answer's last token is unused. It is computed anyway, because T tokens divide better.
     x = embed_tokens(params, tokens_BGT)
     hidden_BGTD = text.extend(params["text"], cfg, x, prompts.next_position_B, kv, lengths(prompts), remat=remat)
     B, G, _ = tokens_BGT.shape

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax._src.cudnn import fused_attention_stablehlo as fused
 
 HAS_BIAS, NO_BIAS = (True, False), (False, False)  # (a bias is given, its gradient is wanted)
 
@@ -42,6 +41,7 @@ class Part(NamedTuple):
 
 def forward(q_BTNH: jax.Array, part: Part) -> tuple[jax.Array, jax.Array]:
     """Returns (out (B, T, N, H), fp32 logsumexp (B, N, T))."""
+    fused = _primitives()
     arrays, options = _arguments(q_BTNH, part)
     out, lse_BNT = fused._dot_product_attention_fwd_p_wrapper.bind(*arrays, is_training=True, **options)
     return out, lse_BNT
@@ -51,17 +51,31 @@ def backward(
     q_BTNH: jax.Array, part: Part, lse_BNT: jax.Array, out_BTNH: jax.Array, d_out_BTNH: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the gradients of (q, k, v), from the lse and the output of the whole softmax."""
+    fused = _primitives()
     arrays, options = _arguments(q_BTNH, part)
     grads = fused._dot_product_attention_bwd_p_wrapper.bind(*arrays, lse_BNT, out_BTNH, d_out_BTNH, **options)
     return tuple(grads)[:3]
 
 
+def _primitives() -> Any:
+    """Imports them where they are used, so that other machines do not depend on a private module."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    return fused_attention_stablehlo
+
+
 def _arguments(q_BTNH: jax.Array, part: Part) -> tuple[tuple[jax.Array, ...], dict[str, Any]]:
     """Returns the arguments that both primitives share."""
+    fused = _primitives()
     unused = jnp.zeros(0, q_BTNH.dtype)
-    mask_type, lengths = fused.MaskType.CAUSAL if part.causal else fused.MaskType.NO_MASK, (unused, unused)
+    padded, lengths = part.length_B is not None, (unused, unused)
+    mask_type = {
+        (False, False): fused.MaskType.NO_MASK,
+        (False, True): fused.MaskType.CAUSAL,
+        (True, False): fused.MaskType.PADDING,
+        (True, True): fused.MaskType.PADDING_CAUSAL,
+    }[padded, part.causal]
     if part.length_B is not None:
-        mask_type = fused.MaskType.PADDING
         lengths = jnp.full(q_BTNH.shape[:1], q_BTNH.shape[1], jnp.int32), part.length_B.astype(jnp.int32)
     bias = unused if part.bias is None else part.bias
     options = {

@@ -18,8 +18,8 @@ def recomputed(block: Callable[..., Any], remat: str) -> Callable[..., Any]:
 
     Args:
       remat: the activations that are stored: none: all of them (nothing is recomputed); matmuls: the outputs of linear
-        layers; full: the layer's input alone. matmuls and full also store what cuDNN's attention returns, its output
-        and its logsumexp, which are small, so that attention does not run again.
+        layers; full: the layer's input. matmuls and full also store what cuDNN's attention returns (its output is as
+        large as the layer's input), so that attention does not run again.
     """
     if remat == "none":
         return block

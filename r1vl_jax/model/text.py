@@ -70,7 +70,7 @@ def _gate_up(h: jax.Array, p: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
 def _block(
     x: jax.Array, p: dict[str, Any], angle: jax.Array, cfg: ModelConfig, attention: Callable[..., tuple[jax.Array, Any]]
 ) -> tuple[jax.Array, Any]:
-    """Runs one layer on x (..., T, D).
+    """Runs one layer on x (..., D).
 
     Args:
       attention: (q, k, v) -> (the attended heads, a value that the caller keeps for this layer, such as its KV).

@@ -1,4 +1,4 @@
-"""Sets what JAX and XLA must know before they use a device: memory, repeatability, and the precision of matmuls."""
+"""Sets what XLA must know before it uses a device (memory, repeatability), and chooses the precision of matmuls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ PRECISIONS = ("auto", "default", "high", "highest")
 
 
 def prepare_devices(*, deterministic: bool = False) -> None:
-    """Sets environment variables that XLA reads when a device is first used. Values that the user has set are kept.
+    """Sets environment variables that XLA reads when a device is first used; later it has no effect.
+
+    Values that the user has set are kept.
 
     Args:
       deterministic: XLA takes only operations that give the same bits every time. Without it, a GPU adds in any order

@@ -6,9 +6,10 @@ rows of its question read them. Each row has its own cache; all rows write at th
     prefill -> decode -> drop the finished rows -> decode on -> ...
 
 A loop ends, on the device, as soon as so many rows are finished that the others fit the next size of `row_counts`,
-but not before SEGMENT tokens. The host reads the state only between the loops. With at most eight sizes there are at
-most eight programs, which later batches reuse. (With kernels `reference`, whose time grows with the length of the
-caches, the caches start short and double, which makes more programs.)
+but not before SEGMENT tokens. The host reads the state only between the loops. There are at most eight sizes, so there
+are at most eight programs for prompts of up to PROMPT_MULTIPLE tokens, eight more for up to twice as many, and so on.
+Later batches reuse them. (With kernels `reference`, whose time grows with the length of the caches, prompts keep their
+length, and the answers' caches start short and double, which makes more programs.)
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from r1vl_jax.rollout.sampling import answer_uniforms, check_sampling, sample
 from r1vl_jax.types import Array, Prompts, Rollout, Sampling
 
 SEGMENT = 64  # tokens that a loop decodes, at least, before rows are dropped
-FIRST_CACHE = 256  # length of the first cache, where caches grow
+FIRST_CACHE = 256  # length of the first cache, if caches grow
+PROMPT_MULTIPLE = 512  # the prompts' keys are padded to multiples of this, if the time does not depend on it
 ROW_SHARES = (1, 0.8, 0.65, 0.5, 0.375, 0.25, 0.15, 0.075)  # the sizes of a loop, as shares of all rows
 ROW_MULTIPLE = 8  # sizes are multiples of this, so that matmuls need no padding
 
-Cache = tuple[
-    jax.Array, ...
-]  # keys and values, one array per layer: (B, K, 2, S, H) of prompts, (R, K, 2, S, H) of rows
+# Keys and values, one array per layer: (B, K, 2, S, H) of prompts, (R, K, 2, S, H) of rows.
+Cache = tuple[jax.Array, ...]
 
 
 class Rows(NamedTuple):
@@ -102,8 +103,13 @@ def ends(until: Until, step: Any, live: Any) -> Any:
 def prefill(weights: Any, cfg: ModelConfig, prompts: Prompts) -> tuple[jax.Array, Cache, jax.Array]:
     """Runs vision tower and prompts. Returns (the last token's hidden_BD, the prompts' keys and values, lengths_B)."""
     _, last_BD, kv = qwen2_vl.prefill(weights, cfg, prompts)
-    both = tuple(constrain(jnp.stack(layer, axis=2), "batch", "kv_heads", None, None, None) for layer in kv)
-    return last_BD, both, qwen2_vl.lengths(prompts)
+    missing = 0 if cfg.kernels == "reference" else -kv[0].k.shape[2] % PROMPT_MULTIPLE
+
+    def joined(layer: text.KV) -> jax.Array:
+        both = jnp.pad(jnp.stack(layer, axis=2), [(0, 0)] * 3 + [(0, missing), (0, 0)])
+        return constrain(both, "batch", "kv_heads", None, None, None)
+
+    return last_BD, tuple(map(joined, kv)), qwen2_vl.lengths(prompts)
 
 
 @partial(jax.jit, static_argnames=("cfg", "sampling", "stop_ids"), donate_argnames="answers")
@@ -229,7 +235,7 @@ def rollout(
       row_ids_B: a number for each question. An answer's random numbers depend on this number, on seed and step, and on
         the answer's index in its group.
       stop_ids: an answer ends with the first of these ids; this token is part of the answer.
-      limit_BG: the maximum number of tokens of each answer; None: max_new_tokens for all.
+      limit_BG: the maximum number of tokens of each answer, at least 1; None: max_new_tokens for all.
     Returns:
       Rollout of (B, group, max_new_tokens) arrays, on the host.
     """
@@ -252,12 +258,14 @@ def rollout(
         now, done = int(answers.step), np.asarray(answers.done_R).reshape(places.shape)
         if now == T or done.all():
             break
-        size = min(n for n in counts if n >= (~done).sum(axis=1).max())
-        if size < places.shape[1] and until.earliest <= now <= until.latest:
+        live = (~done).sum(axis=1).max()
+        smaller = [n for n in counts if live <= n < places.shape[1]] if until.earliest <= now <= until.latest else []
+        if smaller:
             _write(whole, answers, places)
+        for size in smaller:  # one size at a time: so there are seven programs, and not one for each pair of sizes
             kept = np.argsort(done, axis=1, kind="stable")[:, :size]
             rows, answers = compact(rows, answers, kept.reshape(-1))
-            places = np.take_along_axis(places, kept, axis=1)
+            places, done = (np.take_along_axis(a, kept, axis=1) for a in (places, done))
         if now == room:
             room = min(2 * room, T)
             answers = enlarge(answers, room)

@@ -92,11 +92,13 @@ def _inverse_cdf(z: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array
     sums = jnp.exp(block_top + block_log_total - top[..., None])
     below = jnp.cumsum(sums, axis=-1)
     total = below[..., -1]
-    target = uniform * total
+    # Uniform numbers are multiples of 2^-23. Half of that is added, or else 0 would draw the first token, however rare.
+    target = (uniform + 2.0**-24) * total
     block = _first_above(sums, below, target)[..., None]
-    inside = jnp.exp(jnp.take_along_axis(z, block[..., None], axis=-2)[..., 0, :] - top[..., None])
-    before = jnp.take_along_axis(below - sums, block, axis=-1)
-    rest = target - before[..., 0]
+    before, highest = (jnp.take_along_axis(a, block, axis=-1)[..., 0] for a in (below - sums, block_top))
+    # In the units of the block, because all of its e^(z - top) may be 0 although their sum is not.
+    inside = jnp.exp(jnp.take_along_axis(z, block[..., None], axis=-2)[..., 0, :] - highest[..., None])
+    rest = (target - before) * jnp.exp(jnp.minimum(top - highest, 80.0))
     token = block[..., 0] * BLOCK + _first_above(inside, jnp.cumsum(inside, axis=-1), rest)
     return token, top, jnp.log(total)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1vl_jax.model import attention, backend, cudnn
+from r1vl_jax.model import attention, backend, cudnn, layers
 
 B, G, T, S, N, K, H = 2, 3, 10, 12, 4, 2, 16
 LENGTHS = np.array([7, 12], np.int32)
@@ -154,6 +155,25 @@ def test_splash_lowers_for_tpus():
 
     lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, v).lower(lowering_platforms=("tpu",))
     assert lowered.as_text().count("tpu_custom_call") >= 3  # forward, dq, dkv
+
+
+@pytest.mark.parametrize("remat", ["none", "matmuls", "full"])
+def test_cudnn_calls(remat):
+    """What a GPU is asked for: two forward calls, which the backward pass does not repeat, and two backward calls."""
+    q, k_prefix, v_prefix, k, v = (a.astype(jnp.bfloat16) for a in answers())
+
+    def layer(q, k, v):
+        return shared(jnp.sin(q), k_prefix, v_prefix, k, v, by="cudnn")
+
+    def loss(q, k, v):
+        return jnp.sum(jnp.sin(layers.recomputed(layer, remat)(q, k, v)).astype(jnp.float32))
+
+    lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in lowered.splitlines() if "@__cudnn$fmha" in line]
+    assert ["Backward" in line for line in calls] == [False, False, True, True]
+    masks = [re.search(r"mask_type\\22: \\22([A-Z_]+)", line).group(1) for line in calls]
+    assert masks[:2] == ["PADDING", "CAUSAL"] and sorted(masks[2:]) == ["CAUSAL", "PADDING"]
+    assert all(f"fmha_scale\\22: {H**-0.5}," in line for line in calls)
 
 
 def test_what_is_named_runs_or_raises():

@@ -208,24 +208,26 @@ def test_growing_caches_and_dropped_rows_change_nothing(segment, first_cache, mo
     assert dropped and all(starts[i] - starts[i - 1] >= min(segment, first_cache) for i in dropped)
 
 
-def test_a_finished_row_takes_no_further_part(monkeypatch):
-    """Lengths as in training, lognormal: at least 85% of the tokens that are computed belong to answers."""
-    rng = np.random.default_rng(3)
-    limits = np.clip(rng.lognormal(np.log(400) - 0.18, 0.6, (64, 4)), 1, 1024).astype(int).reshape(-1)
-    computed, shapes, places = 0, set(), np.arange(limits.size)
-    counts, now = generate.row_counts(limits.size), 0
-    while now < limits.max():  # the loop of `rollout`, with lengths in place of sampling
-        fewer = max((n for n in counts if n < places.size), default=0)
-        until = generate.Until(1024, fewer, now + generate.SEGMENT, 1024 - generate.SEGMENT)
-        start = now
-        while not generate.ends(until, now, (limits[places] > now).sum()):
-            now += 1
-        computed += places.size * (now - start)
-        shapes.add(places.size)
-        live = (limits[places] > now).sum()
-        if live and (size := min(n for n in counts if n >= live)) < places.size:
-            places = places[np.argsort(limits[places] <= now, kind="stable")[:size]]
-    assert limits.sum() / computed >= 0.85 and len(shapes) <= 8
+def test_most_of_what_is_computed_belongs_to_answers(monkeypatch):
+    """Lognormal lengths as in training, a fourth of them: at least 85%, in few shapes, loops of 16 tokens or more."""
+    loops, decode = [], generate.decode
+
+    def watched(*args):
+        rows, first = len(args[4].done_R), int(args[4].step)
+        after = decode(*args)
+        loops.append((rows, int(after.step) - first))
+        return after
+
+    for name, value in (("SEGMENT", 16), ("ROW_MULTIPLE", 1), ("decode", watched)):
+        monkeypatch.setattr(generate, name, value)
+    limits = np.clip(np.random.default_rng(3).lognormal(np.log(100) - 0.18, 0.6, (16, 4)), 1, 256).astype(int)
+    batch = batch_of(questions(*[[3]] * 16))
+    monkeypatch.setitem(globals(), "STEPS", 256)
+    got = answers(batch, group=4, rows=range(16), limits=limits)
+    np.testing.assert_array_equal(got.mask_BGT.sum(axis=2), limits)
+    computed = sum(rows * steps for rows, steps in loops)
+    assert limits.sum() / computed >= 0.85
+    assert len({rows for rows, _ in loops}) <= 8 and min(steps for _, steps in loops[:-1]) >= 16
 
 
 def test_twenty_batches_compile_once(monkeypatch):
@@ -254,6 +256,7 @@ def test_twenty_batches_compile_once(monkeypatch):
         for step in range(20):
             run(step)
         assert built.count("jit(prefill)") == 1 and len(calls) > 50
+        assert built.count("jit(compact)") <= 6 + 6  # from each size to the next, with a cache of either length
         assert built.count("jit(decode)") == len(set(calls)) <= 2 * 7  # caches of 6, 12; 8, 7, 6, 4, 3, 2, 1 rows
         del built[:]
         for step in range(20):
@@ -344,10 +347,20 @@ def test_greedy_ignores_the_uniforms():
 
 
 def test_ends_of_the_uniforms():
-    """0 and the largest float below 1 draw an allowed token, even where the first and the last ids are forbidden."""
-    logits = jnp.zeros((2, 4))
-    tokens, _ = sample(logits, jnp.array([0.0, np.nextafter(np.float32(1), 0)]), Sampling(temperature=1.0), (0, 3))
+    """0 and the largest number that is drawn give an allowed token, even where the first and the last ids are not."""
+    logits, ends = jnp.zeros((2, 4)), jnp.array([0.0, 1 - 2.0**-23])
+    tokens, _ = sample(logits, ends, Sampling(temperature=1.0), (0, 3))
     assert np.asarray(tokens).tolist() == [1, 2]
+
+
+def test_the_least_uniform_does_not_draw_what_is_almost_impossible():
+    """Nor is a forbidden token drawn from a block whose probabilities are all below the smallest float."""
+    logits = jnp.zeros(400).at[0].set(-30.0)
+    assert int(sample(logits, jnp.float32(0), Sampling(temperature=1.0), ())[0]) == 1
+    logits = jnp.full(400, -200.0).at[:130].set(-91.0).at[399].set(-91.0)
+    for uniform in (0.0, 0.3, 0.9999):
+        token, logprob = sample(logits.at[200].set(0.0), jnp.float32(uniform), Sampling(temperature=1.0), (0,))
+        assert int(token) != 0 and np.isfinite(logprob)
 
 
 def test_uniforms_depend_on_seed_step_row_and_sample_only():

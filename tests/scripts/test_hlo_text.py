@@ -28,6 +28,13 @@ PROGRAM = """HloModule jit_f, entry_computation_layout={...}
   ROOT %part = bf16[5,6]{1,0} slice(%narrow), slice={[5:10], [0:6]}
 }
 
+%condition (state: (s32[], bf16[4,100], bf16[4,8], bf16[8,16])) -> pred[] {
+  %state = (s32[], bf16[4,100]{1,0}, bf16[4,8]{1,0}, bf16[8,16]{1,0}) parameter(0)
+  %n = s32[] get-tuple-element(%state), index=0
+  %limit = s32[] constant(3)
+  ROOT %less = pred[] compare(%n, %limit), direction=LT
+}
+
 %body (loop: (s32[], bf16[4,100], bf16[4,8], bf16[8,16])) -> (s32[], bf16[4,100], bf16[4,8], bf16[8,16]) {
   %loop = (s32[], bf16[4,100]{1,0}, bf16[4,8]{1,0}, /*index=3*/bf16[8,16]{1,0}) parameter(0)
   %i = s32[] get-tuple-element(%loop), index=0
@@ -43,8 +50,8 @@ PROGRAM = """HloModule jit_f, entry_computation_layout={...}
 ENTRY %main (start: (s32[], bf16[4,100], bf16[4,8], bf16[8,16]), m: f32[10,6]) -> bf16[5,6] {
   %start = (s32[], bf16[4,100]{1,0}, bf16[4,8]{1,0}, bf16[8,16]{1,0}) parameter(0)
   %m = f32[10,6]{1,0} parameter(1)
-  %while.1 = (s32[], bf16[4,100]{1,0}, bf16[4,8]{1,0}, bf16[8,16]{1,0}) while(%start), condition=%c, body=%body, \
-backend_config={"known_trip_count":{"n":"3"}}
+  %while.1 = (s32[], bf16[4,100]{1,0}, bf16[4,8]{1,0}, bf16[8,16]{1,0}) while(%start), condition=%condition, \
+body=%body, backend_config={"known_trip_count":{"n":"3"}}
   ROOT %last = bf16[5,6]{1,0} fusion(%m), kind=kLoop, calls=%half
 }
 """
@@ -52,12 +59,13 @@ backend_config={"known_trip_count":{"n":"3"}}
 
 def test_a_program_by_hand():
     cost = program_cost(PROGRAM, logits=64)
-    assert cost.kernels == 3 * 2 + 1
+    assert cost.kernels == 3 * (1 + 2) + 1
     update = 4 * 1 * 2 + 4 + 4 * 1 * 2  # reads the new column and the index, writes the column
     matmul = 4 * 8 * 2 + 8 * 16 * 2 + 4 * 16 * 4
+    compare = 4 + 4 + 1
     half = 5 * 6 * 4 + 5 * 6 * 2  # reads a half
-    assert cost.bytes == 3 * (update + matmul) + half
-    assert cost.elementwise_bytes == 3 * update + half
+    assert cost.bytes == 3 * (compare + update + matmul) + half
+    assert cost.elementwise_bytes == 3 * (compare + update) + half
     assert cost.flops == 3 * 2 * 4 * 8 * 16
     assert cost.logit_passes == 3  # the result of the matmul has 64 elements, as no other array
 

@@ -7,10 +7,13 @@ The machine's cores belong to pytest's workers, so that libraries get one thread
 
 import gc
 import os
+from importlib.metadata import version
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join([
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1",
+    # jax 0.11 no longer has this flag, and a flag that XLA does not know ends the process.
+    "--xla_cpu_use_fusion_emitters=false" if version("jax").startswith("0.10.") else "",
     os.environ.get("XLA_FLAGS", ""),
     "--xla_force_host_platform_device_count=8",
 ])  # fmt: skip

@@ -158,10 +158,13 @@ def _nearest_frames(path: str | os.PathLike, times: Sequence[Fraction]) -> tuple
 
 
 def _open(path: str | os.PathLike) -> InputContainer:
-    return _pyav().open(
+    av = _pyav()
+    # Metadata need not be UTF-8. PyAV 19 reads it in any case, and has no such option.
+    metadata = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+    return av.open(
         f"file:{os.fsdecode(path)}",  # without "file:" FFmpeg takes a name with a colon for a URL
-        metadata_errors="replace",
         options={"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "file"},
+        **metadata,
     )
 
 

@@ -102,7 +102,7 @@ def test_equal_rewards_have_no_advantage_and_no_sign():
 def test_an_answer_at_the_mean_has_no_sign():
     """0.2 lies below the mean of 0.1, 0.2 and 0.3 by rounding alone."""
     middle = [Score(accuracy=reward, reward=reward) for reward in (0.1, 0.2, 0.3)]
-    assert sum(score.reward for score in middle) / 3 > 0.2
+    assert (0.1 + 0.2 + 0.3) / 3 > 0.2
     group = Group({}, "q", "s", None, ("a", "b", "c"))
     report = rescore([group], {"x": [scored(0, 0, 0), scored(1, 0, 1), scored(0, 0, 0)], "y": middle})
     answers = report["groups"][0]["rules"]["y"]["answers"]

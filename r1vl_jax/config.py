@@ -14,6 +14,7 @@ from typing import Any
 from r1vl_jax.common import config_tree
 from r1vl_jax.common.config_tree import at_least, divides, field, finite, one_of, require
 from r1vl_jax.errors import ConfigError
+from r1vl_jax.parallel.devices import PRECISIONS
 from r1vl_jax.rewards.rules import PRESETS, get_rules
 
 REMAT = ("none", "matmuls", "full")
@@ -25,9 +26,15 @@ KERNELS = ("auto", "pallas", "reference")
 class ModelSection:
     path: str = field("", "a Qwen2-VL folder: Hugging Face layout, or made by r1vl_jax.convert from-hf")
     dtype: str = field("bfloat16", "dtype of the computation; master weights are always float32")
-    remat: str = field("full", "what the backward pass recomputes: full (all), matmuls (all but matmuls), none")
+    remat: str = field(
+        "full",
+        "recomputed in the backward pass: full (all but cuDNN's attention), matmuls (nor matmul outputs), none",
+    )
     attention: str = field("auto", "cudnn (GPU, bfloat16), splash (TPU), xla (any), or auto: by platform")
     kernels: str = field("auto", "pallas (GPU, TPU), reference (XLA, any), or auto: pallas on GPUs and TPUs")
+    matmul_precision: str = field(
+        "auto", "of float32 matmuls: default, high, highest; auto: highest if dtype is float32"
+    )
     shared_prefix: bool = field(True, "StepGRPO runs a prompt once for all its answers; false: once an answer")
 
     def __post_init__(self) -> None:
@@ -35,6 +42,7 @@ class ModelSection:
         one_of("model.remat", self.remat, REMAT)
         one_of("model.attention", self.attention, ATTENTION)
         one_of("model.kernels", self.kernels, KERNELS)
+        one_of("model.matmul_precision", self.matmul_precision, PRECISIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,6 +254,7 @@ class Config:
     output_dir: str = field("runs/r1vl", "the run folder")
     stages: tuple[str, ...] = field(("sft", "step_grpo"), "the stages to run, in order: sft, step_grpo")
     seed: int = field(0, "fixes the order of rows and every sampled token")
+    deterministic: bool = field(False, "GPU: the same bits in every run, by slower operations; set before JAX is used")
     compilation_cache: str = field(
         "auto", "folder of compiled programs, kept between runs; auto: r1vl_jax in the user's cache folder; off"
     )

@@ -8,9 +8,12 @@ import secrets
 import sys
 from functools import partial
 
+import jax
+
 from r1vl_jax.config import ATTENTION, KERNELS
 from r1vl_jax.errors import CheckpointError, RowError
 from r1vl_jax.inference.generate import MAX_PIXELS, encode, generate, load, say
+from r1vl_jax.parallel.devices import matmul_precision, prepare_devices
 from r1vl_jax.processing.videos import VideoSpec
 from r1vl_jax.rollout.sampling import check_sampling
 from r1vl_jax.types import Sampling
@@ -68,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.temperature > 0:
             say(f"seed {seed}")
     sampling = Sampling(args.temperature, args.top_p, args.top_k, args.max_new_tokens)
+    prepare_devices()
     try:
         check_sampling(sampling)
         if args.samples < 1:
@@ -80,7 +84,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if args.samples > 1 and args.temperature == 0:
         say(f"--temperature 0 is greedy: all {args.samples} answers will be the same")
-    result = generate(loaded, encoded, samples=args.samples, sampling=sampling, seed=seed)
+    with jax.default_matmul_precision(matmul_precision("auto", args.dtype)):
+        result = generate(loaded, encoded, samples=args.samples, sampling=sampling, seed=seed)
     if args.json:
         print(json.dumps(result))
     else:

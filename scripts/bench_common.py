@@ -127,7 +127,7 @@ def _random_params(key: jax.Array, cfg: ModelConfig, dtype: str) -> Any:
     def draw(key: jax.Array, spec: ParamSpec) -> jax.Array:
         deviation = math.prod(spec.hf_shape[1:]) ** -0.5 if spec.init == "normal" else 0.1
         value = jax.random.uniform(key, spec.shape, dtype, -1, 1) * (deviation * math.sqrt(3))
-        return (value + (spec.init == "ones")).astype(dtype)
+        return (value + int(spec.init == "ones")).astype(dtype)
 
     return treedef.unflatten(map(draw, jax.random.split(key, len(specs)), specs))
 
@@ -274,9 +274,14 @@ def interleaved(calls: dict[str, Callable[[], Any]], repeats: int, pause: float 
     return {name: Timing(first[name], tuple(seconds[name])) for name in calls}
 
 
-def measure(call: Callable[[], Any], repeats: int, until: float = math.inf) -> Timing:
-    """Times a first call, then up to `repeats` more while the next should end before `until` (time.monotonic)."""
-    first, seconds = timed(call), []
+def measure(
+    call: Callable[[], Any], repeats: int, until: float = math.inf, warm_up: Callable[[], Any] | None = None
+) -> Timing:
+    """Times a first call (or `warm_up`), then up to `repeats` calls while the next should end before `until`.
+
+    `until` is a time of time.monotonic.
+    """
+    first, seconds = timed(warm_up or call), []
     while not seconds or (len(seconds) < repeats and time.monotonic() + seconds[-1] < until):
         seconds.append(timed(call))
     return Timing(first, tuple(seconds))

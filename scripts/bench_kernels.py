@@ -70,31 +70,27 @@ def attention(
       prefix, own: the lengths of the prompts' and of the answers' caches.
     """
     rng = np.random.default_rng(0)
-    keys = iter(jax.random.split(jax.random.key(0), 4 * LAYERS + 1))
+    keys = iter(jax.random.split(jax.random.key(0), 2 * LAYERS + 1))
 
     def draw(*shape: int) -> jax.Array:
         return jax.jit(partial(jax.random.normal, shape=shape, dtype=dtype))(next(keys))
 
-    def pair(*shape: int) -> tuple[jax.Array, jax.Array]:
-        return draw(*shape), draw(*shape)
+    R = B * GROUP
+    caches = [(draw(B, K, 2, prefix, H), draw(R, K, 2, own, H)) for _ in range(LAYERS)]
+    length_R = (own * rng.uniform(2 * filled - 1, 1, R)).astype(np.int32)
 
-    caches = [(pair(B, K, prefix, H), pair(B, K, GROUP, own, H)) for _ in range(LAYERS)]
-    lengths_BG = (own * rng.uniform(2 * filled - 1, 1, (B, GROUP))).astype(np.int32)
-
-    def run(
-        backend: str, q: jax.Array, caches: Any, prefix_length_B: jax.Array, own_length_BG: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        out = q
-        for (prefix_k, prefix_v), (own_k, own_v) in caches:
+    def run(backend: str, q: jax.Array, caches: Any, *scalars: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out, (prefix_length_R, own_length_R, question_R) = q, scalars
+        for prompts, answers in caches:
             out = prefix_decode_attention(
-                q, prefix_k, prefix_v, prefix_length_B, own_k, own_v, own_length_BG, backend=backend
+                q, prompts, prefix_length_R, answers, own_length_R, question_R, backend=backend
             )
             q = q + (LINK * out).astype(q.dtype)
         return out, q
 
-    moved = jnp.dtype(dtype).itemsize * K * H * 2 * (B * prefix + int(lengths_BG.sum()) + B * GROUP * E)
-    arrays = caches, jnp.full(B, prefix, jnp.int32), jnp.asarray(lengths_BG)
-    return Workload(run, draw(B, K, GROUP, E, H), arrays, LAYERS, moved)
+    moved = jnp.dtype(dtype).itemsize * K * H * 2 * (B * prefix + int(length_R.sum()) + R * E)
+    arrays = caches, jnp.full(R, prefix, jnp.int32), jnp.asarray(length_R), jnp.arange(R) // GROUP
+    return Workload(run, draw(R, K, E, H), arrays, LAYERS, moved)
 
 
 def advantage(B: int, T: int = 1024) -> Workload:

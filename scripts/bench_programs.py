@@ -19,7 +19,7 @@ from bench_common import PAD_MULTIPLE, Size, collate, single_device
 from jax.sharding import Mesh
 from r1vl_kernels.prefix_decode_attention import prefix_decode_attention
 
-from r1vl_jax.config import Config, DataSection, ModelSection, OptimizerSection, RLSection, SourceSection
+from r1vl_jax.config import Config, DataSection, ModelSection, OptimizerSection, RLSection, SFTSection, SourceSection
 from r1vl_jax.model.config import ModelConfig
 from r1vl_jax.model.head import head_loss
 from r1vl_jax.parallel.sharding import put_batch
@@ -33,21 +33,24 @@ OPTIMIZER = OptimizerSection(learning_rate=1e-6, schedule="constant", warmup_rat
 UPDATES = 1000
 
 
-def step_config(size: Size, remat: str) -> Config:
-    """Returns a configuration of the second stage; the files that it names are never read."""
+def step_config(size: Size, remat: str, stage: str = "step_grpo") -> Config:
+    """Returns a configuration of a stage; the files that it names are never read."""
+    source = SourceSection(path="random")
     return Config(
-        stages=("step_grpo",),
+        stages=(stage,),
         model=ModelSection(path="random", dtype=size.dtype, remat=remat),
-        data=DataSection(rl=SourceSection(path="random")),
+        data=DataSection(sft=source, rl=source),
+        sft=SFTSection(optimizer=dataclasses.replace(OPTIMIZER, freeze_vision=True)),
         rl=RLSection(temperature=TEMPERATURE, beta=BETA, max_new_tokens=max(2, size.new), optimizer=OPTIMIZER),
     )
 
 
-def step_programs(size: Size, cfg: ModelConfig, *, remat: str, mesh: Mesh | None = None) -> Programs:
+def step_programs(
+    size: Size, cfg: ModelConfig, *, remat: str, mesh: Mesh | None = None, stage: str = "step_grpo"
+) -> Programs:
     """The programs of a step; nothing is compiled yet. `mesh`: default: one device."""
-    return build_programs(
-        cfg, single_device() if mesh is None else mesh, step_config(size, remat), "step_grpo", UPDATES
-    )
+    mesh = single_device() if mesh is None else mesh
+    return build_programs(cfg, mesh, step_config(size, remat, stage), stage, UPDATES)
 
 
 def answer(
@@ -115,20 +118,20 @@ def head_gradient(
 
 
 @partial(jax.jit, static_argnames=("steps", "backend"))
-def decode_layers(
-    q_BKGEH: jax.Array, caches: Any, prefix_length_B: jax.Array, own_length_BG: jax.Array, steps: int, backend: str
-) -> jax.Array:
+def decode_layers(q_RKEH: jax.Array, caches: Any, scalars: Any, steps: int, backend: str) -> jax.Array:
     """Runs decode attention for `steps` tokens, layer after layer.
 
     Args:
-      caches: for each layer its own (prompt k, prompt v, answers' k, answers' v).
+      caches: for each layer its own (prompts, answers).
+      scalars: (prefix_length_R, own_length_R, question_R).
     """
+    prefix_length_R, own_length_R, question_R = scalars
 
-    def one(_, q_BKGEH):
-        for prefix_k, prefix_v, own_k, own_v in caches:
-            q_BKGEH = prefix_decode_attention(
-                q_BKGEH, prefix_k, prefix_v, prefix_length_B, own_k, own_v, own_length_BG, backend=backend
+    def one(_, q_RKEH):
+        for prompts, answers in caches:
+            q_RKEH = prefix_decode_attention(
+                q_RKEH, prompts, prefix_length_R, answers, own_length_R, question_R, backend=backend
             )
-        return q_BKGEH
+        return q_RKEH
 
-    return jax.lax.fori_loop(0, steps, one, q_BKGEH)
+    return jax.lax.fori_loop(0, steps, one, q_RKEH)

@@ -5,14 +5,15 @@
 
 The first command checks that results are right, in 330 seconds. The second measures speed, in 270 seconds; its results
 mean nothing unless the first command prints RIGHT. Use different folders for --out. The docstring of each stage's
-script describes the stage; R1 to K and torch are the workloads of bench_gpu.py. Needs jax[cuda13] and six packages that
-a CUDA machine with jax and torch often lacks; install the missing ones: grain, array_record, portpicker, math-verify
-0.9.0, latex2sympy2_extended 1.11.0, antlr4-python3-runtime 4.13.2.
+script describes the stage; gpu_check_workloads.py has R1 to K. Needs jax[cuda13] and six packages that a CUDA machine
+with jax and torch often lacks; install the missing ones: grain, array_record, portpicker, math-verify 0.9.0,
+latex2sympy2_extended 1.11.0, antlr4-python3-runtime 4.13.2.
 
-DIR/gpu_check.json is rewritten after each stage: {"arguments": [...], "rows": [{"stage", "name", figures or "error"},
-...]}. The field "ok" says whether a row is right, if that can be judged. The last row of a stage is named "process" and
-holds its exit code. DIR/logs.txt contains everything that the stages print. The command prints RIGHT and returns 0, or
-prints the rows that fail and returns 1.
+DIR/gpu_check.json is rewritten after each stage: {"date", "size", "arguments", "rows": [{"stage", "name", figures or
+"error"}, ...]}. The field "ok" says whether a row is right, if that can be judged. The last row of a stage is named
+"process" and holds its exit code. DIR/logs.txt contains everything that the stages print. The command ends with a table
+of the measurements (gpu_check_table.py prints it again) and with RIGHT and exit code 0, or with the rows that fail and
+exit code 1.
 
 Compiled programs and autotune results are stored in KEEP/cache and packed into DIR/cache0.tar, cache1.tar, ... at the
 end. On another machine of the same kind, unpack them first (tar -xf DIR/cache0.tar -C KEEP/cache), so that nothing is
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import json
 import os
 import signal
@@ -33,10 +35,14 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpu_check_common import MARK
+from gpu_check_common import MARK, REMAT
+from gpu_check_table import report
 
 SCRIPTS = Path(__file__).resolve().parent
 ROOT = SCRIPTS.parent
+CPU_FLAGS = (  # tests/conftest.py says why
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 CPU_SLOWER = 10  # factor on the limits for a GPU; the limits only catch hangs
 LEAST_SHARE = 0.3  # minimum share of its limit that must be left for a stage to start
 END_S = 5  # seconds of the budget that are reserved for packing
@@ -74,15 +80,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("--out", type=Path, required=True, metavar="DIR", help="where results are written")
-    option("--budget", type=float, default=560, metavar="S", help="seconds for everything (default: 560)")
+    option("--budget", type=float, metavar="S", help="seconds for everything (default: 560; with --cpu: 3000)")
     option("--stages", type=stage_names, default=list(STAGES), metavar="A,B", help="in this order (default: all)")
     option("--keep", type=Path, default=Path("runs/gpu_check"), help="kept between calls (default: runs/gpu_check)")
     option("--repeats", type=int, default=3, metavar="N", help="the median is taken of these (default: 3)")
+    option("--micro", type=int, metavar="N", help="questions in a micro-batch of T1 and S (default: by memory)")
+    option("--remat", choices=REMAT, help="what T1 and S recompute in the backward pass (default: by memory)")
     option("--flags", default="", metavar="XLA", help="added to XLA_FLAGS")
     option("--size", choices=["tiny", "2b", "7b"], help="of the model (default: 2b; with --cpu: tiny)")
     option("--cpu", action="store_true", help="run everything on a CPU")
     args = parser.parse_args(argv)
     args.size = args.size or ("tiny" if args.cpu else "2b")
+    args.budget = (3000 if args.cpu else 560) if args.budget is None else args.budget
     args.out, args.keep = args.out.resolve(), args.keep.resolve()
     return args
 
@@ -99,7 +108,7 @@ def stage_environment(args: argparse.Namespace) -> dict[str, str]:
 
     Variables that the caller has set keep their values, except XLA_FLAGS and PYTHONPATH, to which this function adds.
     """
-    flags = [os.environ.get("XLA_FLAGS", ""), args.flags, "--xla_backend_optimization_level=0" if args.cpu else ""]
+    flags = [os.environ.get("XLA_FLAGS", ""), args.flags, CPU_FLAGS if args.cpu else ""]
     paths = [str(ROOT), str(ROOT / "kernels"), str(SCRIPTS), os.environ.get("PYTHONPATH", "")]
     defaults = {
         "JAX_PLATFORMS": "cuda,cpu",  # raises if there is no GPU; the sampler is compared with the CPU's
@@ -121,6 +130,8 @@ def run_stage(name: str, args: argparse.Namespace, left: float) -> list[Row]:
     command = [sys.executable, str(SCRIPTS / STAGES[name].script), name, "--out", str(args.out)]
     command += ["--keep", str(args.keep), "--size", args.size, "--repeats", str(args.repeats)]
     command += ["--seconds", f"{limit:.0f}", *(["--cpu"] if args.cpu else [])]
+    command += ["--micro", str(args.micro)] if args.micro else []
+    command += ["--remat", args.remat] if args.remat else []
     start = time.monotonic()
     with open(args.out / "logs.txt", "a+") as log:
         log.write(f"== {name}\n")
@@ -202,7 +213,8 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.keep / "cache").mkdir(parents=True, exist_ok=True)
     (args.out / "logs.txt").write_text("")
-    result: dict[str, Any] = {"arguments": sys.argv[1:] if argv is None else argv, "rows": []}
+    result: dict[str, Any] = {"date": datetime.date.today().isoformat(), "size": args.size}
+    result |= {"arguments": sys.argv[1:] if argv is None else argv, "rows": []}
     for name in args.stages:
         rows = run_stage(name, args, end - time.monotonic())
         result["rows"] += rows
@@ -211,6 +223,8 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps(row)[:400], flush=True)
     result["rows"].append(pack_cache(args.keep / "cache", args.out))
     write_result(args.out / "gpu_check.json", result)
+    if table := report(result):
+        print(f"\n{table}\n")
     return print_verdict(result["rows"])
 
 

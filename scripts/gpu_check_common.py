@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+REMAT = ("none", "matmuls", "full")  # as in r1vl_jax.config, which the parent does without
 MARK = "ROW "  # starts a line that holds a row as JSON
 
 
@@ -22,6 +23,8 @@ def stage_arguments() -> argparse.Namespace:
     parser.add_argument("--keep", type=Path, required=True)
     parser.add_argument("--size", default="2b")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--micro", type=int)
+    parser.add_argument("--remat", choices=REMAT)
     parser.add_argument("--seconds", type=float, default=100, help="after this long the stage is killed")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--save", type=Path, help="step alone: run the reference once and write its arrays here")

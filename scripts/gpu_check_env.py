@@ -20,7 +20,7 @@ PACKAGES = (
 )  # fmt: skip
 MODULES = (
     "r1vl_jax.train", "r1vl_jax.generate", "r1vl_jax.convert", "r1vl_jax.data.check", "r1vl_jax.rewards.worker",
-    "bench_gpu", "bench_kernels",
+    "gpu_check_workloads", "bench_kernels",
 )  # fmt: skip
 
 

@@ -1,10 +1,11 @@
-"""Defines the models that gpu_check.py runs, and wraps the benchmarks' code: a small StepGRPO step, a rollout."""
+"""Defines the models that gpu_check.py runs, and wraps the benchmarks' code: a small StepGRPO step."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,6 @@ from bench_common import (
     Size,
     collate,
     random_advantages,
-    random_params,
     random_questions,
     random_tokens,
     single_device,
@@ -25,6 +25,7 @@ from r1vl_jax.model.config import ModelConfig
 from r1vl_jax.model.qwen2_vl import cast
 from r1vl_jax.model.spec import ParamSpec, is_spec, param_spec
 from r1vl_jax.parallel.sharding import param_shardings
+from r1vl_jax.rollout import generate
 
 QUESTIONS, MICRO, UPDATES = 4, 2, 2
 LOGIT_ROWS = 256
@@ -73,12 +74,23 @@ def numpy_params(cfg: ModelConfig) -> Any:
     return jax.tree.map(draw, param_spec(cfg), is_leaf=is_spec)
 
 
+@contextlib.contextmanager
+def shorter_loops() -> Iterator[None]:
+    """Makes the rollout drop finished rows earlier and in smaller steps, so that a small step does it at all."""
+    before = generate.SEGMENT, generate.ROW_MULTIPLE
+    generate.SEGMENT, generate.ROW_MULTIPLE = 2, 1
+    try:
+        yield
+    finally:
+        generate.SEGMENT, generate.ROW_MULTIPLE = before
+
+
 def step(name: str, way: Way) -> dict[str, np.ndarray]:
     """Runs a rollout of the model `step_size(name)`, and two updates on random answers that ignore the rollout.
 
     Returns a dictionary with these arrays:
-      tokens, rollout_logprobs: the rollout's.
-      recomputed: log-probabilities of the rollout's tokens by the training program.
+      tokens, rollout_logprobs: the rollout's, of answers of different lengths; rows are dropped on the way.
+      recomputed: log-probabilities of the rollout's tokens by the training program; 0 after an answer's end.
       reference: log-probabilities of the random answers.
       loss0, kl0, ... loss1, ...: metrics of each update.
       change: a sample of each parameter's change by the updates.
@@ -95,10 +107,13 @@ def step(name: str, way: Way) -> dict[str, np.ndarray]:
         questions = random_questions(size, QUESTIONS)
 
         weights = programs.rollout_weights(state.params)
-        sampled = answer(weights, cfg, collate(questions), size.group, size.new)
+        limit_BG = np.random.default_rng(5).integers(1, size.new + 1, (QUESTIONS, size.group))
+        with shorter_loops():
+            sampled = answer(weights, cfg, collate(questions), size.group, size.new, limit_BG=limit_BG)
         result = {"tokens": sampled.tokens_BGT, "rollout_logprobs": sampled.logprobs_BGT}
         batches = micro_batches(questions, np.asarray(sampled.tokens_BGT), MICRO)
-        result["recomputed"] = joined(programs.token_logprobs(policy, b.prompts, b.tokens_BGT) for b in batches)
+        recomputed = joined(programs.token_logprobs(policy, b.prompts, b.tokens_BGT) for b in batches)
+        result["recomputed"] = np.where(sampled.mask_BGT, recomputed, 0.0)
 
         batches = micro_batches(questions, random_tokens(size, QUESTIONS), MICRO)
         batches = with_reference(programs, reference, batches)
@@ -119,18 +134,3 @@ def sampled_entries(params: Any) -> np.ndarray:
     """Returns about SAMPLES entries of each parameter, evenly spaced."""
     flat = [np.asarray(a, np.float64).ravel() for a in jax.tree.leaves(params)]
     return np.concatenate([a[:: max(1, a.size // SAMPLES)] for a in flat])
-
-
-def rollout_call(name: str, questions: int, new: int) -> tuple[Callable[[], Any], int]:
-    """Returns (a function that samples 4 answers to each of `questions` questions, number of tokens of an answer)."""
-    size = SIZES[name]
-    cfg, new = size.on_this_machine(), min(new, size.new)
-    with jax.set_mesh(single_device()):
-        weights = step_programs(size, cfg, remat="full").rollout_weights(random_params(cfg, size.dtype))
-        prompts = collate(random_questions(size, questions))
-
-    def call() -> Any:
-        with jax.set_mesh(single_device()):
-            return jax.block_until_ready(answer(weights, cfg, prompts, size.group, new))
-
-    return call, new

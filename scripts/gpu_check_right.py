@@ -115,12 +115,13 @@ def decode_checks(setup: Setup) -> Checks:
 
 
 def decode_attention(setup: Setup, B: int, K: int, E: int, prompt: int, own: int, dtype: str) -> dict[str, Any]:
-    G, H = 4, 128
-    draw = partial(setup.draw, dtype=dtype)
-    prompt_cache = draw(B, K, prompt, H), draw(B, K, prompt, H), setup.integers(1, prompt, B)
-    own_cache = draw(B, K, G, own, H), draw(B, K, G, own, H), setup.integers(0, own, (B, G))
+    R, H = 4 * B, 128
+    caches = [setup.draw(*shape, H, dtype=dtype) for shape in ((B, K, 2, prompt), (R, K, 2, own))]
+    question = jnp.repeat(jnp.arange(B), 4)
+    lengths = setup.integers(1, prompt, B)[question], setup.integers(0, own, R)
     call, exact = (partial(prefix_decode_attention, backend=backend) for backend in (setup.kernels, "reference"))
-    return compare(setup, call, exact, (draw(B, K, G, E, H), *prompt_cache, *own_cache), dtype=dtype)
+    arrays = (setup.draw(R, K, E, H, dtype=dtype), caches[0], lengths[0], caches[1], lengths[1], question)
+    return compare(setup, call, exact, arrays, dtype=dtype)
 
 
 def loss_checks(setup: Setup) -> Checks:

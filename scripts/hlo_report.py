@@ -1,11 +1,19 @@
-"""Reports the memory that the programs of a StepGRPO step need on a GPU, by compiling them without that GPU.
+"""Reports what the programs of a StepGRPO step do on a GPU, by compiling them without that GPU.
 
     python scripts/hlo_report.py --target h100_80gb.textproto --size 2b --questions 16 --micro 4
 
 Needs `pip install -e '.[gpu]'`, no GPU, and a description of the GPU in XLA's text form (GpuTargetConfigProto, as in
-XLA's own tests). For each program it prints the memory of its arguments, of its temporaries, and of everything else on
-the device at that time: fp32 parameters and both moments, the reference, the rollout's weights, gradients. The programs
-do not run, so the report contains no times.
+XLA's own tests). For each program it prints
+
+    peak      GB of its arguments and temporaries, and of everything else that is on the device at that time: fp32
+              parameters and both moments, the reference, the rollout's weights, gradients
+    kernels   the operations that a GPU starts; of decode, for one token of every answer, with full caches
+    moved     GB that they read and write; elementwise: those that are neither matmuls, attention nor our own kernels
+    TFLOP     of matmuls, without attention
+    passes    how often a chunk of logits is written or read
+    compile   seconds to trace, to lower and to compile it on this machine
+
+The programs do not run, so nothing is said about their time.
 """
 
 from __future__ import annotations
@@ -28,6 +36,7 @@ import jax  # noqa: E402 (it reads the environment when it is imported)
 import jax.numpy as jnp  # noqa: E402
 from bench_common import SIZES, Size, random_questions  # noqa: E402
 from bench_programs import TEMPERATURE, step_programs  # noqa: E402
+from hlo_text import program_cost  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding  # noqa: E402
 
@@ -40,7 +49,6 @@ from r1vl_jax.rollout import generate  # noqa: E402
 from r1vl_jax.training.programs import Programs  # noqa: E402
 from r1vl_jax.types import Prompts, Sampling, TrainBatch  # noqa: E402
 
-GIB = 2**30
 STEPS = 8  # of an answer, for the advantages
 
 
@@ -69,6 +77,13 @@ def placed(tree: Any, mesh: Mesh, *axes: str | None) -> Any:
     return jax.tree.map(one, tree)
 
 
+def with_pixels(size: Size, pixels: int) -> Size:
+    """Returns the same workload with larger or smaller images; the questions keep the rest of their tokens."""
+    rows = int(math.sqrt(pixels / 28**2 * 34 / 60))
+    grid = (1, 2 * rows, 2 * int(pixels / 28**2 / rows))
+    return dataclasses.replace(size, grid=grid, prompt=size.prompt + (math.prod(grid) - math.prod(size.grid)) // 4)
+
+
 def prompts_of(size: Size, questions: int, mesh: Mesh) -> Prompts:
     """Returns abstract prompts of the given number of questions."""
     buckets = Buckets(128, shards=batch_shards(mesh))
@@ -89,7 +104,7 @@ def reference_of(programs: Programs, dtype: str) -> Any:
 
 
 def rollout_calls(programs: Programs, cfg: ModelConfig, size: Size, questions: int, mesh: Mesh) -> Iterator[Call]:
-    """Yields the programs of a rollout; of the decode loops only the one with the longest cache."""
+    """Yields the programs of a rollout; of the decode loops the one with all rows."""
     state, reference = programs.layout, reference_of(programs, size.dtype)
     B, G, T = questions, size.group, size.new
     yield Call("rollout_weights", programs.rollout_weights, (state.params,), (state.opt_state, reference))
@@ -100,15 +115,14 @@ def rollout_calls(programs: Programs, cfg: ModelConfig, size: Size, questions: i
 
     last_BD, prefix, length_B = placed(jax.eval_shape(programs.prefill, weights, cfg, prompts), mesh)
     limit_BG = array(mesh, B, G, dtype=jnp.int32)
-    asked = generate.Questions(prefix, length_B, prompts.next_position_B, array(mesh, B, G, T), limit_BG)
-    start = partial(generate.start, cfg, samples=G, tokens=T, length=min(generate.SEGMENT, T), stop=0)
-    answers = placed(jax.eval_shape(start, last_BD), mesh)
-    if T > generate.SEGMENT:
-        half = placed(jax.eval_shape(partial(generate.enlarge, length=T // 2), answers), mesh)
-        yield Call("enlarge, the last time", generate.enlarge, (half, T), (*beside, weights, asked))
-    full = placed(jax.eval_shape(partial(generate.enlarge, length=T), answers), mesh)
-    sampling = Sampling(temperature=TEMPERATURE, max_new_tokens=T)
-    yield Call("decode, longest cache", programs.decode, (weights, cfg, asked, full, 0, T, sampling, (0,)), beside)
+    begin = partial(generate.start, cfg, length=T, stop=0)
+    inputs = (last_BD, length_B, prompts.next_position_B, array(mesh, B, G, T), limit_BG)
+    with jax.set_mesh(mesh):
+        rows, answers = placed(jax.eval_shape(begin, *inputs), mesh)
+    until, sampling = generate.Until(T, 0, T, T), Sampling(temperature=TEMPERATURE, max_new_tokens=T)
+    yield Call("decode", programs.decode, (weights, cfg, prefix, rows, answers, until, sampling, (0,)), beside)
+    kept_R = array(mesh, generate.row_counts(B * G // batch_shards(mesh))[:2][-1] * batch_shards(mesh), dtype=jnp.int32)
+    yield Call("compact", generate.compact, (rows, answers, kept_R), (*beside, weights, prefix))
 
 
 def training_calls(programs: Programs, size: Size, micro: int, mesh: Mesh) -> Iterator[Call]:
@@ -134,30 +148,67 @@ def step_calls(cfg: ModelConfig, size: Size, mesh: Mesh, *, questions: int, micr
     yield from training_calls(programs, size, micro, mesh)
 
 
+def sft_calls(cfg: ModelConfig, size: Size, mesh: Mesh, *, micro: int, remat: str) -> Iterator[Call]:
+    """Yields the programs of a warm-up step, on micro-batches of `micro` rows: a question and one answer each."""
+    programs = step_programs(size, cfg, remat=remat, mesh=mesh, stage="sft")
+    rows = prompts_of(dataclasses.replace(size, prompt=size.prompt + size.new), micro, mesh)
+    shape, state = (micro, 1, size.new), programs.layout
+    batch = TrainBatch(rows, array(mesh, *shape, dtype=jnp.int32), array(mesh, *shape))
+    batch = dataclasses.replace(batch, start_B=array(mesh, micro, dtype=jnp.int32))
+    grads = {part: state.params[part] for part in programs.parts}
+    yield Call("gradient", programs.accumulate, (grads, state.params, batch), (state.opt_state,))
+    yield Call("update", programs.update, (state, grads), ())
+
+
 def lower(call: Call, mesh: Mesh, platform: str) -> jax.stages.Lowered:
     with jax.set_mesh(mesh):
         return call.program.trace(*call.args).lower(lowering_platforms=(platform,))
 
 
-def memory_row(call: Call, mesh: Mesh) -> dict[str, Any]:
-    """Compiles a program for the target. Returns its memory, in GiB per device."""
-    started = time.perf_counter()
-    memory: Any = lower(call, mesh, "cuda").compile().memory_analysis()
+def report_row(call: Call, mesh: Mesh, logits: int, save: Path | None = None) -> dict[str, Any]:
+    """Compiles a program for the target. Returns its figures, per device.
+
+    Args:
+      logits: the number of elements of a chunk of the program's logits.
+      save: a folder in which the optimized HLO is written.
+    """
+    clock = [time.perf_counter()]
+    with jax.set_mesh(mesh):
+        traced = call.program.trace(*call.args)
+        clock.append(time.perf_counter())
+        lowered = traced.lower(lowering_platforms=("cuda",))
+    clock.append(time.perf_counter())
+    compiled = lowered.compile()
+    clock.append(time.perf_counter())
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    if save:
+        (save / f"{call.name}.hlo.txt").write_text(text)
     own = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     own += memory.temp_size_in_bytes
     beside = sum(map(device_bytes, call.beside))
+    cost = program_cost(text, logits)
     return {
         "program": call.name,
-        "arguments_gib": memory.argument_size_in_bytes / GIB,
-        "temporaries_gib": memory.temp_size_in_bytes / GIB,
-        "beside_gib": beside / GIB,
-        "peak_gib": (own + beside) / GIB,
-        "compile_s": time.perf_counter() - started,
+        "peak_gb": (own + beside) / 1e9,
+        "temporaries_gb": memory.temp_size_in_bytes / 1e9,
+        "kernels": cost.kernels,
+        "moved_gb": cost.bytes / 1e9,
+        "elementwise_gb": cost.elementwise_bytes / 1e9,
+        "tflop": cost.flops / 1e12,
+        "logit_passes": cost.logit_passes,
+        "attention_calls": cost.attention_calls,
+        **{f"{name}_s": clock[i + 1] - clock[i] for i, name in enumerate(("trace", "lower", "compile"))},
     }
 
 
-HEADINGS = f"{'GiB':<24}{'arguments':>11}{'temporaries':>13}{'beside':>9}{'peak':>8}{'compile, s':>11}"
-ROW = "{program:<24}{arguments_gib:>11.1f}{temporaries_gib:>13.1f}{beside_gib:>9.1f}{peak_gib:>8.1f}{compile_s:>11.0f}"
+HEADINGS = (
+    f"{'':<16}{'peak, GB':>9}{'temporaries':>12}{'kernels':>9}{'moved, GB':>11}{'elementwise':>12}{'TFLOP':>8}"
+    f"{'passes':>8}{'attention':>10}{'compile, s':>16}"
+)
+ROW = (
+    "{program:<16}{peak_gb:>9.1f}{temporaries_gb:>12.2f}{kernels:>9}{moved_gb:>11.2f}{elementwise_gb:>12.2f}"
+    "{tflop:>8.2f}{logit_passes:>8}{attention_calls:>10}{trace_s:>6.1f}{lower_s:>5.1f}{compile_s:>5.0f}"
+)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -167,11 +218,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--devices", type=int, default=1, help="GPUs (default 1); the train state is split over them (fsdp)")
     add("--size", choices=sorted(SIZES), default="2b", help="model (default 2b)")
     add("--questions", type=int, default=16, help="questions in a rollout (default 16: workload S)")
-    add("--micro", type=int, default=4, help="questions in a micro-batch (default 4)")
+    add("--stage", choices=["sft", "step_grpo"], default="step_grpo", help="default step_grpo")
+    add("--micro", type=int, default=4, help="questions (sft: rows) in a micro-batch, over all GPUs (default 4)")
+    add("--pixels", type=int, default=400_000, help="of an image (default 400000)")
     add("--attention", default="cudnn", help="default cudnn")
     add("--kernels", default="pallas", help="default pallas")
     add("--remat", choices=REMAT, default="full", help="what the backward pass recomputes (default full)")
-    add("--limit", type=float, default=80, help="GB of the device; exit code 1 above it (default 80)")
+    add(
+        "--limit", type=float, default=78, help="GB that JAX may use; exit code 1 above it (default 78: an H100's 92%%)"
+    )
+    add("--only", type=lambda text: text.split(","), metavar="A,B", help="these programs (default: all)")
+    add("--save", type=Path, metavar="DIR", help="write each program's optimized HLO here")
     add("--json", type=Path, help="write the figures here too")
     return parser
 
@@ -182,20 +239,28 @@ def main(argv: list[str] | None = None) -> int:
     shape = f"1x{args.devices}x1"
     topology = topologies.get_topology_desc(platform="cuda", target_config=args.target.read_text(), topology=shape)
     mesh = make_mesh(1, args.devices, 1, devices=topology.devices)
-    size = SIZES[args.size]
+    size = with_pixels(SIZES[args.size], args.pixels)
     cfg = size.cfg.with_backend(args.attention, args.kernels)
     print(
-        f"{args.size}, {args.questions} questions x {size.group}, prompt {size.prompt}, {size.new} new tokens, "
-        f"micro-batches of {args.micro} questions, attention {args.attention}, kernels {args.kernels}\n\n{HEADINGS}"
+        f"{args.size}, {args.stage} on {args.devices} GPU(s), {args.questions} questions x {size.group}, prompt "
+        f"{size.prompt}, {size.new} new tokens, micro-batches of {args.micro}, remat {args.remat}, attention "
+        f"{args.attention}, kernels {args.kernels}\n\n{HEADINGS}"
     )
+    if args.save:
+        args.save.mkdir(parents=True, exist_ok=True)
     rows = []
-    for call in step_calls(cfg, size, mesh, questions=args.questions, micro=args.micro, remat=args.remat):
-        rows.append(memory_row(call, mesh))
+    shared = {"micro": args.micro, "remat": args.remat}
+    of_grpo = partial(step_calls, cfg, size, mesh, questions=args.questions)
+    for call in sft_calls(cfg, size, mesh, **shared) if args.stage == "sft" else of_grpo(**shared):
+        if args.only and call.name not in args.only:
+            continue
+        chunk = args.questions * size.group // args.devices if call.name == "decode" else cfg.logit_rows
+        rows.append(report_row(call, mesh, chunk * cfg.vocab, args.save))
         print(ROW.format(**rows[-1]), flush=True)
-    peak = max(rows, key=lambda row: row["peak_gib"])
-    fits = peak["peak_gib"] * GIB <= args.limit * 1e9
+    peak = max(rows, key=lambda row: row["peak_gb"])
+    fits = peak["peak_gb"] <= args.limit
     print(
-        f"\npeak {peak['peak_gib']:.1f} GiB ({peak['peak_gib'] * GIB / 1e9:.1f} GB), in {peak['program']}: "
+        f"\npeak {peak['peak_gb']:.1f} GB, in {peak['program']}: "
         f"{'fits' if fits else 'does not fit'} in {args.limit:.0f} GB"
     )
     if args.json:

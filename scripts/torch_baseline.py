@@ -1,24 +1,20 @@
 """Runs the baseline of both benchmarks: transformers' Qwen2-VL with generate, and a training step over answers.
 
-`python scripts/torch_baseline.py --size 2b` does the released trainer's work, on the GPU if there is one. It samples
+`Baseline` does the released trainer's work, on the GPU if there is one (stage `torch` of gpu_check.py). It samples
 four answers to one question by generate. Then it runs a StepGRPO step on the answers one at a time, each after its own
 copy of the prompt, with full logits, gradient checkpointing and AdamW. It is expected (not measured) to be faster than
-the released trainer: one process, weights and moments in bf16, a fused AdamW. It prints one JSON row per measurement:
-tokens per second, and seconds per trained answer.
+the released trainer: one process, weights and moments in bf16, a fused AdamW.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from bench_common import SIZES, Size, random_advantages, random_questions, random_tokens
+from bench_common import Size, measure, random_advantages, random_questions, random_tokens
 from bench_programs import BETA, OPTIMIZER, TEMPERATURE
 from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
@@ -119,53 +115,39 @@ def build(size: Size, attention: str, device: str, *, checkpointing: bool = Fals
     return model.eval()
 
 
-def measure(call: Callable[[], Any], repeats: int, device: str, until: float) -> dict[str, Any]:
-    """Times up to `repeats` calls while the next should end before `until`; figures as in bench_common.Timing."""
-    seconds = []
-    while not seconds or (len(seconds) < repeats and time.monotonic() + seconds[-1] < until):
-        start = time.perf_counter()
-        call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    found = {"seconds": float(np.median(seconds)), "min": min(seconds), "max": max(seconds), "repeats": len(seconds)}
-    return found | {"peak_gb": torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else None}
+class Baseline:
+    """The released trainer's step: answers to one question, and the update on these answers."""
 
+    def __init__(self, size: Size, attention: str = "sdpa"):
+        self.size, self.device = size, "cuda" if torch.cuda.is_available() else "cpu"
+        self.question = random_questions(size, 1, pixels=False)
+        self.model, self.reference = (
+            build(size, attention, self.device, checkpointing=trained) for trained in (True, False)
+        )
 
-def bench(size: Size, args: argparse.Namespace) -> None:
-    """Runs the released trainer's step. Prints two rows: answers to one question, and the update on these answers."""
-    device, until = "cuda" if torch.cuda.is_available() else "cpu", time.monotonic() + args.seconds
-    question = random_questions(size, 1, pixels=False)
-    model, reference = (build(size, args.attention, device, checkpointing=trained) for trained in (True, False))
-    inputs = hf_inputs(question, size.cfg.image_token_id, device)
-    answers = partial(generate, reference, inputs, answers=size.group)
-    answers(8)  # warms up
-    half = time.monotonic() + (until - time.monotonic()) / 2
-    found = measure(partial(answers, size.new), args.repeats, device, half)
-    value = size.group * size.new / found["seconds"]
-    print(json.dumps({"name": "torch rollout", "value": value, **found}), flush=True)
+    def rollout(self, repeats: int, until: float) -> dict[str, Any]:
+        inputs = hf_inputs(self.question, self.size.cfg.image_token_id, self.device)
+        answers = partial(generate, self.reference, inputs, answers=self.size.group)
+        row = self._measure(partial(answers, self.size.new), repeats, until, warm_up=partial(answers, 8))
+        return {"value": self.size.group * self.size.new / row["seconds"], "unit": "tokens/s", **row}
 
-    training = TorchTraining(model, reference, full=True)
-    inputs = hf_inputs(question * size.group, size.cfg.image_token_id, device)
-    tokens = torch.from_numpy(random_tokens(size, 1)[0].astype(np.int64)).to(device)
-    advantages = torch.from_numpy(random_advantages(1, size.group).T).to(device)
-    update = partial(training.step, inputs, tokens, advantages)
-    update()  # warms up
-    found = measure(update, args.repeats, device, until)
-    print(json.dumps({"name": "torch step", "value": found["seconds"] / size.group, **found}), flush=True)
+    def step(self, repeats: int, until: float) -> dict[str, Any]:
+        size, group = self.size, self.size.group
+        training = TorchTraining(self.model, self.reference, full=True)
+        inputs = hf_inputs(self.question * group, size.cfg.image_token_id, self.device)
+        tokens = torch.from_numpy(random_tokens(size, 1)[0].astype(np.int64)).to(self.device)
+        advantages = torch.from_numpy(random_advantages(1, group).T).to(self.device)
+        row = self._measure(partial(training.step, inputs, tokens, advantages), repeats, until)
+        return {"value": row["seconds"] / group, "unit": "s an answer", **row}
 
+    def _measure(self, call: Callable[[], Any], repeats: int, until: float, **options: Any) -> dict[str, Any]:
+        on_gpu = self.device == "cuda"
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=list(SIZES), default="2b", help="default: 2b")
-    parser.add_argument("--attention", default="sdpa", help="eager, sdpa or flash_attention_2 (default: sdpa)")
-    parser.add_argument("--repeats", type=int, default=5, help="the median is taken of these (default: 5)")
-    parser.add_argument(
-        "--seconds", type=float, default=120, help="fewer repeats where they take longer (default: 120)"
-    )
-    args = parser.parse_args()
-    bench(SIZES[args.size], args)
+        def finished() -> None:
+            call()
+            if on_gpu:
+                torch.cuda.synchronize()
 
-
-if __name__ == "__main__":
-    main()
+        row = measure(finished, repeats, until, **options).as_json()
+        peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None
+        return row | {"card": torch.cuda.get_device_name() if on_gpu else "cpu", "peak_gb": peak}

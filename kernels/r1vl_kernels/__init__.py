@@ -2,7 +2,7 @@
 
     step_group_advantage      computes each token's advantage within its group, from rewards per step
     kl_policy_loss            computes each answer's StepGRPO loss, KL and entropy, from token log-probabilities
-    prefix_decode_attention   computes the attention of one decoded token to the group's prompt and to its own answer
+    prefix_decode_attention   computes the attention of one decoded token to its prompt and to its own answer
 
 Each function takes `backend`: "reference" (plain jax.numpy, any device), "pallas" (Triton on a GPU, Mosaic on a TPU, an
 error on other platforms) or "interpret" (jax runs the kernel's body op by op, which is slow; for tests on a CPU).

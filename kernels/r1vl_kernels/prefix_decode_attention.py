@@ -1,17 +1,17 @@
-"""Computes decode attention: one token of each answer attends to the prompt of its group and to its own answer's cache.
+"""Computes decode attention: one token of each answer attends to the answer's prompt and to the answer's own cache.
 
     out = softmax(q k^T / sqrt(H)) v          one softmax over prompt and answer, each up to its length
 
-Decoding is expected to be limited by memory traffic. The kernel therefore reads a group's prompt once for all its G
-answers, not once per answer. The keys are split among Pallas program instances (flash-decoding: Dao, Haziza, Massa,
-Sizov 2023). Each instance keeps a running softmax in fp32 over its blocks of keys:
+Decoding is expected to be limited by memory traffic and by the number of kernels, so both parts are one kernel. A
+program instance handles one answer (row) and one kv head. It reads the blocks of the prompt's keys, then those of the
+answer's keys, and keeps a running softmax in fp32:
 
     m' = max(m, max s)    l' = l e^(m-m') + sum e^(s-m')    o' = o e^(m-m') + e^(s-m') v    lse = m + log l
 
-The same kernel handles the prompts and the answers. Its input is a list of caches, and for each cache the Q query rows
-that read it. A cache holds the keys and values of one kv head, of one prompt (Q = G*E) or of one answer (Q = E). The
-instances return o / l and lse, and XLA merges them with the weights e^(lse - max lse). Blocks of keys after a cache's
-length are not read.
+Blocks after a length are not read. Answers to the same question read the same prompt. On a GPU their instances start
+one after another, so that the later ones should find the prompt in the L2 cache; a TPU reads it once per answer. With
+few rows, a GPU splits the keys of a row among several instances (flash-decoding: Dao, Haziza, Massa, Sizov 2023). XLA
+merges their results with the weights e^(lse - max lse).
 """
 
 from __future__ import annotations
@@ -27,116 +27,73 @@ from jax.experimental.pallas import tpu, triton
 from r1vl_kernels.backends import check_array, check_backend, on_device
 from r1vl_kernels.reference_jax import LOW, attention
 
-PROGRAMS = (
-    528  # four per SM of an H100 (132 SMs), at least two at a time, so that caches of unequal length share SMs evenly
-)
+PROGRAMS = 132  # with fewer GPU program instances, the keys are split to get about so many: one per SM of an H100
 GPU_BLOCK_BYTES = 128  # bytes of one component of all keys in a block: 64 keys in bf16, 32 in fp32
 TPU_BLOCK = 512  # keys in a block
-QUERY_ROWS = 64  # maximum number of query rows of a GPU program instance
 TINY = 1e-30
 
-State = tuple[jax.Array, jax.Array, jax.Array]  # the running softmax (o, m, l): (Q, H), (Q, 1), (Q, 1)
+State = tuple[jax.Array, jax.Array, jax.Array]  # the running softmax (o, m, l): (E, H), (E, 1), (E, 1)
 
 
 def prefix_decode_attention(
-    q_BKGEH: jax.Array,
-    prefix_k_BKSH: jax.Array,
-    prefix_v_BKSH: jax.Array,
-    prefix_length_B: jax.Array,
-    own_k_BKGSH: jax.Array,
-    own_v_BKGSH: jax.Array,
-    own_length_BG: jax.Array,
+    q_RKEH: jax.Array,
+    prefix_BK2SH: jax.Array,
+    prefix_length_R: jax.Array,
+    own_RK2SH: jax.Array,
+    own_length_R: jax.Array,
+    question_R: jax.Array | None,
     *,
     backend: str,
 ) -> jax.Array:
-    """Returns the attention (B, K, G, E, H) of one token's queries, in their dtype; E query heads share a kv head.
+    """Returns the attention (R, K, E, H) of one token's queries, in their dtype; E query heads share a kv head.
 
-    An answer that sees no key in either part gets a finite value without meaning. The gradient is that of the
-    reference; training does not differentiate through decoding.
+    A row that sees no key in either part gets a finite value without meaning. The kernels have no gradient, because
+    training does not differentiate through decoding.
 
     Args:
-      q_BKGEH: queries; query head n of N = K*E is (n // E, n % E).
-      prefix_k_BKSH, prefix_v_BKSH: the prompts' caches, one per group.
-      prefix_length_B: int32, keys from this index on are masked; "reference" needs finite numbers there.
-      own_k_BKGSH, own_v_BKGSH: the answers' caches; their S may differ from the prompts' S.
-      own_length_BG: int32, keys from this index on are masked; 0 is allowed.
-      backend: reference, pallas or interpret.
+      q_RKEH: the queries of R answers; query head n of N = K*E is (n // E, n % E).
+      prefix_BK2SH: the keys (index 0 of axis "2") and values (index 1) of B prompts.
+      prefix_length_R: int32, the number of keys of its prompt that a row sees.
+      own_RK2SH: the keys and values of the answers; their S may differ from the prompts' S.
+      own_length_R: int32, the number of keys of its own that a row sees; 0 is allowed, here and for prompts.
+      question_R: int32, the index in B of each row's prompt; None: row r reads prompt r.
+      backend: reference, pallas or interpret. "reference" needs finite numbers behind the lengths.
 
     Raises:
       ValueError: an argument has a wrong shape, dtype or value.
     """
     check_backend(backend)
-    check_array("q_BKGEH", q_BKGEH, jnp.floating)
-    B, K, G, _, H = q_BKGEH.shape
-    parts = (
-        ("prefix", prefix_k_BKSH, prefix_v_BKSH, "BKSH", (B, K), prefix_length_B, "B", (B,)),
-        ("own", own_k_BKGSH, own_v_BKGSH, "BKGSH", (B, K, G), own_length_BG, "BG", (B, G)),
-    )
-    for part, k, v, letters, caches, length, length_letters, length_shape in parts:
-        check_array(f"{part}_k_{letters}", k, q_BKGEH.dtype)
-        check_array(f"{part}_k_{letters}", k, q_BKGEH.dtype, (*caches, k.shape[-2], H), "q_BKGEH, and S")
-        check_array(f"{part}_v_{letters}", v, q_BKGEH.dtype, k.shape, f"{part}_k_{letters}")
-        check_array(f"{part}_length_{length_letters}", length, jnp.integer, length_shape, "q_BKGEH")
-    arrays = (q_BKGEH, prefix_k_BKSH, prefix_v_BKSH, prefix_length_B, own_k_BKGSH, own_v_BKGSH, own_length_BG)
-    if backend == "reference" or 0 in q_BKGEH.shape + prefix_k_BKSH.shape + own_k_BKGSH.shape:
-        return attention(*arrays)
-    return _attention(backend, *arrays)
+    check_array("q_RKEH", q_RKEH, jnp.floating)
+    R, K, _, H = q_RKEH.shape
+    for name, cache, rows in (("prefix_BK2SH", prefix_BK2SH, None), ("own_RK2SH", own_RK2SH, R)):
+        check_array(name, cache, q_RKEH.dtype)
+        expected = (cache.shape[0] if rows is None else rows, K, 2, cache.shape[3], H)
+        check_array(name, cache, q_RKEH.dtype, expected, "q_RKEH, and S")
+    scalars = {"prefix_length_R": prefix_length_R, "own_length_R": own_length_R, "question_R": question_R}
+    for name, scalar in scalars.items():
+        if scalar is not None:
+            check_array(name, scalar, jnp.integer, (R,), "the rows of q_RKEH")
+    arrays = (q_RKEH, prefix_BK2SH, prefix_length_R, own_RK2SH, own_length_R)
+    if backend == "reference" or 0 in q_RKEH.shape + prefix_BK2SH.shape + own_RK2SH.shape:
+        return attention(*arrays, question_R)
+    return on_device(_call, backend, *arrays, jnp.arange(R) if question_R is None else question_R)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(backend: str, *arrays: jax.Array) -> Any:
-    return on_device(_both_parts, backend, *arrays)
-
-
-def _forward(backend: str, *arrays: jax.Array) -> tuple[Any, tuple[jax.Array, ...]]:
-    return _attention(backend, *arrays), arrays
-
-
-def _backward(backend: str, arrays: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array | None, ...]:
-    q, prefix_k, prefix_v, prefix_length, own_k, own_v, own_length = arrays
-    _, pull = jax.vjp(
-        lambda q, pk, pv, ok, ov: attention(q, pk, pv, prefix_length, ok, ov, own_length),
-        *(q, prefix_k, prefix_v, own_k, own_v),
-    )
-    q, prefix_k, prefix_v, own_k, own_v = pull(grad)
-    return q, prefix_k, prefix_v, None, own_k, own_v, None
-
-
-_attention.defvjp(_forward, _backward)
-
-
-def _both_parts(
-    q_BKGEH: jax.Array,
-    prefix_k: jax.Array,
-    prefix_v: jax.Array,
-    prefix_length_B: jax.Array,
-    own_k: jax.Array,
-    own_v: jax.Array,
-    own_length_BG: jax.Array,
+def _call(
+    q: jax.Array,
+    prefix: jax.Array,
+    prefix_length: jax.Array,
+    own: jax.Array,
+    own_length: jax.Array,
+    question: jax.Array,
     *,
     form: str,
     **call: Any,
 ) -> jax.Array:
-    """Runs the kernel on the prompts' caches, then on the answers' caches, and merges the two results."""
-    B, K, G, E, H = q_BKGEH.shape
-    partial_attention = {"gpu": _partial_gpu, "tpu": _partial_tpu}[form]
-
-    def part(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
-        caches = k.shape[: k.ndim - 2]
-        q, k, v = (array.reshape(-1, *array.shape[len(caches) :]) for array in (q, k, v))
-        return partial_attention(q, k, v, jnp.broadcast_to(length, caches).reshape(-1).astype(jnp.int32), **call)
-
-    prefix_out, prefix_lse = part(q_BKGEH.reshape(B, K, G * E, H), prefix_k, prefix_v, prefix_length_B[:, None])
-    own_out, own_lse = part(q_BKGEH, own_k, own_v, own_length_BG[:, None, :])
-    # The splits become axis 2 of the prompt's part and axis 3 of the answers' part.
-    prefix_out, prefix_lse = (x.reshape(B, K, -1, G, E, x.shape[-1]) for x in (prefix_out, prefix_lse[..., None]))
-    own_out, own_lse = (x.reshape(B, K, G, -1, E, x.shape[-1]) for x in (own_out, own_lse[..., None]))
-
-    top = jnp.maximum(prefix_lse.max(2), own_lse.max(3))
-    prefix_weight, own_weight = jnp.exp(prefix_lse - top[:, :, None]), jnp.exp(own_lse - top[:, :, :, None])
-    total = prefix_weight.sum(2) + own_weight.sum(3)
-    out = (prefix_weight * prefix_out).sum(2) + (own_weight * own_out).sum(3)
-    return (out / total).astype(q_BKGEH.dtype)
+    """Runs the kernel's form for a GPU or a TPU."""
+    lengths = (jnp.clip(prefix_length, 0, prefix.shape[3]), jnp.clip(own_length, 0, own.shape[3]))
+    scalars = [scalar.astype(jnp.int32) for scalar in (*lengths, question)]
+    return {"gpu": _gpu, "tpu": _tpu}[form](scalars, q, prefix, own, **call)
 
 
 def _start(rows: int, width: int) -> State:
@@ -145,12 +102,12 @@ def _start(rows: int, width: int) -> State:
     return jnp.zeros((rows, width), jnp.float32), column + LOW, column
 
 
-def _step(state: State, q_QH: jax.Array, k_SH: jax.Array, v_SH: jax.Array, seen_1S: jax.Array, scale: float) -> State:
+def _step(state: State, q_EH: jax.Array, k_SH: jax.Array, v_SH: jax.Array, seen_1S: jax.Array, scale: float) -> State:
     """Returns the running softmax after one more block of keys; seen_1S is False for masked keys."""
     out, top, total = state
-    precision = jax.lax.Precision.HIGHEST if q_QH.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    precision = jax.lax.Precision.HIGHEST if q_EH.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     dot = partial(jax.lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen_1S, dot(q_QH, k_SH, (((1,), (1,)), ((), ()))) * scale, LOW)
+    scores = jnp.where(seen_1S, dot(q_EH, k_SH, (((1,), (1,)), ((), ()))) * scale, LOW)
     higher = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
     keep, weights = jnp.exp(top - higher), jnp.exp(scores - higher)
     out = out * keep + dot(weights.astype(v_SH.dtype), v_SH, (((1,), (0,)), ((), ())))
@@ -164,128 +121,150 @@ def _finish(state: State) -> tuple[jax.Array, jax.Array]:
     return out / total, top + jnp.log(total)
 
 
-def _partial_gpu(
-    q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, **call: Any
-) -> tuple[jax.Array, jax.Array]:
-    """Runs the GPU kernel on a list of caches. Returns out (caches, splits, Q, H) and lse (caches, splits, Q), fp32.
+def _gpu(scalars: list[jax.Array], q: jax.Array, prefix: jax.Array, own: jax.Array, **call: Any) -> jax.Array:
+    """Runs the GPU kernel, and merges the results of its splits if there are several.
 
-    Each program instance handles one cache, one split of its keys and one part of its query rows. Split i of n reads
-    the key blocks i, i + n, i + 2n, ... before the cache's length, so that short caches are divided evenly too. Query
-    rows are padded to at least 16, for the tensor cores. More than 64 rows are divided into parts, to fit the
-    registers.
-
-    Args:
-      q: (caches, Q, H).
-      k, v: (caches, S, H).
-      lengths: (caches,) int32.
+    Split i of n reads the key blocks i, i + n, i + 2n, ... of prompt and answer together, so that short rows are
+    divided evenly too. Query rows are padded to 16, for the tensor cores.
     """
-    caches, Q, H = q.shape
-    S = k.shape[1]
-    rows, width = min(QUERY_ROWS, max(16, pl.next_power_of_2(Q))), max(16, pl.next_power_of_2(H))
-    block = min(GPU_BLOCK_BYTES // k.dtype.itemsize, max(16, pl.next_power_of_2(S)))
-    splits = min(pl.cdiv(S, block), pl.cdiv(PROGRAMS, caches))
-    queries = pl.BlockSpec((None, rows, width), lambda cache, split, part: (cache, part, 0))
-    keys = pl.BlockSpec((None, pl.cdiv(S, block) * block, width), lambda cache, split, part: (cache, 0, 0))
-    return pl.pallas_call(
-        partial(_gpu_kernel, shape=(Q, S, H), block=block, splits=splits),
-        grid=(caches, splits, pl.cdiv(Q, rows)),
-        in_specs=[pl.BlockSpec((1,), lambda cache, split, part: (cache,)), queries, keys, keys],
-        out_specs=[
-            pl.BlockSpec((None, None, rows, width), lambda cache, split, part: (cache, split, part, 0)),
-            pl.BlockSpec((None, None, rows), lambda cache, split, part: (cache, split, part)),
+    R, K, E, H = q.shape
+    B, keys = prefix.shape[0], (prefix.shape[3], own.shape[3])
+    rows, width = max(16, pl.next_power_of_2(E)), max(16, pl.next_power_of_2(H))
+    block = min(GPU_BLOCK_BYTES // q.dtype.itemsize, max(16, pl.next_power_of_2(max(keys))))
+    S_prefix, S_own = (pl.cdiv(size, block) * block for size in keys)
+    splits = min((S_prefix + S_own) // block, max(1, PROGRAMS // (R * K)))
+
+    def block_of(*shape: int | None) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda row, head, split: (row, head, split, 0, 0)[: len(shape)])
+
+    out_specs, dtype = block_of(None, None, None, rows, width), jnp.float32
+    out_shapes = [jax.ShapeDtypeStruct((R, K, splits, E, H), q.dtype if splits == 1 else dtype)]
+    if splits > 1:
+        out_shapes.append(jax.ShapeDtypeStruct((R, K, splits, E), dtype))
+    out = pl.pallas_call(
+        partial(_gpu_kernel, shape=(E, H), block=block, splits=splits),
+        grid=(R, K, splits),  # the first axis varies fastest
+        in_specs=[
+            *[pl.BlockSpec((1,), lambda row, head, split: (row,))] * 3,
+            pl.BlockSpec((None, None, rows, width), lambda row, head, split: (row, head, 0, 0)),
+            pl.BlockSpec((B, None, 2, S_prefix, width), lambda row, head, split: (0, head, 0, 0, 0)),
+            pl.BlockSpec((None, None, 2, S_own, width), lambda row, head, split: (row, head, 0, 0, 0)),
         ],
-        out_shape=[
-            jax.ShapeDtypeStruct((caches, splits, Q, H), jnp.float32),
-            jax.ShapeDtypeStruct((caches, splits, Q), jnp.float32),
-        ],
+        out_specs=[out_specs, block_of(None, None, None, rows)][: len(out_shapes)],
+        out_shape=out_shapes,
         name="prefix_decode_attention",
         **call,
-    )(lengths, q, k, v)
+    )(*scalars, q, prefix, own)
+    if splits == 1:
+        return out[0][:, :, 0]
+    parts, lse = out[0], out[1][..., None]
+    weights = jnp.exp(lse - lse.max(2, keepdims=True))
+    return ((weights * parts).sum(2) / weights.sum(2)).astype(q.dtype)
 
 
 def _gpu_kernel(
-    length_ref: Any,
+    prefix_length_ref: Any,
+    own_length_ref: Any,
+    question_ref: Any,
     q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
+    prefix_ref: Any,
+    own_ref: Any,
     out_ref: Any,
-    lse_ref: Any,
-    *,
-    shape: tuple[int, int, int],
+    *lse_refs: Any,
+    shape: tuple[int, int],
     block: int,
     splits: int,
 ) -> None:
-    Q, S, H = shape
+    E, H = shape
     rows, width = q_ref.shape
-    split, length = pl.program_id(1), jnp.clip(length_ref[0], 0, S)
-    row, column = pl.program_id(2) * rows + jnp.arange(rows) < Q, (jnp.arange(width) < H)[None, :]
+    split, question = pl.program_id(2), question_ref[0]
+    row, column = jnp.arange(rows) < E, (jnp.arange(width) < H)[None, :]
     queries = row[:, None] & column
     q = triton.load(q_ref, mask=queries, other=0)
 
-    def body(i: jax.Array, state: State) -> State:
-        start = (split + i * splits) * block
-        at, seen = pl.ds(start, block), start + jnp.arange(block) < length
-        k, v = (triton.load(ref.at[at, :], mask=seen[:, None] & column, other=0) for ref in (k_ref, v_ref))
-        return _step(state, q, k, v, seen[None, :], H**-0.5)
+    def attend(state: State, ref: Any, at: tuple[Any, ...], length: jax.Array, first: jax.Array) -> State:
+        """Adds the blocks first, first + splits, ... before the length."""
 
-    blocks = (pl.cdiv(length, block) - split + splits - 1) // splits  # of this split; negative if it starts too late
-    out, lse = _finish(jax.lax.fori_loop(0, jnp.maximum(blocks, 0), body, _start(rows, width)))
-    triton.store(out_ref, out, mask=queries)
-    triton.store(lse_ref, jnp.sum(lse, axis=1), mask=row)
+        def body(i: jax.Array, state: State) -> State:
+            start = (first + i * splits) * block
+            seen = start + jnp.arange(block) < length
+            k, v = (
+                triton.load(ref.at[(*at, jnp.int32(part), pl.ds(start, block))], mask=seen[:, None] & column, other=0)
+                for part in range(2)
+            )
+            return _step(state, q, k, v, seen[None, :], H**-0.5)
+
+        blocks = (pl.cdiv(length, block) - first + splits - 1) // splits  # negative if it starts too late
+        return jax.lax.fori_loop(0, jnp.maximum(blocks, 0), body, state)
+
+    prefix_length = prefix_length_ref[0]
+    state = attend(_start(rows, width), prefix_ref, (question,), prefix_length, split)
+    before = jax.lax.rem(pl.cdiv(prefix_length, block), splits)  # blocks of the prompt in the last, incomplete round
+    state = attend(state, own_ref, (), own_length_ref[0], jax.lax.rem(split + splits - before, splits))
+    out, lse = _finish(state)
+    triton.store(out_ref, out.astype(out_ref.dtype), mask=queries)
+    for lse_ref in lse_refs:
+        triton.store(lse_ref, jnp.sum(lse, axis=1), mask=row)
 
 
-def _partial_tpu(
-    q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, **call: Any
-) -> tuple[jax.Array, jax.Array]:
-    """Runs the TPU kernel in one split, on arguments as for `_partial_gpu`.
+def _tpu(scalars: list[jax.Array], q: jax.Array, prefix: jax.Array, own: jax.Array, **call: Any) -> jax.Array:
+    """Runs the TPU kernel.
 
-    Returns out (caches, 1, Q, H) and lse (caches, 1, Q), fp32.
-
-    The program instances of a cache run one after another, each on one block of keys, and keep the running softmax in
-    scratch memory. For blocks after the length, `key_block` names the last real block again, which is not fetched
-    twice.
+    The program instances of a row and kv head run one after another, each on one block of keys, the prompt's first.
+    They keep the running softmax in scratch memory. For blocks after a length, the index maps name the last real block
+    again, which is not fetched twice.
     """
-    caches, Q, H = q.shape
-    S = k.shape[1]
-    block = min(S, TPU_BLOCK)
+    R, K, E, H = q.shape
+    sizes = prefix.shape[3], own.shape[3]
+    blocks = tuple(min(size, TPU_BLOCK) for size in sizes)
+    counts = tuple(map(pl.cdiv, sizes, blocks))
 
-    def key_block(cache: Any, part: Any, lengths: Any) -> tuple[Any, Any, int]:
-        return cache, jnp.minimum(part, jnp.maximum(pl.cdiv(lengths[cache], block) - 1, 0)), 0
+    def last(length: Any, block: int) -> Any:
+        return jnp.maximum(pl.cdiv(length, block) - 1, 0)
 
-    def queries(cache: Any, part: Any, lengths: Any) -> tuple[Any, int, int]:
-        return cache, 0, 0
+    def queries(row: Any, head: Any, part: Any, *scalars: Any) -> tuple[Any, Any, int, int]:
+        return row, head, 0, 0
 
-    out, lse = pl.pallas_call(
-        partial(_tpu_kernel, keys=S, block=block),
+    def of_prefix(
+        row: Any, head: Any, part: Any, prefix_length: Any, own_length: Any, question: Any
+    ) -> tuple[Any, ...]:
+        return question[row], head, 0, jnp.minimum(part, last(prefix_length[row], blocks[0])), 0
+
+    def of_own(row: Any, head: Any, part: Any, prefix_length: Any, own_length: Any, question: Any) -> tuple[Any, ...]:
+        return row, head, 0, jnp.clip(part - counts[0], 0, last(own_length[row], blocks[1])), 0
+
+    return pl.pallas_call(
+        partial(_tpu_kernel, counts=counts, blocks=blocks),
         grid_spec=tpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(caches, pl.cdiv(S, block)),
-            in_specs=[pl.BlockSpec((None, Q, H), queries), *[pl.BlockSpec((None, block, H), key_block)] * 2],
-            out_specs=[pl.BlockSpec((None, Q, H), queries), pl.BlockSpec((None, Q, 1), queries)],
-            scratch_shapes=[tpu.VMEM(shape, jnp.float32) for shape in ((Q, H), (Q, 1), (Q, 1))],
+            num_scalar_prefetch=3,
+            grid=(R, K, sum(counts)),
+            in_specs=[
+                pl.BlockSpec((None, None, E, H), queries),
+                pl.BlockSpec((None, None, 2, blocks[0], H), of_prefix),
+                pl.BlockSpec((None, None, 2, blocks[1], H), of_own),
+            ],
+            out_specs=pl.BlockSpec((None, None, E, H), queries),
+            scratch_shapes=[tpu.VMEM(shape, jnp.float32) for shape in ((E, H), (E, 1), (E, 1))],
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct((caches, Q, H), jnp.float32),
-            jax.ShapeDtypeStruct((caches, Q, 1), jnp.float32),
-        ],
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         name="prefix_decode_attention",
         **call,
-    )(jnp.clip(lengths, 0, S), q, k, v)
-    return out[:, None], lse[:, None, :, 0]
+    )(*scalars, q, prefix, own)
 
 
 def _tpu_kernel(
-    lengths_ref: Any,
+    prefix_length_ref: Any,
+    own_length_ref: Any,
+    question_ref: Any,
     q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
+    prefix_ref: Any,
+    own_ref: Any,
     out_ref: Any,
-    lse_ref: Any,
     *state_refs: Any,
-    keys: int,
-    block: int,
+    counts: tuple[int, int],
+    blocks: tuple[int, int],
 ) -> None:
-    part, length = pl.program_id(1), lengths_ref[pl.program_id(0)]
+    row, part = pl.program_id(0), pl.program_id(2)
 
     def keep(state: State) -> None:
         for ref, value in zip(state_refs, state, strict=True):
@@ -295,14 +274,20 @@ def _tpu_kernel(
     def _() -> None:
         keep(_start(*q_ref.shape))
 
-    @pl.when(part * block < length)
-    def _() -> None:
-        seen_1S = part * block + jax.lax.broadcasted_iota(jnp.int32, (1, block), 1) < length
-        seen_S1 = part * block + jax.lax.broadcasted_iota(jnp.int32, (block, 1), 0) < length
-        v = jnp.where(seen_S1, v_ref[...], 0)  # masked keys have weight 0, but 0 times NaN is NaN
-        state = tuple(ref[...] for ref in state_refs)
-        keep(_step(state, q_ref[...], k_ref[...], v, seen_1S, q_ref.shape[1] ** -0.5))
+    def attend(ref: Any, part: jax.Array, length: jax.Array, block: int) -> None:
+        """Adds block `part` of a cache, if the block begins before the length."""
 
-    @pl.when(part == pl.cdiv(keys, block) - 1)
+        @pl.when((part >= 0) & (part * block < length))
+        def _() -> None:
+            seen_1S = part * block + jax.lax.broadcasted_iota(jnp.int32, (1, block), 1) < length
+            seen_S1 = part * block + jax.lax.broadcasted_iota(jnp.int32, (block, 1), 0) < length
+            v = jnp.where(seen_S1, ref[1], 0)  # masked keys have weight 0, but 0 times NaN is NaN
+            state = tuple(ref[...] for ref in state_refs)
+            keep(_step(state, q_ref[...], ref[0], v, seen_1S, q_ref.shape[1] ** -0.5))
+
+    attend(prefix_ref, jnp.where(part < counts[0], part, -1), prefix_length_ref[row], blocks[0])
+    attend(own_ref, part - counts[0], own_length_ref[row], blocks[1])
+
+    @pl.when(part == sum(counts) - 1)
     def _() -> None:
-        out_ref[...], lse_ref[...] = _finish(tuple(ref[...] for ref in state_refs))
+        out_ref[...] = _finish(tuple(ref[...] for ref in state_refs))[0].astype(out_ref.dtype)

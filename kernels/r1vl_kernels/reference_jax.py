@@ -65,30 +65,32 @@ def policy_sums(
 
 
 def attention(
-    q_BKGEH: jax.Array,
-    prefix_k_BKSH: jax.Array,
-    prefix_v_BKSH: jax.Array,
-    prefix_length_B: jax.Array,
-    own_k_BKGSH: jax.Array,
-    own_v_BKGSH: jax.Array,
-    own_length_BG: jax.Array,
+    q_RKEH: jax.Array,
+    prefix_BK2SH: jax.Array,
+    prefix_length_R: jax.Array,
+    own_RK2SH: jax.Array,
+    own_length_R: jax.Array,
+    question_R: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns softmax(q k^T / sqrt(H)) v over the keys of both caches, each up to its length: (B, K, G, E, H).
+    """Returns softmax(q k^T / sqrt(H)) v over the keys of both caches, each up to its length: (R, K, E, H).
 
-    The caches are not transposed or copied: the queries of a group become the G*E rows of one batched matmul.
+    Args:
+      question_R: the index in B of each row's prompt; None: row r reads prompt r, so that no prompt is copied.
     """
-    B, K, G, E, H = q_BKGEH.shape
+    prefix_RK2SH = prefix_BK2SH if question_R is None else prefix_BK2SH[question_R]
     f32 = {"preferred_element_type": jnp.float32}
-    q_BKQH = q_BKGEH.reshape(B, K, G * E, H)
-    prefix = jnp.einsum("BKQH,BKSH->BKQS", q_BKQH, prefix_k_BKSH, **f32).reshape(B, K, G, E, -1) * H**-0.5
-    own = jnp.einsum("BKGEH,BKGSH->BKGES", q_BKGEH, own_k_BKGSH, **f32) * H**-0.5
-    prefix = jnp.where(jnp.arange(prefix.shape[-1]) < prefix_length_B[:, None, None, None, None], prefix, LOW)
-    own = jnp.where(jnp.arange(own.shape[-1]) < own_length_BG[:, None, :, None, None], own, LOW)
+
+    def scores(cache_RK2SH: jax.Array, length_R: jax.Array) -> jax.Array:
+        seen_RS = jnp.arange(cache_RK2SH.shape[3]) < length_R[:, None]
+        scores_RKES = jnp.einsum("RKEH,RKSH->RKES", q_RKEH, cache_RK2SH[:, :, 0], **f32) * q_RKEH.shape[-1] ** -0.5
+        return jnp.where(seen_RS[:, None, None], scores_RKES, LOW)
+
+    prefix, own = scores(prefix_RK2SH, prefix_length_R), scores(own_RK2SH, own_length_R)
     top = jax.lax.stop_gradient(jnp.maximum(prefix.max(-1, keepdims=True), own.max(-1, keepdims=True)))
     prefix, own = jnp.exp(prefix - top), jnp.exp(own - top)
     total = prefix.sum(-1, keepdims=True) + own.sum(-1, keepdims=True)
-    dtype = prefix_v_BKSH.dtype
-    weights_BKQS = prefix.astype(dtype).reshape(B, K, G * E, -1)
-    out = jnp.einsum("BKQS,BKSH->BKQH", weights_BKQS, prefix_v_BKSH, **f32).reshape(q_BKGEH.shape)
-    out = out + jnp.einsum("BKGES,BKGSH->BKGEH", own.astype(dtype), own_v_BKGSH, **f32)
-    return (out / total).astype(q_BKGEH.dtype)
+    out = sum(
+        jnp.einsum("RKES,RKSH->RKEH", weights.astype(cache.dtype), cache[:, :, 1], **f32)
+        for weights, cache in ((prefix, prefix_RK2SH), (own, own_RK2SH))
+    )
+    return (out / total).astype(q_RKEH.dtype)

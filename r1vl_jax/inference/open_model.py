@@ -17,6 +17,7 @@ from r1vl_jax.errors import CheckpointError, ConfigError
 from r1vl_jax.model.backend import choose
 from r1vl_jax.model.config import ModelConfig, load_config
 from r1vl_jax.model.spec import num_params, param_spec
+from r1vl_jax.parallel.devices import memory_limit
 from r1vl_jax.parallel.sharding import RULES, Rules, make_mesh, param_shardings
 from r1vl_jax.processing.processor import Processor
 
@@ -53,9 +54,14 @@ class OpenModel:
 
     def describe(self, dtype: str) -> str:
         """Returns size, devices and backend in one line."""
+        device = self.mesh.devices.flat[0]
+        limit = memory_limit(device)
+        memory = (
+            "" if limit is None else f" of {limit / 1e9:.0f} GB for JAX (XLA_PYTHON_CLIENT_MEM_FRACTION changes it)"
+        )
         return (
-            f"{num_params(self.config) / 1e6:.1f}M parameters; {self.mesh.devices.size} {jax.devices()[0].platform} "
-            f"device(s), mesh {dict(self.mesh.shape)}; compute in {dtype}, attention {self.config.attention}, kernels "
+            f"{num_params(self.config) / 1e6:.1f}M parameters; {self.mesh.devices.size} {device.platform} device(s)"
+            f"{memory}, mesh {dict(self.mesh.shape)}; compute in {dtype}, attention {self.config.attention}, kernels "
             f"{self.config.kernels}"
         )
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from r1vl_jax.model import text
 from r1vl_jax.model.config import ModelConfig
 from r1vl_jax.model.head import TokenLoss, head_loss, token_logprobs
+from r1vl_jax.model.layers import take
 from r1vl_jax.model.qwen2_vl import embed_prompts, embed_tokens, lengths, prefill, right_padded, take_places
 from r1vl_jax.types import Prompts
 
@@ -28,11 +29,11 @@ def answer_hidden(
     if not shared:
         return _unshared_hidden(params, cfg, prompts, tokens_BGT, remat=remat)
     _, last_BD, kv = prefill(params, cfg, prompts, remat=remat)
-    # The hidden state of an answer's last token is unused. It is computed anyway, because kernels need even lengths.
+    # The hidden state of an answer's last token is unused. It is computed anyway, because T tokens divide better.
     x = embed_tokens(params, tokens_BGT)
     hidden_BGTD = text.extend(params["text"], cfg, x, prompts.next_position_B, kv, lengths(prompts), remat=remat)
     B, G, _ = tokens_BGT.shape
-    first_BG1D = jnp.broadcast_to(last_BD[:, None, None], (B, G, 1, last_BD.shape[-1]))
+    first_BG1D = take(last_BD, jnp.broadcast_to(jnp.arange(B)[:, None, None], (B, G, 1)))
     return jnp.concatenate([first_BG1D, hidden_BGTD[:, :, :-1]], axis=2)
 
 
@@ -49,9 +50,9 @@ def _unshared_hidden(
     from_answer_BS = jnp.clip(places_S - length_B1, 0, T - 1)
     x_BGSD = jnp.where(
         in_prompt_BS[:, None, :, None],
-        take_places(x_prompt, from_prompt_BS)[:, None],
-        jnp.take_along_axis(x_answer, from_answer_BS[:, None, :, None], axis=2),
-    )
+        take_places(x_prompt, from_prompt_BS).astype(jnp.float32)[:, None],  # fp32: see layers.take
+        take(x_answer, from_answer_BS[:, None, :, None], axis=2).astype(jnp.float32),
+    ).astype(x_prompt.dtype)
     positions_3BS = jnp.where(
         in_prompt_BS,
         jax.vmap(lambda row: jnp.take_along_axis(row, from_prompt_BS, axis=1))(prompts.positions_3BT),

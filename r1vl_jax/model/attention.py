@@ -1,7 +1,7 @@
 """Computes the attention of prompts, of answers to a shared prompt, and of images, in three implementations.
 
     xla      plain matmuls: any platform, any dtype; holds all scores in memory
-    cudnn    cuDNN's fused attention (jax.nn.dot_product_attention): NVIDIA GPUs, bfloat16
+    cudnn    cuDNN's fused attention: NVIDIA GPUs, bfloat16
     splash   Pallas' splash attention: TPUs
 
 `ModelConfig.attention` names the implementation; if it cannot run, it raises an error. All three scale scores by
@@ -17,9 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-from r1vl_jax.model.layers import FP32
+from r1vl_jax.model import cudnn
+from r1vl_jax.model.layers import FP32, SAVED
 from r1vl_jax.parallel.sharding import per_shard
 
 LANES = 128  # splash takes lengths and head widths that are multiples of this
@@ -31,7 +33,7 @@ def attend_prompt(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, atten
         T = q_BTNH.shape[1]
         return _attend(q_BTNH, k_BTKH, v_BTKH, jnp.tril(jnp.ones((T, T), bool)))
     if attention == "cudnn":
-        return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation="cudnn")
+        return _cudnn(q_BTNH, cudnn.Part(k_BTKH, v_BTKH, causal=True))
     segment_BT = jnp.zeros(q_BTNH.shape[:2], jnp.int32)
     return _splash(q_BTNH, k_BTKH, v_BTKH, lambda T, S: splash.CausalMask((T, S)), segment_BT, segment_BT)
 
@@ -45,7 +47,9 @@ def attend_frames(
         return _splash(q_WPNH, k_WPNH, v_WPNH, whole, segment_WP, segment_WP, pad_segment=-1)
     same_WPP = segment_WP[:, :, None] == segment_WP[:, None, :]  # padding attends to padding; its output is unused
     if attention == "cudnn":
-        return jax.nn.dot_product_attention(q_WPNH, k_WPNH, v_WPNH, mask=same_WPP[:, None], implementation="cudnn")
+        low = jnp.asarray(0.7 * float(jnp.finfo(q_WPNH.dtype).min), q_WPNH.dtype)
+        bias_W1PP = jnp.where(same_WPP, jnp.zeros((), q_WPNH.dtype), low)[:, None]
+        return _cudnn(q_WPNH, cudnn.Part(k_WPNH, v_WPNH, bias=bias_W1PP))
     return _attend(q_WPNH, k_WPNH, v_WPNH, same_WPP[:, None])
 
 
@@ -68,7 +72,9 @@ def attend_shared(
     """
     if attention == "xla":
         return _attend_shared(q_BGTNH, prefix, k_BGTKH, v_BGTKH, prefix_length_B)
-    # Fused kernels need the prompt's keys before each answer's keys, so one layer's prompt keys are copied per answer.
+    if attention == "cudnn":
+        return _cudnn_shared(q_BGTNH, tuple(prefix), k_BGTKH, v_BGTKH, prefix_length_B)
+    # Splash needs the prompt's keys before each answer's keys, so one layer's prompt keys are copied per answer.
     B, G, T, _, _ = q_BGTNH.shape
     S = prefix[0].shape[2]
     q = q_BGTNH.reshape(B * G, *q_BGTNH.shape[2:])
@@ -77,24 +83,94 @@ def attend_shared(
         for shared, own in zip(prefix, (k_BGTKH, v_BGTKH), strict=True)
     )
     real_RS = jnp.repeat(jnp.arange(S) < prefix_length_B[:, None], G, axis=0)
-    if attention == "cudnn":
-        causal_RTT = jnp.tril(jnp.ones((B * G, T, T), bool))
-        mask = jnp.concatenate([jnp.broadcast_to(real_RS[:, None], (B * G, T, S)), causal_RTT], axis=2)
-        # The gradient of cuDNN's masked attention needs even lengths.
-        q, k, v = (_to_multiple(a, 2, 1) for a in (q, k, v))
-        mask = _to_multiple(_to_multiple(mask, 2, 1), 2, 2)
-        out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")[:, :T]
-    else:
-        after_prompt = lambda T, keys: splash.NumpyMask(np.arange(keys) <= np.arange(T)[:, None] + S)  # noqa: E731
-        segment = jnp.concatenate([jnp.where(real_RS, 0, 1), jnp.zeros((B * G, T), jnp.int32)], axis=1)
-        out = _splash(q, k, v, after_prompt, jnp.zeros((B * G, T), jnp.int32), segment)
-    return out.reshape(q_BGTNH.shape)
+    after_prompt = lambda T, keys: splash.NumpyMask(np.arange(keys) <= np.arange(T)[:, None] + S)  # noqa: E731
+    segment = jnp.concatenate([jnp.where(real_RS, 0, 1), jnp.zeros((B * G, T), jnp.int32)], axis=1)
+    return _splash(q, k, v, after_prompt, jnp.zeros((B * G, T), jnp.int32), segment).reshape(q_BGTNH.shape)
 
 
 def _to_multiple(a: jax.Array, multiple: int, *axes: int, value: int = 0) -> jax.Array:
     """Returns the array with `value` appended along these axes until their sizes are multiples of `multiple`."""
     widths = [(0, -size % multiple if axis in axes else 0) for axis, size in enumerate(a.shape)]
     return jnp.pad(a, widths, constant_values=value) if any(after for _, after in widths) else a
+
+
+# cuDNN: the softmax over prompt and answer is two calls, whose results are merged (see model.cudnn). Their output and
+# logsumexp have the name SAVED, by which layers.recomputed keeps them.
+
+
+def _cudnn(q_BTNH: jax.Array, part: cudnn.Part) -> jax.Array:
+    """Computes attention of the queries to one part that is their whole softmax."""
+
+    @jax.custom_vjp
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, length: Any, bias: Any) -> jax.Array:
+        return cudnn.forward(q, cudnn.Part(k, v, length, bias, part.causal))[0]
+
+    def attend_forward(*arrays: Any) -> tuple[jax.Array, Any]:
+        out, lse = cudnn.forward(arrays[0], cudnn.Part(*arrays[1:], part.causal))
+        out, lse = checkpoint_name(out, SAVED), checkpoint_name(lse, SAVED)
+        return out, (arrays, out, lse)
+
+    def attend_backward(saved: Any, d_out: jax.Array) -> tuple[Any, ...]:
+        arrays, out, lse = saved
+        return *cudnn.backward(arrays[0], cudnn.Part(*arrays[1:], part.causal), lse, out, d_out), None, None
+
+    attend.defvjp(attend_forward, attend_backward)
+    return attend(q_BTNH, *part[:4])
+
+
+@jax.custom_vjp
+def _cudnn_shared(
+    q_BGTNH: jax.Array,
+    prefix: tuple[jax.Array, jax.Array],
+    k_BGTKH: jax.Array,
+    v_BGTKH: jax.Array,
+    prefix_length_B: jax.Array,
+) -> jax.Array:
+    """Computes `attend_shared`: the queries of a group read its prompt in one call, and each answer in another."""
+    return _cudnn_shared_forward(q_BGTNH, prefix, k_BGTKH, v_BGTKH, prefix_length_B)[0]
+
+
+def _parts(
+    prefix: tuple[jax.Array, jax.Array], k_BGTKH: jax.Array, v_BGTKH: jax.Array, prefix_length_B: jax.Array
+) -> tuple[cudnn.Part, cudnn.Part]:
+    k_prefix, v_prefix = (a.swapaxes(1, 2) for a in prefix)
+    k_own, v_own = (a.reshape(-1, *a.shape[2:]) for a in (k_BGTKH, v_BGTKH))
+    return cudnn.Part(k_prefix, v_prefix, prefix_length_B), cudnn.Part(k_own, v_own, causal=True)
+
+
+def _cudnn_shared_forward(q_BGTNH: jax.Array, *keys: Any) -> tuple[jax.Array, Any]:
+    B, G, T, N, H = q_BGTNH.shape
+    prompt, own = _parts(*keys)
+    prompt_out, prompt_lse = cudnn.forward(q_BGTNH.reshape(B, G * T, N, H), prompt)
+    own_out, own_lse = cudnn.forward(q_BGTNH.reshape(B * G, T, N, H), own)
+    lses = prompt_lse.reshape(B, N, G, T).transpose(0, 2, 3, 1), own_lse.reshape(B, G, N, T).swapaxes(2, 3)
+    lse_BGTN = jnp.logaddexp(*lses)
+    out = sum(
+        jnp.exp(lse - lse_BGTN)[..., None] * out.reshape(q_BGTNH.shape).astype(jnp.float32)
+        for lse, out in zip(lses, (prompt_out, own_out), strict=True)
+    ).astype(q_BGTNH.dtype)
+    out, lse_BGTN = checkpoint_name(out, SAVED), checkpoint_name(lse_BGTN, SAVED)
+    return out, (q_BGTNH, keys, out, lse_BGTN)
+
+
+def _cudnn_shared_backward(saved: Any, d_out: jax.Array) -> tuple[Any, ...]:
+    q_BGTNH, keys, out, lse_BGTN = saved
+    B, G, T, N, H = q_BGTNH.shape
+    prompt, own = _parts(*keys)
+    for_prompt, for_own = (B, G * T, N, H), (B * G, T, N, H)
+    prompt_lse, own_lse = lse_BGTN.transpose(0, 3, 1, 2).reshape(B, N, -1), lse_BGTN.swapaxes(2, 3).reshape(-1, N, T)
+    d_prompt_q, d_prompt_k, d_prompt_v = cudnn.backward(
+        q_BGTNH.reshape(for_prompt), prompt, prompt_lse, out.reshape(for_prompt), d_out.reshape(for_prompt)
+    )
+    d_own_q, d_own_k, d_own_v = cudnn.backward(
+        q_BGTNH.reshape(for_own), own, own_lse, out.reshape(for_own), d_out.reshape(for_own)
+    )
+    d_q = d_prompt_q.reshape(q_BGTNH.shape) + d_own_q.reshape(q_BGTNH.shape)
+    d_prefix = d_prompt_k.swapaxes(1, 2), d_prompt_v.swapaxes(1, 2)
+    return d_q, d_prefix, d_own_k.reshape(keys[1].shape), d_own_v.reshape(keys[2].shape), None
+
+
+_cudnn_shared.defvjp(_cudnn_shared_forward, _cudnn_shared_backward)
 
 
 # XLA: plain batched matmuls; the queries of a kv head are merged into the rows of one matmul (Q). On a CPU this is

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from r1vl_jax.model.config import LOGIT_ROWS
 from r1vl_jax.model.layers import FP32
@@ -35,21 +36,77 @@ def scaled(logits: jax.Array, temperature: float, forbidden: tuple[int, ...]) ->
     Their softmax is the distribution that is sampled from and trained. Temperature 0 (greedy) is treated as 1.
     """
     z = logits.astype(jnp.float32) / (temperature or 1.0)
-    if not forbidden:
-        return z
-    return jnp.where(jnp.isin(jnp.arange(z.shape[-1]), jnp.array(forbidden)), -jnp.inf, z)
+    ids, barred = jnp.arange(z.shape[-1]), jnp.zeros(z.shape[-1], bool)
+    for each in forbidden:
+        barred |= ids == each
+    return jnp.where(barred, -jnp.inf, z) if forbidden else z
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def softmax_sums(z: jax.Array, with_entropy: bool = True) -> tuple[jax.Array, ...]:
+    """Returns, over the last axis, (max z, log sum e^(z - max)) and, if asked for, the entropy of softmax(z).
+
+    A GPU computes all in one pass over z, which may be a chunk of logits, by merging (m, l, h) of two parts as online
+    softmax does; elsewhere each is a reduction of its own, which a CPU does faster. h = sum e^(z - m) (z - m), and
+
+        entropy = log l - h / l
+    """
+    sums = jax.lax.platform_dependent(
+        z, cuda=partial(_one_pass, with_entropy=with_entropy), default=partial(_plain_sums, with_entropy=with_entropy)
+    )
+    log_total = jnp.log(sums[1])
+    return (sums[0], log_total, log_total - sums[2] / sums[1]) if with_entropy else (sums[0], log_total)
+
+
+@softmax_sums.defjvp
+def _softmax_sums_jvp(with_entropy: bool, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """The maximum counts as a constant: log sum e^z = max + log sum e^(z - max)."""
+    (z,), (dz,) = primals, tangents
+    out = softmax_sums(z, with_entropy)
+    log_p = z - (out[0] + out[1])[..., None]
+    p = jnp.exp(log_p)
+    slopes = [jnp.zeros_like(out[0]), jnp.sum(p * dz, axis=-1)]
+    if with_entropy:
+        slopes.append(-jnp.sum(jnp.where(p > 0, p * (log_p + out[2][..., None]), 0.0) * dz, axis=-1))
+    return out, tuple(slopes)
+
+
+LOW, LEAST = -1e30, -1e4  # stand for -inf and its difference to a number: finite, because 0 times infinity is not
+
+
+def _one_pass(z: jax.Array, *, with_entropy: bool) -> tuple[jax.Array, ...]:
+    """Returns (m, l, h) or (m, l): see softmax_sums."""
+
+    def merge(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        top = jnp.maximum(a[0], b[0])
+        below = [jnp.maximum(part[0] - top, LEAST) for part in (a, b)]
+        scale = [jnp.exp(each) for each in below]
+        total = a[1] * scale[0] + b[1] * scale[1]
+        if not with_entropy:
+            return top, total
+        return top, total, (a[2] + a[1] * below[0]) * scale[0] + (b[2] + b[1] * below[1]) * scale[1]
+
+    parts = (jnp.maximum(z, LOW), jnp.ones_like(z), jnp.zeros_like(z))[: 2 + with_entropy]
+    empty = tuple(np.float32(value) for value in (LOW, 0, 0)[: 2 + with_entropy])
+    return tuple(jax.lax.reduce(parts, empty, merge, (z.ndim - 1,)))
+
+
+def _plain_sums(z: jax.Array, *, with_entropy: bool) -> tuple[jax.Array, ...]:
+    """Returns (m, l, h), or (m, l): see softmax_sums."""
+    top = jnp.maximum(z.max(axis=-1), LOW)
+    below = z - top[..., None]
+    weights = jnp.exp(below)
+    total = weights.sum(axis=-1)
+    return (
+        (top, total, jnp.sum(jnp.where(weights > 0, weights * below, 0.0), axis=-1)) if with_entropy else (top, total)
+    )
 
 
 def _score(logits: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns (log p of the tokens, entropy, p), fp32."""
-    top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
-    below = logits - top
-    weights = jnp.exp(below)
-    total = weights.sum(axis=-1, keepdims=True)
-    mean = jnp.sum(jnp.where(weights > 0, weights * below, 0.0), axis=-1) / total[..., 0]
-    log_total = jnp.log(total[..., 0])
-    taken = jnp.take_along_axis(below, tokens[..., None], axis=-1)[..., 0]
-    return taken - log_total, log_total - mean, weights / total
+    """Returns (log p of the tokens, entropy, log softmax(logits)), fp32."""
+    top, log_total, entropy = softmax_sums(logits)
+    taken = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return taken - top - log_total, entropy, logits - top[..., None] - log_total[..., None]
 
 
 def token_logprobs(
@@ -132,7 +189,7 @@ def _head_loss(
     def one(i: Any) -> tuple[Any, Any]:
         """Returns ((loss, metrics), gradients) of chunk i."""
         hidden, tokens, value, real = _part(inputs, i, width)
-        logprobs, entropy, p = _score(scaled(logits(hidden, head_VD), temperature, forbidden), tokens)
+        logprobs, entropy, log_p = _score(scaled(logits(hidden, head_VD), temperature, forbidden), tokens)
 
         def loss(logprobs: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
             return token_loss(jnp.where(real, logprobs, 0.0), jnp.where(real, entropy, 0.0), value)
@@ -140,9 +197,9 @@ def _head_loss(
         if not with_gradient:
             return loss(logprobs), ()
         totals, slope = jax.value_and_grad(loss, has_aux=True)(logprobs)
-        taken = tokens[..., None] == jnp.arange(p.shape[-1])
-        d_logits = slope[..., None] / (temperature or 1.0) * (taken.astype(p.dtype) - p)
-        d_logits_TV = d_logits.astype(dtype).reshape(-1, p.shape[-1])
+        taken = tokens[..., None] == jnp.arange(log_p.shape[-1])
+        d_logits = slope[..., None] / (temperature or 1.0) * (taken.astype(jnp.float32) - jnp.exp(log_p))
+        d_logits_TV = d_logits.astype(dtype).reshape(-1, log_p.shape[-1])
         d_hidden = jnp.einsum("TV,VD->TD", d_logits_TV, head_VD, **FP32).astype(dtype).reshape(hidden.shape)
         return totals, (d_hidden, jnp.einsum("TV,TD->VD", d_logits_TV, hidden.reshape(-1, D), **FP32))
 

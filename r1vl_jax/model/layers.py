@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+SAVED = "cudnn_attention"  # the name of what remat policies keep of cuDNN's attention
 FP32 = {"preferred_element_type": jnp.float32}  # einsum's option for fp32 sums of bf16 products
 
 
@@ -17,23 +18,46 @@ def recomputed(block: Callable[..., Any], remat: str) -> Callable[..., Any]:
 
     Args:
       remat: the activations that are stored: none: all of them (nothing is recomputed); matmuls: the outputs of linear
-        layers; full: the layer's input alone.
+        layers; full: the layer's input. matmuls and full also store what cuDNN's attention returns (its output is as
+        large as the layer's input), so that attention does not run again.
     """
     if remat == "none":
         return block
-    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "matmuls" else None
+    keep = jax.checkpoint_policies.save_only_these_names(SAVED)
+    if remat == "matmuls":
+        matmuls = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        keep = jax.checkpoint_policies.save_from_both_policies(keep, matmuls)
     return jax.checkpoint(block, policy=keep)
 
 
-def linear(x: jax.Array, kernel: jax.Array, inputs: int = 1) -> jax.Array:
-    """Multiplies x by kernel, contracting the last `inputs` axes of x with the first `inputs` axes of kernel.
+def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, *, inputs: int = 1) -> jax.Array:
+    """Multiplies x by kernel, contracting the last `inputs` axes of x with the first `inputs` of kernel; adds bias.
 
     Leading axes are flattened to one first, because on CPU the gradient is otherwise three times slower.
     """
     rows, ins = x.shape[: x.ndim - inputs], kernel.shape[:inputs]
     width = math.prod(ins)
     flat = x.reshape(-1, width) @ kernel.reshape(width, -1)
-    return flat.reshape(*rows, *kernel.shape[inputs:])
+    y = flat.reshape(*rows, *kernel.shape[inputs:])
+    return y if bias is None else _in_fp32(jnp.add, y, bias)
+
+
+def _in_fp32(operation: Callable[..., jax.Array], x: jax.Array, vector: jax.Array) -> jax.Array:
+    """Returns operation(x, vector) in x's dtype.
+
+    The value is the same as in bf16. The gradient of `vector`, a sum over all tokens, is computed in fp32: see `take`.
+    """
+    return operation(x.astype(jnp.float32), vector.astype(jnp.float32)).astype(x.dtype)
+
+
+def take(table: jax.Array, index: jax.Array, axis: int | None = None) -> jax.Array:
+    """Returns the rows of `table` (N, D) at `index` (...), or, along an axis, jnp.take_along_axis(table, index, axis).
+
+    The gradient of a row that is taken many times is a sum of many terms. It is computed in fp32 and rounded once: a
+    sum in bf16 stops growing when its terms are below a 256th of it.
+    """
+    wide = table.astype(jnp.float32)
+    return (wide[index] if axis is None else jnp.take_along_axis(wide, index, axis)).astype(table.dtype)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -43,7 +67,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return scale * normed.astype(x.dtype)
+    return _in_fp32(jnp.multiply, normed.astype(x.dtype), scale)
 
 
 def layer_norm(x: jax.Array, p: dict[str, jax.Array], eps: float) -> jax.Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from r1vl_jax.model import text
 from r1vl_jax.model.config import ModelConfig
 from r1vl_jax.model.head import logits
+from r1vl_jax.model.layers import take
 from r1vl_jax.model.vision import encode_images
 from r1vl_jax.parallel.sharding import constrain
 from r1vl_jax.types import Prompts
@@ -23,7 +24,7 @@ def cast(params: Any, dtype: Any) -> Any:
 
 def embed_tokens(params: Any, tokens: jax.Array) -> jax.Array:
     """Returns the embeddings (..., D) of token ids (...)."""
-    x = params["text"]["embed"][tokens]
+    x = take(params["text"]["embed"], tokens)
     return constrain(x, "batch", *[None] * (x.ndim - 1))
 
 
@@ -60,7 +61,7 @@ def lengths(prompts: Prompts) -> jax.Array:
 
 def take_places(hidden_BTD: jax.Array, places_BT: jax.Array) -> jax.Array:
     """Returns the hidden states at the given places of each row."""
-    return jnp.take_along_axis(hidden_BTD, places_BT[..., None], axis=1)
+    return take(hidden_BTD, places_BT[..., None], axis=1)
 
 
 def embed_prompts(params: Any, cfg: ModelConfig, prompts: Prompts, *, remat: str = "none") -> jax.Array:
@@ -75,7 +76,7 @@ def embed_prompts(params: Any, cfg: ModelConfig, prompts: Prompts, *, remat: str
     features = encode_images(params["vision"], cfg.vision, *images, attention=cfg.attention, remat=remat)
     features = features.reshape(-1, features.shape[-1])
     slot_BT1 = prompts.image_slot_BT[..., None]
-    return jnp.where(slot_BT1 >= 0, features[jnp.maximum(prompts.image_slot_BT, 0)], x)
+    return jnp.where(slot_BT1 >= 0, take(features, jnp.maximum(prompts.image_slot_BT, 0)), x)
 
 
 def prefill(

@@ -4,7 +4,7 @@
 
     prefill   a prompt attends to itself, causally; its keys and values are returned
     extend    G answers attend to the prompt they share and to themselves (training, reference model)
-    decode    one token of each answer attends to the prompt and to the answer's cache (rollout)
+    decode    one token of each answer attends to its prompt and to the answer's cache (rollout)
 
 Training scans over stacked layers. The rollout loops over separate layers, prepared by `fused.fuse`: a decode step
 should be limited by the bytes that it reads and the operations that it launches, and this lowers both (expected, not
@@ -14,6 +14,7 @@ measured).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +28,7 @@ from r1vl_jax.parallel.sharding import constrain, per_shard
 
 
 class KV(NamedTuple):
-    """Keys and values of a layer: (B, K, S, H) of prompts, (B, K, G, S, H) of answers; stacked layers add an axis L."""
+    """Keys and values of a layer, (B, K, S, H) each; stacked layers add an axis L."""
 
     k: jax.Array
     v: jax.Array
@@ -51,9 +52,9 @@ def _projected(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns queries (..., N, H), keys and values (..., K, H); queries and keys are rotated to their positions."""
     if "qkv" not in p:
-        q, k, v = (linear(h, p[name]["kernel"]) + p[name]["bias"] for name in ("q", "k", "v"))
+        q, k, v = (linear(h, **p[name]) for name in ("q", "k", "v"))
         return rotate(q, angle), rotate(k, angle), v
-    qkv = linear(h, p["qkv"]["kernel"]) + p["qkv"]["bias"]  # (..., K, E + 2, H)
+    qkv = linear(h, **p["qkv"])  # (..., K, E + 2, H)
     *rows, K, heads, H = qkv.shape
     rotated = rotate(qkv[..., :-1, :].reshape(*rows, -1, H), angle).reshape(*rows, K, heads - 1, H)
     return rotated[..., :-1, :].reshape(*rows, -1, H), rotated[..., -1, :], qkv[..., -1, :]
@@ -69,7 +70,7 @@ def _gate_up(h: jax.Array, p: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
 def _block(
     x: jax.Array, p: dict[str, Any], angle: jax.Array, cfg: ModelConfig, attention: Callable[..., tuple[jax.Array, Any]]
 ) -> tuple[jax.Array, Any]:
-    """Runs one layer on x (..., T, D).
+    """Runs one layer on x (..., D).
 
     Args:
       attention: (q, k, v) -> (the attended heads, a value that the caller keeps for this layer, such as its KV).
@@ -153,74 +154,77 @@ def extend(
 def decode(
     params: Any,
     cfg: ModelConfig,
-    x_BGD: jax.Array,
-    start_B: jax.Array,
+    x_RD: jax.Array,
+    position_R: jax.Array,
     step: Any,
-    prefix: tuple[KV, ...],
-    prefix_length_B: jax.Array,
-    cache: tuple[KV, ...],
-    live_BG: jax.Array,
-) -> tuple[jax.Array, tuple[KV, ...]]:
+    prefix: tuple[jax.Array, ...],
+    prefix_length_R: jax.Array,
+    question_R: jax.Array | None,
+    cache: tuple[jax.Array, ...],
+    live_R: jax.Array,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Runs token number `step` of every answer.
 
     Args:
       params: fused weights.
-      x_BGD: embedded tokens.
-      start_B, prefix_length_B: as for `extend`.
-      prefix: the prompts' KV, one per layer.
-      cache: the answers' KV, one per layer; every answer writes at index `step`.
-      live_BG: False for finished answers, which skip the attention to their own tokens, because their output is unused.
+      x_RD: embedded tokens.
+      position_R: the position of each token.
+      prefix: the prompts' keys and values (B, K, 2, S, H), one array per layer.
+      prefix_length_R: the number of real (not padding) keys of each answer's prompt.
+      question_R: the index of each answer's prompt, see prefix_decode_attention.
+      cache: the answers' keys and values (R, K, 2, S, H), one array per layer; every answer writes at index `step`.
+      live_R: False for finished answers, which attend to nothing, because their output is unused.
     Returns:
-      (hidden states after the final norm (B, G, D), the cache with this step's keys and values).
+      (hidden states after the final norm (R, D), the cache with this step's keys and values).
     """
-    B, G, _ = x_BGD.shape
-    K, E = cfg.kv_heads, cfg.heads // cfg.kv_heads
-    angle = mrope_angles(_answer_positions(start_B + step, G, 1), cfg)
-    own_length_BG = jnp.where(live_BG, step + 1, 0).astype(jnp.int32)
-    x, new = x_BGD[:, :, None], []
+    angle = mrope_angles(jnp.broadcast_to(position_R, (3, *position_R.shape)), cfg)
+    prefix_length_R, own_length_R = (
+        jnp.where(live_R, length, 0).astype(jnp.int32) for length in (prefix_length_R, step + 1)
+    )
+    attend = jax.jit(partial(_attend_caches, backend=cfg.kernels))  # so that all layers trace it once
+    x, new = x_RD, []
     for p, shared, own in zip(params["layers"], prefix, cache, strict=True):
 
         def attention(
-            q: jax.Array, k: jax.Array, v: jax.Array, shared: KV = shared, own: KV = own
-        ) -> tuple[jax.Array, KV]:
-            own = KV(_written(own.k, k, step), _written(own.v, v, step))
-            q_BKGEH = jnp.moveaxis(q.reshape(B, G, K, E, -1), 2, 1)
-            out = _attend_caches(q_BKGEH, shared, prefix_length_B, own, own_length_BG, cfg.kernels)
-            return jnp.moveaxis(out, 1, 2).reshape(q.shape), own
+            q: jax.Array, k: jax.Array, v: jax.Array, shared: jax.Array = shared, own: jax.Array = own
+        ) -> tuple[jax.Array, jax.Array]:
+            both_RK21H = jnp.stack([k, v], axis=2)[:, :, :, None]
+            own = jax.lax.dynamic_update_slice_in_dim(own, both_RK21H, step, axis=3)
+            q_RKEH = q.reshape(q.shape[0], cfg.kv_heads, -1, cfg.head_dim)
+            return attend(q_RKEH, shared, prefix_length_R, own, own_length_R, question_R).reshape(q.shape), own
 
         x, own = _block(x, p, angle, cfg, attention)
         new.append(own)
-    return rms_norm(x[:, :, 0], params["norm"], cfg.norm_eps), tuple(new)
-
-
-def _written(cache_BKGSH: jax.Array, new_BG1KH: jax.Array, step: Any) -> jax.Array:
-    """Returns the cache with one token's keys or values written at index `step`."""
-    new_BKG1H = jnp.moveaxis(new_BG1KH, 3, 1)
-    return jax.lax.dynamic_update_slice_in_dim(cache_BKGSH, new_BKG1H, step, axis=3)
+    return rms_norm(x, params["norm"], cfg.norm_eps), tuple(new)
 
 
 def _attend_caches(
-    q_BKGEH: jax.Array, prefix: KV, prefix_length_B: jax.Array, own: KV, own_length_BG: jax.Array, backend: str
+    q_RKEH: jax.Array,
+    prefix_BK2SH: jax.Array,
+    prefix_length_R: jax.Array,
+    own_RK2SH: jax.Array,
+    own_length_R: jax.Array,
+    question_R: jax.Array | None,
+    *,
+    backend: str,
 ) -> jax.Array:
-    """Calls prefix_decode_attention on each device, on that device's own questions and heads."""
-
-    def attend(q: jax.Array, prefix: KV, prefix_length: jax.Array, own: KV, own_length: jax.Array) -> jax.Array:
-        return prefix_decode_attention(q, *prefix, prefix_length, *own, own_length, backend=backend)
-
-    heads = ("batch", "kv_heads")
-    queries, prompts, answers = heads + (None,) * 3, heads + (None,) * 2, heads + (None,) * 3
-    axes = (queries, prompts, ("batch",), answers, ("batch", None))
-    return per_shard(attend, axes, queries)(q_BKGEH, prefix, prefix_length_B, own, own_length_BG)
+    """Calls prefix_decode_attention on each device, on that device's own answers and heads."""
+    queries = ("batch", "kv_heads", None, None)
+    rows, caches = ("batch",), (*queries, None)
+    call = per_shard(
+        partial(prefix_decode_attention, backend=backend), (queries, caches, rows, caches, rows, rows), queries
+    )
+    return call(q_RKEH, prefix_BK2SH, prefix_length_R, own_RK2SH, own_length_R, question_R)
 
 
-def empty_cache(cfg: ModelConfig, batch: int, group: int, length: int, dtype: Any) -> tuple[KV, ...]:
-    """Returns zeroed caches, one per layer, for `group` answers of up to `length` tokens to each of `batch` prompts."""
+def empty_cache(cfg: ModelConfig, rows: int, length: int, dtype: Any) -> tuple[jax.Array, ...]:
+    """Returns zeroed caches (R, K, 2, S, H), one per layer, for answers of up to `length` tokens."""
 
     def zeros() -> jax.Array:
-        shape = (batch, cfg.kv_heads, group, length, cfg.head_dim)
+        shape = (rows, cfg.kv_heads, 2, length, cfg.head_dim)
         return constrain(jnp.zeros(shape, dtype), "batch", "kv_heads", None, None, None)
 
-    return tuple(KV(zeros(), zeros()) for _ in range(cfg.layers))
+    return tuple(zeros() for _ in range(cfg.layers))
 
 
 def head(params: Any) -> jax.Array:

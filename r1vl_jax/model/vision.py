@@ -51,12 +51,12 @@ def _block(
     attention: str,
 ) -> tuple[jax.Array, None]:
     h = layer_norm(x_WPD, p["norm1"], cfg.norm_eps)
-    q, k, v = jnp.moveaxis(linear(h, p["qkv"]["kernel"]) + p["qkv"]["bias"], 2, 0)
+    q, k, v = jnp.moveaxis(linear(h, **p["qkv"]), 2, 0)
     attended = attend_frames(rotate(q, angle), rotate(k, angle), v, segment_WP, attention)
-    x_WPD = x_WPD + linear(attended, p["proj"]["kernel"], inputs=2) + p["proj"]["bias"]
+    x_WPD = x_WPD + linear(attended, **p["proj"], inputs=2)
     h = layer_norm(x_WPD, p["norm2"], cfg.norm_eps)
-    h = quick_gelu(linear(h, p["fc1"]["kernel"]) + p["fc1"]["bias"])
-    x_WPD = x_WPD + linear(h, p["fc2"]["kernel"]) + p["fc2"]["bias"]
+    h = quick_gelu(linear(h, **p["fc1"]))
+    x_WPD = x_WPD + linear(h, **p["fc2"])
     return constrain(x_WPD, "batch", None, None), None
 
 
@@ -88,5 +88,5 @@ def encode_images(
     p = params["merger"]
     x = layer_norm(x, p["norm"], cfg.norm_eps)
     x = x.reshape(x.shape[0], x.shape[1] // cfg.merge_size**2, -1)
-    x = jax.nn.gelu(linear(x, p["fc1"]["kernel"]) + p["fc1"]["bias"], approximate=False)
-    return linear(x, p["fc2"]["kernel"]) + p["fc2"]["bias"]
+    x = jax.nn.gelu(linear(x, **p["fc1"]), approximate=False)
+    return linear(x, **p["fc2"])

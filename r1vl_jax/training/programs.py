@@ -4,7 +4,7 @@ Training runs the programs, benchmarks time them, and `scripts/hlo_report.py` co
 present.
 
     rollout_weights   fp32 parameters -> the rollout's fused weights              once per update
-    prefill, decode   the two programs of `rollout.generate.rollout`              once per rollout, once per segment
+    prefill, decode   the main programs of `rollout.generate.rollout`             once per rollout, once per loop
     token_logprobs    parameters, prompts, answers -> log-probabilities           once per micro-batch
     advantages        rewards per step -> the advantage of each token             once per rollout
     accumulate        gradients += gradient of the loss of one micro-batch        once per micro-batch
@@ -40,7 +40,7 @@ from r1vl_jax.training import optimizer as optimizers
 from r1vl_jax.types import TrainBatch, TrainState
 
 Program = Callable[..., Any]
-COUNTED = tuple(f"jit({name})" for name in ("prefill", "decode", "token_logprobs", "accumulate", "update"))
+COUNTED = tuple(f"jit({name})" for name in ("prefill", "decode", "compact", "token_logprobs", "accumulate", "update"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from r1vl_jax.checkpoint.hf import save_hf
 from r1vl_jax.config import Config
 from r1vl_jax.inference.open_model import open_model
 from r1vl_jax.model.config import load_config
+from r1vl_jax.parallel.devices import matmul_precision, prepare_devices
 from r1vl_jax.reporting.curves import heldout_table, plot_metrics
 from r1vl_jax.rewards import ScorerPool
 from r1vl_jax.shapes.folder import make_shapes
@@ -40,6 +41,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, pool
     Returns: the exported Hugging Face folder.
     Raises: ConfigError, CheckpointError, RowError, RewardError or OSError, with a message of one line.
     """
+    prepare_devices(deterministic=config.deterministic)
     enable_compilation_cache(config.compilation_cache)
     if config.shapes.dir:
         make_shapes(config.shapes)
@@ -51,7 +53,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, pool
     log = RunLog(config, resume=resume, overwrite=overwrite)
     own_pool = pool is None
     scorers = ScorerPool(config.scoring.workers, config.scoring.timeout) if own_pool else contextlib.nullcontext(pool)
-    with scorers as scorer_pool, Compilations() as compilations, jax.set_mesh(mesh):
+    precision = jax.default_matmul_precision(matmul_precision(section.matmul_precision, section.dtype))
+    with scorers as scorer_pool, Compilations() as compilations, jax.set_mesh(mesh), precision:
         run = Run(config, model, reward, log, scorer_pool, compilations)
         if model.folder.note:
             log.say(model.folder.note)

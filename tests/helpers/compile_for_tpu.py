@@ -17,12 +17,10 @@ os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # do not look for a cloud machine's meta
 
 import jax  # noqa: E402 (it reads the environment when it is imported)
 from bench_common import SIZES  # noqa: E402
-from bench_programs import UPDATES, step_config  # noqa: E402
-from hlo_report import Call, lower, step_calls  # noqa: E402
+from hlo_report import lower, sft_calls, step_calls  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
 from r1vl_jax.parallel.sharding import make_mesh  # noqa: E402
-from r1vl_jax.training.programs import build_programs  # noqa: E402
 
 QUESTIONS = 2
 
@@ -35,19 +33,6 @@ def small():
     return dataclasses.replace(SIZES["2b"], raw=raw, prompt=128, grid=(1, 8, 8), new=512)
 
 
-def sft_calls(cfg, size, mesh, gradient):
-    """The two programs of an SFT step. `gradient`: StepGRPO's; the arrays have its shapes, with one answer to a row."""
-    grads, params, batch = gradient.args
-    rows, T = batch.prompts.tokens_BT.shape
-    one = {name: getattr(batch, name).update(shape=(rows, 1, T)) for name in ("tokens_BGT", "weight_BGT")}
-    batch = dataclasses.replace(
-        batch, **one, advantage_BGT=None, ref_logprobs_BGT=None, start_B=batch.prompts.next_position_B
-    )
-    programs = build_programs(cfg, mesh, step_config(size, "full"), "sft", UPDATES)
-    yield Call("sft gradient", programs.accumulate, (grads, params, batch), ())
-    yield Call("sft update", programs.update, (programs.layout, grads), ())
-
-
 def main(topology, *sizes):
     sizes = [int(size) for size in sizes]
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
@@ -55,7 +40,8 @@ def main(topology, *sizes):
     size = small()
     cfg = size.cfg.with_backend("splash", "pallas")
     calls = list(step_calls(cfg, size, mesh, questions=QUESTIONS, micro=QUESTIONS, remat="full"))
-    calls += sft_calls(cfg, size, mesh, next(call for call in calls if call.name == "gradient"))
+    warm_up = sft_calls(cfg, size, mesh, micro=QUESTIONS, remat="full")
+    calls += [dataclasses.replace(call, name=f"sft {call.name}") for call in warm_up]
     for call in calls:
         lowered = lower(call, mesh, "tpu")
         lowered.compile()

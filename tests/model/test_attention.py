@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1vl_jax.model import attention, backend
+from r1vl_jax.model import attention, backend, cudnn, layers
 
 B, G, T, S, N, K, H = 2, 3, 10, 12, 4, 2, 16
 LENGTHS = np.array([7, 12], np.int32)
@@ -51,10 +52,43 @@ def shared(q, k_prefix, v_prefix, k, v, *, by):
     return attention.attend_shared(q, (k_prefix, v_prefix), k, v, jnp.asarray(LENGTHS), by)
 
 
-@pytest.fixture(params=["xla", "splash"])
+def scores_of(q, part):
+    """Scores (B, N, T, S) of a part's keys, with its masks, in fp32."""
+    E = q.shape[2] // part.k_BSKH.shape[2]
+    scores = jnp.einsum("BTNH,BSNH->BNTS", q, jnp.repeat(part.k_BSKH, E, axis=2)) * q.shape[3] ** -0.5
+    keys = jnp.arange(scores.shape[3])
+    if part.causal:
+        scores = jnp.where(keys <= jnp.arange(scores.shape[2])[:, None], scores, -jnp.inf)
+    if part.length_B is not None:
+        scores = jnp.where(keys < part.length_B[:, None, None, None], scores, -jnp.inf)
+    return scores if part.bias is None else scores + part.bias
+
+
+def stand_in_forward(q, part):
+    """What cuDNN computes, by its definition."""
+    scores, E = scores_of(q, part), q.shape[2] // part.v_BSKH.shape[2]
+    lse = jax.nn.logsumexp(scores, axis=3)
+    return jnp.einsum("BNTS,BSNH->BTNH", jnp.exp(scores - lse[..., None]), jnp.repeat(part.v_BSKH, E, axis=2)), lse
+
+
+def stand_in_backward(q, part, lse, out, d_out):
+    """FlashAttention-2's backward pass, from a logsumexp and an output that may be those of more keys."""
+    E, scale = q.shape[2] // part.k_BSKH.shape[2], q.shape[3] ** -0.5
+    k, v = (jnp.repeat(a, E, axis=2) for a in part[:2])
+    p = jnp.exp(scores_of(q, part) - lse[..., None])
+    row = jnp.einsum("BTNH,BTNH->BNT", d_out, out)
+    d_scores = p * (jnp.einsum("BTNH,BSNH->BNTS", d_out, v) - row[..., None]) * scale
+    d_k, d_v = jnp.einsum("BNTS,BTNH->BSNH", d_scores, q), jnp.einsum("BNTS,BTNH->BSNH", p, d_out)
+    d_k, d_v = (a.reshape(*a.shape[:2], -1, E, a.shape[3]).sum(3) for a in (d_k, d_v))
+    return jnp.einsum("BNTS,BSNH->BTNH", d_scores, k), d_k, d_v
+
+
+@pytest.fixture(params=["xla", "splash", "cudnn"])
 def by(request, monkeypatch):
-    """An implementation; splash in interpret mode."""
+    """An implementation; splash in interpret mode, cuDNN's calls by their definition."""
     monkeypatch.setattr(attention, "_splash", partial(attention._splash, interpret=True))
+    monkeypatch.setattr(cudnn, "forward", stand_in_forward)
+    monkeypatch.setattr(cudnn, "backward", stand_in_backward)
     return request.param
 
 
@@ -90,9 +124,8 @@ def test_answers_behind_the_prompt_they_share(by):
 
 
 @pytest.mark.parametrize("what", ["prompt", "frames", "answers"])
-def test_gradients_agree(what, monkeypatch):
-    """Of xla and of splash, to 1e-5; garbage behind a prompt's length has none."""
-    monkeypatch.setattr(attention, "_splash", partial(attention._splash, interpret=True))
+def test_gradients_agree(what, by):
+    """Of xla and of the others, to 1e-5; garbage behind a prompt's length has none."""
     call, inputs, real = {
         "prompt": (lambda *a, by: attention.attend_prompt(*a, by), prompt(), 1.0),
         "frames": (
@@ -106,8 +139,8 @@ def test_gradients_agree(what, monkeypatch):
     def gradients(by):
         return jax.grad(lambda inputs: jnp.sum(call(*inputs, by=by) * away))(inputs)
 
-    xla, splash = gradients("xla"), gradients("splash")
-    for a, b in zip(xla, splash, strict=True):
+    xla = gradients("xla")
+    for a, b in zip(xla, gradients(by), strict=True):
         assert float(jnp.abs(a).max()) > 0.1
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(a).max()))
     if what == "answers":
@@ -124,10 +157,29 @@ def test_splash_lowers_for_tpus():
     assert lowered.as_text().count("tpu_custom_call") >= 3  # forward, dq, dkv
 
 
+@pytest.mark.parametrize("remat", ["none", "matmuls", "full"])
+def test_cudnn_calls(remat):
+    """What a GPU is asked for: two forward calls, which the backward pass does not repeat, and two backward calls."""
+    q, k_prefix, v_prefix, k, v = (a.astype(jnp.bfloat16) for a in answers())
+
+    def layer(q, k, v):
+        return shared(jnp.sin(q), k_prefix, v_prefix, k, v, by="cudnn")
+
+    def loss(q, k, v):
+        return jnp.sum(jnp.sin(layers.recomputed(layer, remat)(q, k, v)).astype(jnp.float32))
+
+    lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in lowered.splitlines() if "@__cudnn$fmha" in line]
+    assert ["Backward" in line for line in calls] == [False, False, True, True]
+    masks = [re.search(r"mask_type\\22: \\22([A-Z_]+)", line).group(1) for line in calls]
+    assert masks[:2] == ["PADDING", "CAUSAL"] and sorted(masks[2:]) == ["CAUSAL", "PADDING"]
+    assert all(f"fmha_scale\\22: {H**-0.5}," in line for line in calls)
+
+
 def test_what_is_named_runs_or_raises():
     """On this CPU neither fused kernel falls back to another implementation."""
     q, k, v = (a.astype(jnp.bfloat16) for a in prompt())
-    for name, message in (("cudnn", "cuDNN is not detected|not found for platform cpu"), ("splash", "interpret mode")):
+    for name, message in (("cudnn", "not found for platform cpu"), ("splash", "interpret mode")):
         with pytest.raises(Exception, match=message):
             jax.block_until_ready(attention.attend_prompt(q, k, v, name))
 

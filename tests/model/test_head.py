@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1vl_jax.model.head import head_loss, logits, scaled, token_logprobs
+from r1vl_jax.model import head
+from r1vl_jax.model.head import head_loss, logits, scaled, softmax_sums, token_logprobs
 from r1vl_jax.step_grpo.loss import Objective, policy_loss
 
 B, G, T, D, V = 2, 3, 11, 16, 40
@@ -47,6 +48,40 @@ def test_logprobs_by_definition():
         np.testing.assert_allclose(got_entropy, entropy, rtol=1e-5)
     z = scaled(logits(hidden, head), TEMPERATURE, FORBIDDEN)
     assert np.isneginf(z[..., list(FORBIDDEN)]).all() and np.isfinite(z).sum() == hidden[..., 0].size * 38
+
+
+def test_one_pass_equals_the_plain_sums():
+    """What a GPU runs: rows with forbidden tokens, one with a single token left, one with none, one far from 0."""
+    z = np.random.default_rng(1).normal(size=(2, 3, 300)).astype(np.float32) * 9
+    z[0, 0, ::3], z[0, 1, 1:], z[0, 2], z[1, 0] = -np.inf, -np.inf, -np.inf, z[1, 0] + 1e4
+    for with_entropy in (True, False):
+        one, plain = (jax.jit(partial(f, with_entropy=with_entropy))(z) for f in (head._one_pass, head._plain_sums))
+        assert len(one) == len(plain) == 2 + with_entropy
+        seen = np.ones((2, 3), bool)
+        seen[0, 2] = False  # without a token there is nothing to compare, but nothing that is not a number either
+        for a, b in zip(one, plain, strict=True):
+            np.testing.assert_allclose(a[seen], b[seen], rtol=1e-5)
+            assert np.isfinite(a).all()
+
+
+def test_gradient_of_the_sums():
+    """Of log sum e^z and of the entropy, against those that jax derives from their definitions."""
+    z = jnp.asarray(np.random.default_rng(2).normal(size=(4, 30)) * 3, jnp.float32).at[:, 7].set(-jnp.inf)
+    away = jnp.asarray(np.random.default_rng(3).normal(size=4), jnp.float32)
+
+    def ours(z, entropy):
+        top, log_total, entropies = softmax_sums(z)
+        return jnp.sum(away * (entropies if entropy else top + log_total))
+
+    def plain(z, entropy):
+        log_p = jax.nn.log_softmax(z)
+        return jnp.sum(away * (-jnp.sum(jnp.exp(log_p) * log_p, -1) if entropy else jax.nn.logsumexp(z, axis=-1)))
+
+    z_real = jnp.delete(z, 7, axis=1)
+    for entropy in (False, True):
+        got, want = jax.grad(ours)(z, entropy), jax.grad(plain)(z_real, entropy)
+        np.testing.assert_allclose(jnp.delete(got, 7, axis=1), want, atol=1e-5)
+        np.testing.assert_array_equal(got[:, 7], 0.0)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 12, 36, 1000])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache, partial
 
 import jax
@@ -61,8 +62,9 @@ def train_batch(prompts):
     return TrainBatch(prompts, tokens, LOUDER * answer_weights(mask, B * G), advantage, ref)
 
 
-def sampled(mesh, rules, **limits):
+def sampled(mesh, rules, kernels="reference", **limits):
     cfg, params, prompts = setting()
+    cfg = dataclasses.replace(cfg, kernels=kernels)
     weights = jax.jit(partial(fuse, cfg=cfg), out_shardings=fused_shardings(cfg, mesh, ROLLOUT_RULES[rules]))
     with jax.set_mesh(mesh):
         got = rollout(
@@ -116,29 +118,31 @@ def test_rollout(sizes, rules):
     assert len(np.unique(expected.tokens_BGT)) > 20
 
 
-@pytest.mark.parametrize("sizes, rules", [((2, 1, 2), "tensor"), ((4, 2, 1), "replicated")])
-def test_finished_questions_are_dropped(sizes, rules, monkeypatch):
+@pytest.mark.parametrize(
+    "sizes, rules, kernels",
+    [((2, 1, 2), "tensor", "reference"), ((2, 1, 2), "tensor", "interpret"), ((4, 2, 1), "replicated", "reference")],
+)
+def test_finished_rows_are_dropped(sizes, rules, kernels, monkeypatch):
     """On a mesh too the rest is what it would have been, and caches stay split by rows and by heads."""
     limits = np.array([[8, 3]] + [[1 + i % 2, 2] for i in range(B - 1)])
-    expected, places, drop = one_device("sampled", "replicated"), [], generate.compact
+    expected, kept, drop = one_device("sampled", "replicated"), [], generate.compact
 
     def watched(*args):
-        asked, answers = drop(*args)
-        places.append((len(answers.done_BG), answers.cache[0].k.sharding.spec, asked.prefix[0].v.sharding.spec))
-        return asked, answers
+        rows, answers = drop(*args)
+        kept.append((len(answers.done_R), answers.cache[0].sharding.spec, rows.question_R.sharding.spec))
+        return rows, answers
 
     monkeypatch.setattr(generate, "SEGMENT", 2)
+    monkeypatch.setattr(generate, "ROW_MULTIPLE", 1)
     monkeypatch.setattr(generate, "compact", watched)
     mesh = make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
-    got = sampled(mesh, rules, limit_BG=limits)
+    got = sampled(mesh, rules, kernels, limit_BG=limits)
     mask = (np.arange(8) < limits[..., None]) & expected.mask_BGT
     np.testing.assert_array_equal(got.mask_BGT, mask)
     np.testing.assert_array_equal(got.tokens_BGT[mask], expected.tokens_BGT[mask])
-    if batch_shards(mesh) == B:
-        assert places == []  # as many questions as devices
-    else:
-        assert [count for count, *_ in places] == [2]
-        assert all(len(spec) > 1 and spec[1] == "tensor" and spec[0] for _, *specs in places for spec in specs)
+    np.testing.assert_allclose(got.logprobs_BGT[mask], expected.logprobs_BGT[mask], atol=1e-5)
+    assert kept and all(count < 2 * B and count % batch_shards(mesh) == 0 for count, *_ in kept)
+    assert all(cache[0] == rows[0] and (sizes[2] == 1 or cache[1] == "tensor") for _, cache, rows in kept)
 
 
 @pytest.mark.parametrize("sizes", MESHES)

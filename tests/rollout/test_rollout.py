@@ -14,7 +14,6 @@ from helpers.tiny_jax import batch_of, left_padded, questions, random_params, ti
 from r1vl_jax.model.answers import answer_logprobs
 from r1vl_jax.model.fused import fuse
 from r1vl_jax.model.qwen2_vl import prompt_logits
-from r1vl_jax.parallel.sharding import make_mesh
 from r1vl_jax.rollout import generate
 from r1vl_jax.rollout.generate import rollout
 from r1vl_jax.rollout.sampling import answer_uniforms, check_sampling, sample
@@ -153,21 +152,17 @@ def test_decoding_ends_with_the_last_answer(monkeypatch):
     assert 1 < len(calls) == longest < STEPS
 
 
-# Loops: caches that grow, questions that are dropped when they are finished.
+# Loops: caches that grow, rows that are dropped when they are finished.
 
 
-def test_segments():
-    """Caches double up to the length that is asked for; no loop is longer than a segment."""
-    assert list(generate.segments(96)) == [(0, 96, 96)]
-    assert list(generate.segments(1000)) == [(0, 256, 256), (256, 512, 512), (512, 768, 1000), (768, 1000, 1000)]
-    assert [length for *_, length in generate.segments(2048)] == [256, 512, 1024, 1024] + [2048] * 4
-
-
-def test_fewer():
-    assert [generate.shrunk_batch(live, 64) for live in (64, 33, 32, 17, 16, 1, 0)] == [64, 64, 32, 32, 16, 1, 1]
-    assert [generate.shrunk_batch(live, 12) for live in (7, 6, 3, 1)] == [12, 6, 3, 3]
-    with jax.set_mesh(make_mesh(4, devices=jax.devices()[:4])):
-        assert [generate.shrunk_batch(live, 16) for live in (9, 8, 4, 1)] == [16, 8, 4, 4]
+def test_row_counts(monkeypatch):
+    """At most eight sizes from all rows down, in multiples of eight where there are so many rows."""
+    assert generate.row_counts(256) == [256, 208, 168, 128, 96, 64, 40, 24]
+    assert generate.row_counts(64) == [64, 56, 48, 32, 24, 16, 8]
+    assert generate.row_counts(4) == [4]
+    monkeypatch.setattr(generate, "ROW_MULTIPLE", 1)
+    assert generate.row_counts(4) == [4, 3, 2, 1]
+    assert all(len(generate.row_counts(rows)) <= 8 for rows in range(1, 600))
 
 
 LIMITS = np.array([[1, 3], [12, 2], [5, 9], [2, 1]])
@@ -185,23 +180,61 @@ def test_an_answer_ends_at_its_limit():
     np.testing.assert_array_equal(got.tokens_BGT[mask], full.tokens_BGT[mask])
 
 
-@pytest.mark.parametrize("segment", [1, 2, 3, 5])
-def test_growing_caches_and_dropped_questions_change_nothing(segment, monkeypatch):
-    """Short loops, that drop finished questions on the way, give what one loop over all of them gives."""
-    want = answers(four(), rows=range(4), limits=LIMITS)
-    batches, decode = [], generate.decode
-    monkeypatch.setattr(generate, "SEGMENT", segment)
-    monkeypatch.setattr(generate, "decode", lambda *args: batches.append(len(args[3].done_BG)) or decode(*args))
+@cache
+def unbroken():
+    return answers(four(), rows=range(4), limits=LIMITS)
+
+
+@pytest.mark.parametrize("segment, first_cache", [(1, 12), (2, 3), (3, 1), (5, 12)])
+def test_growing_caches_and_dropped_rows_change_nothing(segment, first_cache, monkeypatch):
+    """Short loops, that drop finished rows on the way, give what one loop over all of them gives."""
+    want = unbroken()
+    loops, decode = [], generate.decode
+
+    def watched(*args):
+        loops.append((len(args[4].done_R), args[4].cache[0].shape[3], int(args[4].step)))
+        return decode(*args)
+
+    for name, value in (("SEGMENT", segment), ("FIRST_CACHE", first_cache), ("ROW_MULTIPLE", 1), ("decode", watched)):
+        monkeypatch.setattr(generate, name, value)
     got = answers(four(), rows=range(4), limits=LIMITS)
     np.testing.assert_array_equal(got.tokens_BGT, want.tokens_BGT)
     np.testing.assert_array_equal(got.mask_BGT, want.mask_BGT)
     np.testing.assert_allclose(got.logprobs_BGT, want.logprobs_BGT, atol=1e-5)
-    assert batches[0] == 4 and batches[-1] == 1 and sorted(batches, reverse=True) == batches
+    counts, lengths, starts = zip(*loops, strict=True)
+    assert counts[0] == 8 and counts[-1] < 4 and sorted(counts, reverse=True) == list(counts)
+    assert lengths[0] == first_cache and lengths[-1] == STEPS
+    dropped = [i for i in range(1, len(loops)) if counts[i] < counts[i - 1]]
+    assert dropped and all(starts[i] - starts[i - 1] >= min(segment, first_cache) for i in dropped)
+
+
+def test_most_of_what_is_computed_belongs_to_answers(monkeypatch):
+    """Lognormal lengths as in training, a fourth of them: at least 85%, in few shapes, loops of 16 tokens or more."""
+    loops, decode = [], generate.decode
+
+    def watched(*args):
+        rows, first = len(args[4].done_R), int(args[4].step)
+        after = decode(*args)
+        loops.append((rows, int(after.step) - first))
+        return after
+
+    for name, value in (("SEGMENT", 16), ("ROW_MULTIPLE", 1), ("decode", watched)):
+        monkeypatch.setattr(generate, name, value)
+    limits = np.clip(np.random.default_rng(3).lognormal(np.log(100) - 0.18, 0.6, (16, 4)), 1, 256).astype(int)
+    batch = batch_of(questions(*[[3]] * 16))
+    monkeypatch.setitem(globals(), "STEPS", 256)
+    got = answers(batch, group=4, rows=range(16), limits=limits)
+    np.testing.assert_array_equal(got.mask_BGT.sum(axis=2), limits)
+    computed = sum(rows * steps for rows, steps in loops)
+    assert limits.sum() / computed >= 0.85
+    assert len({rows for rows, _ in loops}) <= 8 and min(steps for _, steps in loops[:-1]) >= 16
 
 
 def test_twenty_batches_compile_once(monkeypatch):
     """Questions and answers of any length, in one shape: a program for each shape of a loop, and none after that."""
     monkeypatch.setattr(generate, "SEGMENT", 3)
+    monkeypatch.setattr(generate, "FIRST_CACHE", 6)
+    monkeypatch.setattr(generate, "ROW_MULTIPLE", 1)
     built, calls, decode = [], [], generate.decode
 
     def hear(event, seconds, **about):
@@ -209,7 +242,7 @@ def test_twenty_batches_compile_once(monkeypatch):
             built.append(about.get("fun_name"))
 
     def counted(*args):
-        calls.append((len(args[3].done_BG), args[3].cache[0].k.shape[3]))
+        calls.append((len(args[4].done_R), args[4].cache[0].shape[3]))
         return decode(*args)
 
     def run(step):
@@ -223,7 +256,8 @@ def test_twenty_batches_compile_once(monkeypatch):
         for step in range(20):
             run(step)
         assert built.count("jit(prefill)") == 1 and len(calls) > 50
-        assert built.count("jit(decode)") == len(set(calls)) <= 3 * 3  # caches of 3, 6, 12; batches of 4, 2, 1
+        assert built.count("jit(compact)") <= 6 + 6  # from each size to the next, with a cache of either length
+        assert built.count("jit(decode)") == len(set(calls)) <= 2 * 7  # caches of 6, 12; 8, 7, 6, 4, 3, 2, 1 rows
         del built[:]
         for step in range(20):
             run(step)
@@ -313,10 +347,20 @@ def test_greedy_ignores_the_uniforms():
 
 
 def test_ends_of_the_uniforms():
-    """0 and the largest float below 1 draw an allowed token, even where the first and the last ids are forbidden."""
-    logits = jnp.zeros((2, 4))
-    tokens, _ = sample(logits, jnp.array([0.0, np.nextafter(np.float32(1), 0)]), Sampling(temperature=1.0), (0, 3))
+    """0 and the largest number that is drawn give an allowed token, even where the first and the last ids are not."""
+    logits, ends = jnp.zeros((2, 4)), jnp.array([0.0, 1 - 2.0**-23])
+    tokens, _ = sample(logits, ends, Sampling(temperature=1.0), (0, 3))
     assert np.asarray(tokens).tolist() == [1, 2]
+
+
+def test_the_least_uniform_does_not_draw_what_is_almost_impossible():
+    """Nor is a forbidden token drawn from a block whose probabilities are all below the smallest float."""
+    logits = jnp.zeros(400).at[0].set(-30.0)
+    assert int(sample(logits, jnp.float32(0), Sampling(temperature=1.0), ())[0]) == 1
+    logits = jnp.full(400, -200.0).at[:130].set(-91.0).at[399].set(-91.0)
+    for uniform in (0.0, 0.3, 0.9999):
+        token, logprob = sample(logits.at[200].set(0.0), jnp.float32(uniform), Sampling(temperature=1.0), (0,))
+        assert int(token) != 0 and np.isfinite(logprob)
 
 
 def test_uniforms_depend_on_seed_step_row_and_sample_only():

@@ -15,9 +15,11 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.paths import ROOT
+from helpers.paths import SCRIPTS
 
-SCRIPTS = ROOT / "scripts"
+from r1vl_jax import config
+
+FIGURES = {"value", "unit", "seconds", "min", "max", "repeats", "compile_s", "peak_gb", "card"}
 
 
 @pytest.fixture(autouse=True)
@@ -27,10 +29,10 @@ def scripts(monkeypatch):
 
 @pytest.fixture
 def check(monkeypatch, tmp_path):
-    """check(seconds=, budget=, first=source of a stage, ...) -> (exit code, rows); rows are those of gpu_check.json."""
+    """check(option, ..., first=source of a stage, ...) -> (exit code, rows); rows are those of gpu_check.json."""
     import gpu_check
 
-    def run(seconds: float = 60, budget: float = 600, **sources: str):
+    def run(*more: str, seconds: float = 60, budget: float = 600, **sources: str):
         stages = {}
         for name, source in sources.items():
             script = tmp_path / f"{name}.py"
@@ -38,7 +40,7 @@ def check(monkeypatch, tmp_path):
             stages[name] = gpu_check.Stage(seconds, str(script))
         monkeypatch.setattr(gpu_check, "STAGES", stages)
         options = ["--out", str(tmp_path / "out"), "--keep", str(tmp_path / "keep"), "--budget", str(budget)]
-        code = gpu_check.main([*options, "--stages", ",".join(stages)])
+        code = gpu_check.main([*options, "--stages", ",".join(stages), *more])
         result = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
         assert result["arguments"][:2] == options[:2]
         return code, result["rows"]
@@ -57,6 +59,7 @@ def test_arguments(capsys):
     args = parse_arguments(["--out", "x", "--cpu", "--stages", "R1,env"])
     assert (args.size, args.stages) == ("tiny", ["R1", "env"])
     assert parse_arguments(["--out", "x", "--cpu", "--size", "2b"]).size == "2b"
+    assert parse_arguments(["--out", "x", "--cpu", "--budget", "0"]).budget == 0
     with pytest.raises(SystemExit):
         parse_arguments(["--out", "x", "--stages", "env,R9,R8"])
     assert "no stage R9, R8; there are env, right, step" in capsys.readouterr().err
@@ -80,6 +83,38 @@ def test_environment(monkeypatch):
     assert environment["PYTHONPATH"].split(os.pathsep)[1:] == [str(SCRIPTS.parent / "kernels"), str(SCRIPTS), "mine"]
     assert environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
     assert stage_environment(parse_arguments(["--out", "x", "--cpu"]))["JAX_PLATFORMS"] == "cpu"
+
+
+def test_what_stages_are_told(check):
+    """They read their arguments as gpu_check.py writes them."""
+    source = "import gpu_check_common as c; a = c.stage_arguments()\n"
+    source += "c.print_row(a.stage, size=a.size, repeats=a.repeats, micro=a.micro, remat=a.remat, cpu=a.cpu)"
+    rows = check("--cpu", "--micro", "2", "--remat", "full", first=source)[1]
+    told = {"size": "tiny", "repeats": 3, "micro": 2, "remat": "full", "cpu": True}
+    assert rows[0] == {"stage": "first", "name": "first"} | told
+    rows = check(first=source)[1]
+    assert rows[0] == {"stage": "first", "name": "first"} | told | {
+        "size": "2b", "micro": None, "remat": None, "cpu": False
+    }  # fmt: skip
+
+
+def test_remat():
+    """The parent knows the choices of the configuration, which it cannot import on a bare machine."""
+    from gpu_check_common import REMAT
+
+    assert REMAT == config.REMAT
+
+
+def test_a_check_that_raises(capsys):
+    """Its row has the error's first line."""
+    from gpu_check_common import MARK, run_check
+
+    def fail():
+        raise MemoryError("out of memory\nand more")
+
+    run_check("T2", fail)
+    row = json.loads(capsys.readouterr().out.removeprefix(MARK))
+    assert row.pop("wall_s") >= 0 and row == {"name": "T2", "error": "MemoryError: out of memory"}
 
 
 def test_verdict(capsys):
@@ -164,6 +199,85 @@ def test_pack(monkeypatch, tmp_path):
     assert names == {"cache0.tar": ["deep/1", "deep/4", "deep/5"], "cache1.tar": ["deep/6"]}
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
+@pytest.mark.parametrize("stage", ["R3", "S", "T1", "T2", "K", "torch"])
+def test_speed_stages(stage, monkeypatch, capsys, tmp_path):
+    """Every way to measure, at tiny size in this process. The table takes the rows as they are."""
+    if stage == "torch":
+        pytest.importorskip("torch")
+    from gpu_check_common import MARK
+    from gpu_check_speed import main
+    from gpu_check_table import report
+
+    options = ["--cpu", "--size", "tiny", "--repeats", "1", "--out", str(tmp_path), "--keep", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["gpu_check_speed.py", stage, *options])
+    main()
+    marked = [line for line in capsys.readouterr().out.splitlines() if line.startswith(MARK)]
+    rows = {row["name"]: row for row in (json.loads(line.removeprefix(MARK)) for line in marked)}
+    assert set(rows) == ({"torch rollout", "torch step"} if stage == "torch" else {stage})
+    for row in rows.values():
+        assert row.keys() >= FIGURES and row["value"] > 0 and row["repeats"] == 1 and row["card"] == "cpu", row
+    if stage == "S":
+        assert set(rows["S"]["phases"]) == {"rollout", "reference", "score", "update"}
+    if stage in ("S", "T1"):
+        assert (rows[stage]["micro"], rows[stage]["remat"]) == (1, "matmuls")
+    lines = report({"size": "tiny", "date": "today", "rows": list(rows.values())}).splitlines()
+    assert lines[0] == "tiny, cpu, today" and [line[:14].rstrip() for line in lines[3 : 3 + len(rows)]] == list(rows)
+
+
+def test_micro_batches_fit_the_card():
+    from gpu_check_workloads import micro_and_remat
+
+    choices = {memory: micro_and_remat("2b", memory) for memory in (137, 77, 60, 0)}
+    assert choices == {137: (4, "matmuls"), 77: (2, "matmuls"), 60: (4, "full"), 0: (4, "full")}
+    assert micro_and_remat("7b", 137) == (4, "full")
+
+
+def speed_row(name, value, unit, card, **more):
+    times = {"seconds": 2.0, "min": 1.5, "max": 2.5, "repeats": 3, "compile_s": 9.0}
+    return {"stage": name, "name": name, "value": value, "unit": unit, "card": card, "peak_gb": 66.6} | times | more
+
+
+def test_table(tmp_path):
+    """Floors and targets are those of the card and of the 2B; ratios are against torch in the same run."""
+    from gpu_check_table import report
+
+    def result(card, size="2b"):
+        return {"size": size, "date": "2026-11-28", "rows": [
+            {"stage": "R1", "name": "R1", "error": "MemoryError"},
+            speed_row("R2", 60_000.0, "tokens/s", card, mfu=0.123),
+            speed_row("R3", 50_000.0, "tokens/s", card, mfu=None),
+            speed_row("S", 4.5, "s", card, micro=2, remat="matmuls", phases={"rollout": 3.0, "update": 1.5}),
+            speed_row("T1", 2.5, "s", card, answers=64, micro=2, remat="matmuls"),
+            speed_row("torch rollout", 160.0, "tokens/s", card),
+            speed_row("torch step", 0.125, "s an answer", card),
+            {"stage": "R2", "name": "process", "code": 0},
+        ]}  # fmt: skip
+
+    lines = report(result("NVIDIA H100 80GB HBM3")).splitlines()
+    assert lines[0] == "2b, NVIDIA H100 80GB HBM3, 2026-11-28"
+    cells = {line[:14].rstrip(): line[14:].split() for line in lines[3:9]}
+    assert list(cells) == ["R2", "R3", "S", "T1", "torch rollout", "torch step"]
+    expected = "60,000 tokens/s 80,000 56,000 2 (1.5 to 2.5) 3 12% 66.6 9.0"
+    assert " ".join(cells["R2"]) == expected
+    assert cells["R3"][2:4] == ["-", "54,000"] and cells["S"][2:4] == ["4", "5"]
+    assert lines[10:] == [
+        "S: micro-batches of 2 questions, remat matmuls",
+        "S: rollout 3.00 s, update 1.50 s",
+        "S: peak 66.6 GB (target: at most 70)",
+        "T1: micro-batches of 2 questions, remat matmuls",
+        "rollout, R2 against torch: 375.0x (target 10x)",
+        "training step, T1 against torch: 3.2x (target 2.5x)",
+    ]
+    (tmp_path / "check.json").write_text(json.dumps(result("NVIDIA H200")))
+    command = [sys.executable, str(SCRIPTS / "gpu_check_table.py"), str(tmp_path / "check.json")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed == report(result("NVIDIA H200")) + "\n" and "114,000" in printed and "(target: " not in printed
+    for unknown in (result("NVIDIA A100"), result("NVIDIA H100", size="7b")):
+        assert "(target" not in report(unknown) and "80,000" not in report(unknown)
+    assert report({"size": "2b", "date": "2026-11-28", "rows": [{"name": "process", "code": 0}]}) == ""
+
+
 def test_kernels_of_a_trace():
     from gpu_check_speed import by_kernel, cpu_events, gpu_events
 
@@ -233,4 +347,5 @@ def test_every_stage_on_a_cpu(tmp_path):
     assert codes == dict.fromkeys(STAGES, 0)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "RIGHT")
     assert {"R1", "torch rollout", "torch step", "loss head", "train", "profile"} <= {row["name"] for row in rows}
+    assert "\ntorch step " in done.stdout
     assert {path.name for path in out.iterdir()} == {"gpu_check.json", "logs.txt", "decode.xplane.pb", "cache0.tar"}

@@ -9,7 +9,7 @@ import sys
 import pytest
 from helpers.paths import ROOT, SCRIPTS
 
-WITHOUT_KERNELS = {"rollout_weights", "enlarge, the last time", "update", "sft update"}
+WITHOUT_KERNELS = {"rollout_weights", "compact", "update", "sft update"}
 
 
 @pytest.mark.slow

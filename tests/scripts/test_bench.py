@@ -47,14 +47,18 @@ def test_every_program_of_a_step_lowers(scripts, monkeypatch, platform, attentio
     import hlo_report
     import jax
     from bench_common import SIZES
+    from jax.sharding import AbstractDevice
 
     from r1vl_jax.parallel.sharding import make_mesh
 
     size, mesh = SIZES["tiny"], make_mesh(1, 2, 1, devices=jax.devices()[:2])
     cfg = size.cfg.with_backend(attention, "pallas")
+    h100 = AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")  # jax 0.11 wants to know which GPU
+    target = mesh.abstract_mesh.update(abstract_device=h100) if platform == "cuda" else mesh.abstract_mesh
     lowered = {}
     for call in hlo_report.step_calls(cfg, size, mesh, questions=2, micro=2, remat="matmuls"):
-        lowered[call.name] = hlo_report.lower(call, mesh, platform).as_text()
+        with jax.set_mesh(mesh), jax.sharding.use_abstract_mesh(target):
+            lowered[call.name] = call.program.trace(*call.args).lower(lowering_platforms=(platform,)).as_text()
         assert sum(map(hlo_report.device_bytes, call.beside)) > 0
     call = {"cuda": "__gpu$xla.gpu.triton", "tpu": "tpu_custom_call"}[platform]
     with_kernels = {name for name, text in lowered.items() if call in text}

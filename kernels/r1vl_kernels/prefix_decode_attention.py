@@ -216,8 +216,8 @@ def _tpu(scalars: list[jax.Array], q: jax.Array, prefix: jax.Array, own: jax.Arr
     """
     R, K, E, H = q.shape
     sizes = prefix.shape[3], own.shape[3]
-    blocks = tuple(min(size, TPU_BLOCK) for size in sizes)
-    counts = tuple(map(pl.cdiv, sizes, blocks))
+    blocks = min(sizes[0], TPU_BLOCK), min(sizes[1], TPU_BLOCK)
+    counts = pl.cdiv(sizes[0], blocks[0]), pl.cdiv(sizes[1], blocks[1])
 
     def last(length: Any, block: int) -> Any:
         return jnp.maximum(pl.cdiv(length, block) - 1, 0)

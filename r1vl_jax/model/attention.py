@@ -106,13 +106,14 @@ def _cudnn(q_BTNH: jax.Array, part: cudnn.Part) -> jax.Array:
         return cudnn.forward(q, cudnn.Part(k, v, length, bias, part.causal))[0]
 
     def attend_forward(*arrays: Any) -> tuple[jax.Array, Any]:
-        out, lse = cudnn.forward(arrays[0], cudnn.Part(*arrays[1:], part.causal))
+        q, k, v, length, bias = arrays
+        out, lse = cudnn.forward(q, cudnn.Part(k, v, length, bias, part.causal))
         out, lse = checkpoint_name(out, SAVED), checkpoint_name(lse, SAVED)
         return out, (arrays, out, lse)
 
     def attend_backward(saved: Any, d_out: jax.Array) -> tuple[Any, ...]:
-        arrays, out, lse = saved
-        return *cudnn.backward(arrays[0], cudnn.Part(*arrays[1:], part.causal), lse, out, d_out), None, None
+        (q, k, v, length, bias), out, lse = saved
+        return *cudnn.backward(q, cudnn.Part(k, v, length, bias, part.causal), lse, out, d_out), None, None
 
     attend.defvjp(attend_forward, attend_backward)
     return attend(q_BTNH, *part[:4])
@@ -145,10 +146,9 @@ def _cudnn_shared_forward(q_BGTNH: jax.Array, *keys: Any) -> tuple[jax.Array, An
     own_out, own_lse = cudnn.forward(q_BGTNH.reshape(B * G, T, N, H), own)
     lses = prompt_lse.reshape(B, N, G, T).transpose(0, 2, 3, 1), own_lse.reshape(B, G, N, T).swapaxes(2, 3)
     lse_BGTN = jnp.logaddexp(*lses)
-    out = sum(
-        jnp.exp(lse - lse_BGTN)[..., None] * out.reshape(q_BGTNH.shape).astype(jnp.float32)
-        for lse, out in zip(lses, (prompt_out, own_out), strict=True)
-    ).astype(q_BGTNH.dtype)
+    weights = [jnp.exp(lse - lse_BGTN)[..., None] for lse in lses]
+    outs = [part.reshape(q_BGTNH.shape).astype(jnp.float32) for part in (prompt_out, own_out)]
+    out = (weights[0] * outs[0] + weights[1] * outs[1]).astype(q_BGTNH.dtype)
     out, lse_BGTN = checkpoint_name(out, SAVED), checkpoint_name(lse_BGTN, SAVED)
     return out, (q_BGTNH, keys, out, lse_BGTN)
 

@@ -197,8 +197,8 @@ def start(
     """
     B, G, T = uniforms_BGT.shape
     question_R = jnp.repeat(jnp.arange(B, dtype=jnp.int32) % (B // ambient_shards()), G)
-    of_prompt = (jnp.repeat(a, G, axis=0) for a in (length_B, next_position_B))
-    rows = Rows(question_R, *of_prompt, limit_BG.reshape(-1), uniforms_BGT.reshape(-1, T))
+    length_R, start_R = (jnp.repeat(a, G, axis=0) for a in (length_B, next_position_B))
+    rows = Rows(question_R, length_R, start_R, limit_BG.reshape(-1), uniforms_BGT.reshape(-1, T))
     R, zeros = B * G, jnp.zeros(B * G, jnp.int32)
     answers = Answers(
         jnp.int32(0), jnp.repeat(last_BD, G, axis=0), jnp.zeros(R, bool), (), jnp.full((R, T), stop, jnp.int32),
@@ -248,7 +248,8 @@ def rollout(
     rows, answers = start(
         cfg, last_BD, length_B, prompts.next_position_B, uniforms_BGT, limit_BG, length=room, stop=stop_ids[0]
     )
-    whole = Rollout(*(np.empty((limit_BG.size, T), dtype) for dtype in (np.int32, np.float32, bool)))
+    shape = limit_BG.size, T
+    whole = Rollout(np.empty(shape, np.int32), np.empty(shape, np.float32), np.empty(shape, bool))
     places = np.arange(limit_BG.size).reshape(shards, -1)  # of each device's rows, in the whole batch
     counts, now = row_counts(places.shape[1]), 0
     while True:

@@ -160,6 +160,7 @@ class _Blank:
     fingerprint: str = ""
     errors: list[RowError] = dataclasses.field(default_factory=list)
     filtered: int = 0
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def __len__(self) -> int:
         return self.count

@@ -31,6 +31,7 @@ def set_text(key: str, numbers: dict[str, Any], named: int | None) -> str:
     """Formats the numbers of one data set."""
     budgets = [f"{name} {value:,}" for limits in numbers["budgets"].values() for name, value in limits.items()]
     lines = [f"{key}: {numbers['source']}", f"{INDENT}{', '.join(budgets[:-2])}", f"{INDENT}{', '.join(budgets[-2:])}"]
+    lines += [f"{INDENT}{note.removeprefix(numbers['source'] + ': ')}" for note in numbers["notes"]]
     lines += _row_lines(numbers, named)
     lines += _image_lines(numbers)
     lines += ["", *_quantile_table(numbers["quantiles"])]

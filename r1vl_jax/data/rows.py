@@ -15,10 +15,10 @@ in one of the fields of MEDIA, or in the parts of a turn (row_media.py).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from r1vl_jax.common.text import first_few, shown
+from r1vl_jax.common.text import did_you_mean, first_few, shown
 from r1vl_jax.data.row_media import (
     AUDIO,
     IMAGE,
@@ -107,6 +107,17 @@ def unread_keys(row: object) -> Iterator[str]:
         if isinstance(turn, dict):
             read = turn_fields(turn)
             yield from (f"{fields[0]}[].{key}" for key, value in turn.items() if value is not None and key not in read)
+
+
+def unread_notes(name: str, keys: Iterable[str]) -> list[str]:
+    """Returns the line that names the keys of a data set that are not read; no line if there are none.
+
+    Keys that are similar to one that is read are named first, because they may be misspelt.
+    """
+    known = {key: key in READ_FIELDS or "[]" in key for key in keys}  # not misspelt: `answer` beside `solution`
+    hints = {key: "" if known[key] else did_you_mean(key, READ_FIELDS).removeprefix("; ") for key in known}
+    named = [f"{key} ({hint})" if hint else key for key, hint in sorted(hints.items(), key=lambda item: not item[1])]
+    return [f"{name}: keys that are not read: {first_few(named, 10)}"] if named else []
 
 
 def turn_fields(turn: dict[str, Any]) -> tuple[str, str]:

@@ -14,15 +14,14 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from r1vl_jax.common.text import did_you_mean, first_few
 from r1vl_jax.config import SourceSection
 from r1vl_jax.data.json_file import check_file, scan
-from r1vl_jax.data.rows import READ_FIELDS, parse_row, unread_keys
+from r1vl_jax.data.rows import parse_row, unread_keys, unread_notes
 from r1vl_jax.errors import RowError
 from r1vl_jax.types import Example
 
@@ -57,17 +56,29 @@ def open_source(section: SourceSection) -> Source:
         return TfdsSource(
             section.tfds, data_dir=section.tfds_dir, split=section.split, drop_matching=section.drop_matching
         )
-    return JsonSource(
-        section.path, split=section.split, image_root=section.image_root, drop_matching=section.drop_matching
-    )
+    if _is_parquet(section.path):
+        from r1vl_jax.data.parquet_source import ParquetSource  # pyarrow takes a while to import
+
+        source = ParquetSource
+    else:
+        source = JsonSource
+    return source(section.path, split=section.split, image_root=section.image_root, drop_matching=section.drop_matching)
 
 
 def check_source(section: SourceSection) -> None:
     """Checks quickly that the data set exists and begins with rows. Raises RowError if not."""
-    if section.tfds:
+    if section.tfds or _is_parquet(section.path):
         open_source(section)
     else:
         next(scan(section.path, section.split), None)
+
+
+def _is_parquet(path: str) -> bool:
+    """Returns whether a path is a folder, or a file that is parquet by its name or its first bytes."""
+    if not os.path.isfile(path):
+        return os.path.isdir(path)
+    with open(path, "rb") as file:
+        return path.endswith(".parquet") or file.read(4) == b"PAR1"
 
 
 class JsonSource:
@@ -150,17 +161,6 @@ class JsonSource:
 
     def _parse(self, row: object, number: int) -> list[Example]:
         return parse_row(row, source=self.name, number=number, image_root=self._root)
-
-
-def unread_notes(name: str, keys: Iterable[str]) -> list[str]:
-    """Returns the line that names the keys of a data set that are not read; no line if there are none.
-
-    Keys that are similar to one that is read are named first, because they may be misspelt.
-    """
-    known = {key: key in READ_FIELDS or "[]" in key for key in keys}  # not misspelt: `answer` beside `solution`
-    hints = {key: "" if known[key] else did_you_mean(key, READ_FIELDS).removeprefix("; ") for key in known}
-    named = [f"{key} ({hint})" if hint else key for key, hint in sorted(hints.items(), key=lambda item: not item[1])]
-    return [f"{name}: keys that are not read: {first_few(named, 10)}"] if named else []
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Defines `Source`, random access to the usable `Example`s of a data set, and `JsonSource`, which reads a JSON file.
 
-`open_source` opens the JSON file, the parquet files or the TFDS data set that a section of the configuration names.
+`open_source` opens the JSON file, the parquet files, the Hub or the TFDS data set that a section of the configuration
+names.
 `JsonSource` keeps an index of the file in memory, not the rows.
 
 Flow: data (here) -> processing.
@@ -24,6 +25,8 @@ from r1vl_jax.data.json_file import check_file, scan
 from r1vl_jax.data.rows import parse_row, unread_keys, unread_notes
 from r1vl_jax.errors import RowError
 from r1vl_jax.types import Example
+
+HUB = "hub:"  # begins the name of a Hub data set
 
 
 class Source(Protocol):
@@ -56,18 +59,22 @@ def open_source(section: SourceSection) -> Source:
         return TfdsSource(
             section.tfds, data_dir=section.tfds_dir, split=section.split, drop_matching=section.drop_matching
         )
-    if _is_parquet(section.path):
+    path, split, name = section.path, section.split, None
+    if path.startswith(HUB):
+        from r1vl_jax.data.hub import fetch
+
+        path, split, name = os.fspath(fetch(path, split)), "train", f"{path}/{split}"
+    options: dict[str, Any] = {"image_root": section.image_root, "drop_matching": section.drop_matching}
+    if _is_parquet(path):
         from r1vl_jax.data.parquet_source import ParquetSource  # pyarrow takes a while to import
 
-        source = ParquetSource
-    else:
-        source = JsonSource
-    return source(section.path, split=section.split, image_root=section.image_root, drop_matching=section.drop_matching)
+        return ParquetSource(path, split=split, name=name, **options)
+    return JsonSource(path, split=split, **options)
 
 
 def check_source(section: SourceSection) -> None:
     """Checks quickly that the data set exists and begins with rows. Raises RowError if not."""
-    if section.tfds or _is_parquet(section.path):
+    if section.tfds or section.path.startswith(HUB) or _is_parquet(section.path):
         open_source(section)
     else:
         next(scan(section.path, section.split), None)

@@ -111,7 +111,7 @@ def test_sharegpt_row(tmp_path):
 SYSTEM_TURN = {"role": "system", "content": "Be brief."}
 BAD = {
     "not an object": ([1, 2], "row 1: holds a list; expected an object"),
-    "unknown keys": ({"b": 1, "a": []}, r"row 1: has the keys \['a', 'b'\]; expected problem and"),
+    "unknown keys": ({"b": 1, "a": []}, r"row 1: has the keys \['a', 'b'\]; expected image_path, problem,"),
     "no solution": ({"problem": "x"}, "row 1, solution: None; expected a text"),
     "blank problem": (RL | {"problem": " "}, "row 1, problem: ' '"),
     "number as solution": (RL | {"solution": 3}, "row 1, solution: 3;"),

@@ -59,8 +59,8 @@ def parse_row(row: object, *, source: str, number: int, image_root: str) -> list
         system, turns = _conversation(row[fields[0]], f"{name}, {fields[0]}", in_turns)
     else:
         raise RowError(
-            f"{name}: has the keys {shown(sorted(row), 200)}; expected image_path, problem, solution, key_steps (RL), or "
-            "messages or conversations, and images"
+            f"{name}: has the keys {shown(sorted(row), 200)}; expected image_path, problem, solution, key_steps (RL), "
+            "or messages or conversations, and images"
         )
     system = _system(row, system, name)
     questions = [question for question, _ in turns]

@@ -79,6 +79,8 @@ def set_numbers(survey: Survey) -> dict[str, Any]:
                 dataclasses.asdict(finding) | {"row": survey.records[finding.row].row} for finding in survey.findings
             ],
         }
+    if survey.unreachable is not None:
+        numbers["unreachable"] = [question._asdict() for question in survey.unreachable]
     return numbers
 
 

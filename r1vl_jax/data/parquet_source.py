@@ -104,7 +104,9 @@ class ParquetSource:
             (row,) = table.slice(number - int(self._group_start[place]), 1).to_pylist()
             example = self._parse(row, number)[turn]
         except RowError as error:
-            raise RowError(f"{error} ({where})") from error if where else error
+            if not where:
+                raise
+            raise RowError(f"{error} ({where})") from error
         if where and example.image_bytes is not None:
             return dataclasses.replace(example, images=tuple(f"{where}: {name}" for name in example.images))
         return example

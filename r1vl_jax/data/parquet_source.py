@@ -169,6 +169,7 @@ class _Kept:
         self._limit = limit
         self._lock = threading.Lock()
         self._tables: dict[int, Future[pa.Table]] = {}  # the one that was used last at the end
+        self._sizes: dict[int, int] = {}  # bytes of the tables that have been read
 
     def __reduce__(self) -> tuple[type, tuple[int]]:
         return _Kept, (self._limit,)
@@ -186,16 +187,17 @@ class _Kept:
                 table.set_result(read())
             except BaseException as error:
                 table.set_exception(error)
-                with self._lock:
-                    self._tables.pop(key, None)
-            self._shrink()
+            self._keep(key, table)
         return table.result()
 
-    def _shrink(self) -> None:
-        """Forgets the tables that were not used for longest."""
+    def _keep(self, key: int, table: Future[pa.Table]) -> None:
+        """Keeps a table that has been read, and forgets those that were not used for longest; forgets a failure."""
         with self._lock:
-            sizes = {key: table.result().nbytes for key, table in self._tables.items() if table.done()}
-            for key in list(sizes)[:-1]:
-                if sum(sizes.values()) <= self._limit:
+            if table.exception():
+                del self._tables[key]
+                return
+            self._sizes[key] = table.result().nbytes
+            for other in [other for other in self._tables if other in self._sizes and other != key]:
+                if sum(self._sizes.values()) <= self._limit:
                     break
-                del self._tables[key], sizes[key]
+                del self._tables[other], self._sizes[other]

@@ -6,6 +6,7 @@ and need no network. To fetch the data set again, delete the file.
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from pathlib import Path
@@ -51,13 +52,12 @@ def fetch(path: str, split: str) -> Path:
 def _library(path: str) -> ModuleType:
     """Returns the library `datasets`. Raises RowError if it is not installed."""
     try:
-        import datasets  # an optional dependency
+        return importlib.import_module("datasets")
     except ImportError as error:
         raise RowError(
             f"{path}: a Hub data set needs the package datasets (pip install datasets); or download its parquet files "
             "and give their folder"
         ) from error
-    return datasets
 
 
 def _stream(datasets: ModuleType, name: str, config: str | None, split: str, file: Path) -> None:

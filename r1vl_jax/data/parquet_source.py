@@ -142,9 +142,10 @@ def _answers(file: ParquetInfo) -> np.ndarray | None:
         with pq.ParquetFile(file.path, metadata=footer(file.path, file.stamp)) as opened:
             for batch in opened.iter_batches(batch_size=10_000, columns=[file.role]):
                 turns = batch.column(0)
-                answers = pc.is_in(turns.flatten().field(0), value_set=ANSWERING)
-                row = pc.list_parent_indices(turns).to_numpy()[answers.to_numpy(zero_copy_only=False)]
-                counts.append(np.bincount(row, minlength=len(turns)))
+                rows = pc.call_function("list_parent_indices", [turns]).to_numpy()
+                roles = turns.flatten().field(0).cast(pa.string())
+                answers = pc.call_function("is_in", [roles], pc.SetLookupOptions(ANSWERING))
+                counts.append(np.bincount(rows[answers.to_numpy(zero_copy_only=False)], minlength=len(turns)))
     except (pa.ArrowException, OSError) as error:
         raise RowError(f"{file.path}, column {file.role}: cannot be read ({one_line(error)})") from error
     return np.concatenate(counts) if counts else np.zeros(0, np.int64)

@@ -29,18 +29,20 @@ def media_field(row: dict[str, Any], kind: str, in_turns: dict[str, list[Any]], 
       in_turns: what the parts of the turns hold, for each kind.
     Raises: RowError if there is more than one such field.
     """
-    values = {field: row[field] for field in MEDIA[kind] if not _is_nothing(row.get(field))}
+    values = [(field, row[field]) for field in MEDIA[kind] if field in row and not is_nothing(row[field])]
     if in_turns[kind]:
-        values["content"] = in_turns[kind]
+        values.append(("content", in_turns[kind]))
     if len(values) > 1:
-        raise RowError(f"{name}, {' and '.join(values)}: all of them have {kind[1:-1]}s; expected one of them")
-    return next(iter(values.items()), (MEDIA[kind][0], None))
+        names = " and ".join(field for field, _ in values)
+        raise RowError(f"{name}, {names}: all of them have {kind[1:-1]}s; expected one of them")
+    return values[0] if values else (MEDIA[kind][0], None)
 
 
-def _is_nothing(value: object) -> bool:
+def is_nothing(value: object) -> bool:
     """Returns whether a value has no file: null, an empty list, or parquet's {"bytes": null, "path": null}."""
-    empty = isinstance(value, dict) and "path" in value and all(item is None for item in value.values())
-    return value is None or value == [] or empty
+    if isinstance(value, dict):
+        return "path" in value and all(item is None for item in value.values())
+    return value is None or value == []
 
 
 def content_text(parts: list[Any], name: str, in_turns: dict[str, list[Any]] | None) -> str:
@@ -52,8 +54,8 @@ def content_text(parts: list[Any], name: str, in_turns: dict[str, list[Any]] | N
     """
     texts = []
     for i, part in enumerate(parts):
-        kind = part.get("type") if isinstance(part, dict) else None
-        placeholder = PARTS.get(kind) if isinstance(kind, str) else None
+        kind = str(part.get("type")) if isinstance(part, dict) else ""
+        placeholder = PARTS.get(kind)
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
         elif placeholder and in_turns is not None:
@@ -64,7 +66,7 @@ def content_text(parts: list[Any], name: str, in_turns: dict[str, list[Any]] | N
                 value = value.get("url")
             if value is not None:
                 in_turns[placeholder].append(value)
-        elif isinstance(kind, str) and "audio" in kind:
+        elif "audio" in kind:
             raise RowError(f"{name}[{i}]: audio is not read; expected images, videos or text")
         else:
             expected = "a part of type text" + (f", {', '.join(PARTS)}" if in_turns is not None else "")
@@ -77,36 +79,40 @@ def image_files(value: object, name: str, root: str) -> list[File]:
 
     Lists inside of lists are read in order.
     """
-    files: list[File] = []
-    for item in value if isinstance(value, list) else [] if value is None else [value]:
-        if isinstance(item, list):
-            files += image_files(item, name, root)
-            continue
-        path, data = (item.get("path"), item.get("bytes")) if isinstance(item, dict) else (item, None)
-        if isinstance(item, bytes):
-            path, data = None, item
-        if data is None:
-            path = item if path is None else path
-        elif not isinstance(data, bytes) or not data:
-            raise RowError(f"{name}: its bytes are {shown(data)}; expected the contents of an image file")
-        files.append((_path(path, name, root), None) if data is None else (str(path or ""), data))
-    return files
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [file for item in value for file in image_files(item, name, root)] if value else []
+    path, data = value, None
+    if isinstance(value, dict):
+        path, data = value.get("path"), value.get("bytes")
+        path = value if path is None and data is None else path
+    elif isinstance(value, bytes):
+        path, data = None, value
+    if data is None:
+        return [(_path(path, name, root), None)]
+    if not isinstance(data, bytes) or not data:
+        raise RowError(f"{name}: its bytes are {shown(data)}; expected the contents of an image file")
+    return [(str(path or ""), data)]
 
 
 def split_contents(files: list[File], name: str) -> tuple[tuple[str, ...], tuple[bytes, ...] | None]:
     """Returns the names of images, and the contents of the files; None if all are paths."""
-    contents = tuple(data for _, data in files if data is not None)
-    if contents and len(contents) < len(files):
+    contents = tuple([data for _, data in files if data is not None])
+    if not contents:
+        return tuple([path for path, _ in files]), None
+    if len(contents) < len(files):
         raise RowError(f"{name}: {len(contents)} of {len(files)} images are in the row; expected all, or all as paths")
     field = name.rpartition(", ")[2]
-    return tuple(path or f"{field}[{i}]" for i, (path, _) in enumerate(files)), contents or None
+    return tuple(path or f"{field}[{i}]" for i, (path, _) in enumerate(files)), contents
 
 
 def video_files(value: object, name: str, root: str) -> tuple[str | tuple[str, ...], ...]:
     """Returns the absolute path of each video file. For a video given as a list of frames, returns a tuple of paths."""
-    videos = [] if value is None else value if isinstance(value, list) else [value]
+    if value is None:
+        return ()
     paths = []
-    for i, video in enumerate(videos):
+    for i, video in enumerate(value if isinstance(value, list) else [value]):
         field = f"{name}[{i}]"
         if video == []:
             raise RowError(f"{field}: no frames; expected the path of a video file or of at least one frame")

@@ -15,7 +15,7 @@ in one of the fields of MEDIA, or in the parts of a turn (row_media.py).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from r1vl_jax.common.text import did_you_mean, first_few, shown
@@ -26,6 +26,7 @@ from r1vl_jax.data.row_media import (
     VIDEO,
     content_text,
     image_files,
+    is_nothing,
     media_field,
     split_contents,
     video_files,
@@ -35,8 +36,9 @@ from r1vl_jax.types import Example
 
 PROBLEM, ANSWERS, TURNS = "problem", ("solution", "answer"), ("messages", "conversations")
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-COMMON_FIELDS = ("system", *(field for fields in MEDIA.values() for field in fields))
-READ_FIELDS = (PROBLEM, *ANSWERS, "key_steps", *TURNS, *COMMON_FIELDS)
+COMMON_FIELDS = frozenset(("system", *(field for fields in MEDIA.values() for field in fields)))
+SHOWN_FIELDS = frozenset(MEDIA[IMAGE] + MEDIA[VIDEO])
+READ_FIELDS = (PROBLEM, *ANSWERS, "key_steps", *TURNS, *sorted(COMMON_FIELDS))
 
 
 def parse_row(row: object, *, source: str, number: int, image_root: str) -> list[Example]:
@@ -91,22 +93,24 @@ def question_fields(row: dict[str, Any]) -> tuple[str, ...]:
     """Returns the fields of a row that have its question and answer; () if the row has none of either schema."""
     if row.get(PROBLEM) is not None:
         return PROBLEM, next((field for field in ANSWERS if row.get(field) not in (None, "")), ANSWERS[0]), "key_steps"
-    return tuple(field for field in TURNS if row.get(field) is not None)[:1]
+    for field in TURNS:
+        if row.get(field) is not None:
+            return (field,)
+    return ()
 
 
-def unread_keys(row: object) -> Iterator[str]:
-    """Yields the keys of a row that `parse_row` does not read. A key without a value (null) is not one of them."""
+def unread_keys(row: object) -> list[str]:
+    """Returns the keys of a row that `parse_row` does not read. A key without a value (null) is not one of them."""
     if not isinstance(row, dict):
-        return
+        return []
     fields = question_fields(row)
-    for key, value in row.items():
-        if value is not None and key not in fields and key not in COMMON_FIELDS:
-            yield key
-    turns = row[fields[0]] if fields[:1] != (PROBLEM,) and fields else None
+    keys = [key for key in row if key not in COMMON_FIELDS and key not in fields and row[key] is not None]
+    turns = row[fields[0]] if fields and fields[0] in TURNS else None
     for turn in turns if isinstance(turns, list) else ():
-        if isinstance(turn, dict):
+        if isinstance(turn, dict) and len(turn) > 2:  # else it has its role and its content, and nothing more
             read = turn_fields(turn)
-            yield from (f"{fields[0]}[].{key}" for key, value in turn.items() if value is not None and key not in read)
+            keys += [f"{fields[0]}[].{key}" for key in turn if key not in read and turn[key] is not None]
+    return keys
 
 
 def unread_notes(name: str, keys: Iterable[str]) -> list[str]:
@@ -145,13 +149,13 @@ def _check_media(row: dict[str, Any], question: str, in_turns: dict[str, list[An
       name: name of the row and of the field that is expected to have the images.
     """
     for field in MEDIA[AUDIO]:
-        if row.get(field):
+        if row.get(field) and not is_nothing(row[field]):
             raise RowError(f"{name.rpartition(', ')[0]}, {field}: audio is not read; expected images, videos or text")
     if AUDIO in question:
         raise RowError(f"{name.rpartition(', ')[0]}: {AUDIO} in the question; expected images, videos or text")
-    media = any(field in row for kind in (IMAGE, VIDEO) for field in MEDIA[kind]) or any(in_turns.values())
-    if not media and (row.get(PROBLEM) is not None or IMAGE in question):
-        others = first_few([*unread_keys(row)])
+    has_media = not SHOWN_FIELDS.isdisjoint(row) or any(in_turns.values())
+    if not has_media and (row.get(PROBLEM) is not None or IMAGE in question):
+        others = first_few(unread_keys(row))
         raise RowError(
             f"{name}: missing; expected a path, a list of paths, or null for a text-only question"
             + (f"; the row has the keys {others}, which are not read" if others else "")

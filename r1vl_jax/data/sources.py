@@ -153,7 +153,8 @@ class JsonSource:
             if isinstance(row, RowError):
                 self.errors.append(row)
                 continue
-            unread.update(dict.fromkeys(unread_keys(row)))
+            for key in unread_keys(row):
+                unread[key] = None
             try:
                 examples = self._parse(row, number)
             except RowError as error:

@@ -158,6 +158,10 @@ def test_each_answer_of_a_conversation_is_an_example(tmp_path, keys, roles):
     ]
     source = ParquetSource(write(tmp_path / "a.parquet", rows))
     assert len(source) == 1 + 3 + 1 + 2 + 1
+    turn = pa.struct([(keys[0], pa.large_string()), (keys[1], pa.large_string())])
+    schema = pa.schema([("images", pa.list_(pa.binary())), ("conversations", pa.large_list(turn))])
+    same = ParquetSource(write(tmp_path / "b.parquet", rows, schema=schema))
+    assert [same[i].answer for i in (0, 1, 2, 3)] == [source[i].answer for i in (0, 1, 2, 3)] and len(same) == 8
     good = [source[i] for i in (0, 1, 2, 3, 5, 6)]
     assert [(example.row, example.answer) for example in good] == [
         (0, "b"), (1, "b"), (1, "d"), (1, "f"), (3, "b"), (3, "d"),

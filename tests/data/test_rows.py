@@ -93,7 +93,8 @@ def test_audio_is_refused():
     assert "messages[0], content[0]: audio is not read" in refused(
         {"messages": [USER | {"content": [part]}, ASSISTANT]}
     )
-    assert parse(SFT | {"audios": [], "audio": None}).question == QUESTION
+    for nothing in ([], None, "", {"bytes": None, "path": None}):
+        assert parse(SFT | {"audios": nothing}).question == QUESTION
 
 
 def test_a_question_without_a_key_of_images_is_refused():

@@ -14,11 +14,12 @@ in one of the fields of MEDIA, or in the parts of a turn (row_media.py).
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterable
 from typing import Any
 
-from r1vl_jax.common.text import did_you_mean, first_few, shown
+from r1vl_jax.common.text import first_few, shown
 from r1vl_jax.data.row_media import (
     AUDIO,
     IMAGE,
@@ -118,9 +119,12 @@ def unread_notes(name: str, keys: Iterable[str]) -> list[str]:
 
     Keys that are similar to one that is read are named first, because they may be misspelt.
     """
-    known = {key: key in READ_FIELDS or "[]" in key for key in keys}  # not misspelt: `answer` beside `solution`
-    hints = {key: "" if known[key] else did_you_mean(key, READ_FIELDS).removeprefix("; ") for key in known}
-    named = [f"{key} ({hint})" if hint else key for key, hint in sorted(hints.items(), key=lambda item: not item[1])]
+    hints = {}
+    for key in keys:
+        known = key in READ_FIELDS or "[]" in key  # not misspelt: `answer` beside `solution`, and fields of turns
+        near = [] if known else difflib.get_close_matches(key, READ_FIELDS, n=1, cutoff=0.8)
+        hints[key] = f" (did you mean {near[0]!r}?)" if near else ""
+    named = [key + hints[key] for key in sorted(hints, key=lambda key: not hints[key])]
     return [f"{name}: keys that are not read: {first_few(named, 10)}"] if named else []
 
 

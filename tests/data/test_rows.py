@@ -230,13 +230,13 @@ def test_keys_that_nobody_reads_are_named_once(tmp_path):
         RL | {"image": "a.png", "key_step": {"Steps": ["x"]}, "id": 1, "video": None},
         RL | {"image": "a.png", "answer": "B", "id": 2, "empty": None},
         {"messages": [USER | {"loss": 0}, ASSISTANT], "source": "web"},
-        {"conversations": [GPT[0] | {"weight": 1}, GPT[1]], "image": "a.png"},
+        {"conversations": [GPT[0] | {"w": 1}, GPT[1]], "image": "a.png"},
         3,
     ]
     source = JsonSource(write(tmp_path, rows))
     assert source.notes == [
         f"{source.name}: keys that are not read: key_step (did you mean 'key_steps'?), id, answer, source, "
-        "messages[].loss, conversations[].weight"
+        "messages[].loss, conversations[].w"
     ]
     assert JsonSource(write(tmp_path, [RL | {"image": "a.png"}])).notes == []
     many = JsonSource(write(tmp_path, [SFT | {f"k{i}": 1 for i in range(30)}]))

@@ -61,11 +61,11 @@ class MeshSection:
 
 @dataclasses.dataclass(frozen=True)
 class SourceSection:
-    path: str = field("", "JSON array or JSONL, in the R1-VL-10K or the ShareGPT schema")
+    path: str = field("", "JSON, JSONL, parquet, a folder of parquet, or hub:OWNER/NAME of a Hub data set")
     image_root: str | None = field(None, "folder that image paths start from; default: the file's own folder")
     tfds: str = field("", "in place of path: a TFDS data set, NAME or NAME:VERSION, made by r1vl_jax.data.build")
     tfds_dir: str | None = field(None, "folder of TFDS data sets; default: TFDS_DATA_DIR or ~/tensorflow_datasets")
-    split: str = field("train", "split of the TFDS data set")
+    split: str = field("train", "split of a TFDS or Hub data set, of an object of splits, or of a folder of parquet")
     drop_matching: tuple[str, ...] = field(
         ("I think I have made a mistake. Let me rethink it.",),
         "rows whose answer holds one of these texts are left out; the default is Mulberry's reflective rows",

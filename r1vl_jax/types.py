@@ -34,7 +34,7 @@ class Example:
     A conversation of several turns becomes several examples, one per answer, with all earlier turns as history.
 
     Attributes:
-      source: the file, or the TFDS folder, that the row came from.
+      source: the file, the folder or the Hub data set that the row came from.
       row: the row's number in the source, from 0.
       images: absolute paths of the row's images, in the order of their placeholders.
       question: the user's text, with "<image>" or "<video>" at the place of each image and video.
@@ -43,7 +43,8 @@ class Example:
       videos: absolute paths of video files, or of the frames of a video, in the order of their placeholders.
       system: the text of the system turn; None: the default text.
       history: earlier turns (question, answer); their images and videos come first.
-      image_bytes: the contents of the image files, if the source holds them (TFDS); `images` then only names them.
+      image_bytes: the contents of the image files, if the source holds them (TFDS, parquet); `images` then only names
+        them.
     """
 
     source: str

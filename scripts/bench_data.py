@@ -4,6 +4,8 @@
              compared with json.load of the same file
     load     reads images of 400 x 300 pixels from files to padded batches: images per second with threads, and with
              worker processes; compared with the image processor of transformers, which makes patches, not batches
+    parquet  only with --parquet: opens a parquet file of --rows rows with images of 10 kB inside, in row groups of 100:
+             seconds, peak memory, and the time to read a row in training's order and in the file's
 
 Each measurement runs in its own process. The reported numbers are medians of --repeats.
 """
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 
 WORDS = ("the", "of", "and", "triangle", "circle", "angle", "equal", "length", "figure", "since", "so", "we", "have")
 BATCH, MICRO = 64, 16
+GROUP = 100  # rows of a row group, as the Hub writes files with images
 
 
 def sentence(rng: random.Random, words: int) -> str:
@@ -86,6 +90,26 @@ def write_rows(folder: Path, count: int) -> Path:
             file.write(("[\n" if i == 0 else ",\n") + json.dumps(row, ensure_ascii=False, indent=1))
         file.write("\n]\n")
     return folder / "rows.json"
+
+
+def write_parquet(path: Path, count: int) -> Path:
+    """Writes `count` rows for StepGRPO with a picture of noise (10 kB) inside, as the Hub's sets of geometry3k."""
+    import pyarrow as pa  # not at the top: the time to import it belongs to the time to open a file
+    import pyarrow.parquet as pq
+
+    rng, draw = random.Random(0), np.random.default_rng(0)
+    noise = (draw.integers(0, 256, (58, 58, 3), dtype=np.uint8) for _ in range(1000))
+    pictures = [{"bytes": encoded(Image.fromarray(pixels), "PNG"), "path": None} for pixels in noise]
+    texts = [(sentence(rng, 30), answer(rng)) for _ in range(1000)]
+    rows = [
+        {"images": [picture], "problem": text, "solution": solution, "key_steps": {"Steps": [[text[:20], "b"], ["c"]]}}
+        for picture, (text, solution) in zip(pictures, texts, strict=True)
+    ]
+    with pq.ParquetWriter(path, pa.Table.from_pylist(rows).schema) as writer:
+        for i in tqdm(range(0, count, GROUP), desc="writing parquet", leave=False):
+            numbered = [rows[n % 1000] | {"problem": f"<image>{n} {texts[n % 1000][0]}"} for n in range(i, i + GROUP)]
+            writer.write_table(pa.Table.from_pylist(numbered[: count - i]))
+    return path
 
 
 def write_pictures(folder: Path, count: int, format: str) -> Path:
@@ -138,6 +162,27 @@ def measure_index(path: str) -> dict[str, float]:
     return {
         "rows": len(source), "seconds": seconds, "peak_mb": peak_mb(), "before_mb": before,
         "row_ms": 1e3 * statistics.median(times), "row_ms_p99": 1e3 * times[int(0.99 * len(times))],
+    }  # fmt: skip
+
+
+def measure_parquet(path: str) -> dict[str, float]:
+    from r1vl_jax.config import SourceSection
+    from r1vl_jax.data.sources import open_source
+
+    before, started = peak_mb(), time.perf_counter()
+    source = open_source(SourceSection(path=path))
+    seconds, peak = time.perf_counter() - started, peak_mb()
+
+    def read(places: Sequence[int]) -> float:
+        """Returns the milliseconds to read a row."""
+        started = time.perf_counter()
+        assert all(source[place].question.startswith(f"<image>{place} ") for place in places)
+        return 1e3 * (time.perf_counter() - started) / len(places)
+
+    count = min(2000, len(source))
+    return {
+        "rows": len(source), "seconds": seconds, "peak_mb": peak, "before_mb": before,
+        "row_ms": read(random.Random(0).sample(range(len(source)), count)), "row_in_order_ms": read(range(count)),
     }  # fmt: skip
 
 
@@ -201,6 +246,7 @@ def run_measurement(text: str) -> None:
     name, *arguments = json.loads(text)
     measure = {
         "index": measure_index,
+        "parquet": measure_parquet,
         "json.load": measure_json_load,
         "load": lambda path, folder, workers, batches: measure_load(path, folder, int(workers), int(batches)),
         "peer": lambda path, folder, images: measure_peer(path, folder, int(images)),
@@ -216,6 +262,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=positive_int, default=5, help="default %(default)s")
     parser.add_argument("--batches", type=positive_int, default=20, help=f"batches of {BATCH} (default %(default)s)")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="default 0 (threads), 1 and 2")
+    parser.add_argument("--parquet", action="store_true", help="measure parquet, and nothing else")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout and no table")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -238,7 +285,10 @@ def main() -> None:
 
 
 def run_all(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Writes the data into `folder` and runs all measurements."""
+    """Writes the data into `folder` and runs all measurements, or that of --parquet."""
+    if arguments.parquet:
+        file = write_parquet(folder / "rows.parquet", arguments.rows)
+        return {"file_mb": file.stat().st_size / 1e6, "parquet": measured("parquet", file, repeats=arguments.repeats)}
     rows = write_rows(folder / "mulberry", arguments.rows)
     again = partial(measured, repeats=arguments.repeats)
     results: dict[str, Any] = {
@@ -258,7 +308,12 @@ def run_all(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_tables(results: dict[str, Any]) -> None:
-    """Prints the numbers as two tables."""
+    """Prints the numbers as two tables, or those of --parquet as lines."""
+    if found := results.get("parquet"):
+        mb = f"peak {found['peak_mb']:,.0f} MB ({found['before_mb']:,.0f} before)"
+        print(f"{found['rows']:,.0f} rows, {results['file_mb']:,.0f} MB: opened in {found['seconds']:.2f} s, {mb}")
+        print(f"a row: {found['row_ms']:.2f} ms in random order, {found['row_in_order_ms']:.2f} ms in the file's")
+        return
     index, loads = results["index"], results["load"]
     size = f"{index['rows']:,.0f} rows, {results['file_mb']:,.0f} MB"
     print(f"{size}           seconds   peak MB (before)     a row, ms   99%")

@@ -45,6 +45,7 @@ class TfdsSource:
         self.name = os.path.join(folder, split)
         self.errors: list[RowError] = []
         self.filtered = 0
+        self.notes: list[str] = []
         self._drop_matching = tuple(drop_matching)
         self._records, self.fingerprint = _open(folder, split)
 

@@ -58,6 +58,7 @@ def set_numbers(survey: Survey) -> dict[str, Any]:
     unknown = sum(record.row < 0 for record in survey.records)
     numbers = {
         "source": source.name,
+        "notes": source.notes,
         "rows": len(turns) + unknown + len(source.errors) + source.filtered,
         "examples": {"read": len(survey.records), "wanted": survey.to_read, "there": len(source)},
         "turns": _counts(turns.values()),
@@ -78,6 +79,8 @@ def set_numbers(survey: Survey) -> dict[str, Any]:
                 dataclasses.asdict(finding) | {"row": survey.records[finding.row].row} for finding in survey.findings
             ],
         }
+    if survey.unreachable is not None:
+        numbers["unreachable"] = [question._asdict() for question in survey.unreachable]
     return numbers
 
 

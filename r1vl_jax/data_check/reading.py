@@ -26,6 +26,7 @@ from r1vl_jax.data.sources import Source, open_source
 from r1vl_jax.data_check.numbers import rows_alike
 from r1vl_jax.data_check.parts import parts
 from r1vl_jax.data_check.records import FILTERED, Picture, Record, Survey, reason_of
+from r1vl_jax.data_check.solutions import unreachable
 from r1vl_jax.errors import RowError
 from r1vl_jax.inference.open_model import open_model
 from r1vl_jax.keysteps import lint
@@ -160,6 +161,7 @@ class _Blank:
     fingerprint: str = ""
     errors: list[RowError] = dataclasses.field(default_factory=list)
     filtered: int = 0
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def __len__(self) -> int:
         return self.count
@@ -216,6 +218,8 @@ def read_all(config: Config, workers: int) -> Reading:
             for record in read(survey, **options):
                 survey.records.append(record)
         for survey in reading.surveys:
+            if survey.part.key != "data.sft":
+                survey.unreachable = unreachable(survey.source, survey.records, config)
             if survey.part.key == "data.heldout":
                 reading.leaks = _leaks(survey, reading.surveys, options)
                 survey.order = range(survey.to_read)

@@ -75,6 +75,20 @@ class Record(NamedTuple):
     message: str = ""
 
 
+class Unreachable(NamedTuple):
+    """A question whose own solution earns no accuracy.
+
+    Attributes:
+      row: number of the row.
+      expected: what the reward takes for the solution's answer.
+      why: why the solution could not be scored; empty if it could.
+    """
+
+    row: int
+    expected: str
+    why: str
+
+
 class Plan(NamedTuple):
     """How a stage makes batches of one size from a data set.
 
@@ -121,6 +135,7 @@ class Survey:
       records: one per example, in the source's order.
       order: indices of the examples in training's order; empty until the order is known.
       findings: findings of the key-step lint, with the index of an example as `row`; None if the lint was not run.
+      unreachable: the questions whose own solution earns no accuracy; None if the solutions were not scored.
     """
 
     part: Part
@@ -128,6 +143,7 @@ class Survey:
     records: list[Record] = dataclasses.field(default_factory=list)
     order: Sequence[int] = ()
     findings: list[lint.Finding] | None = None
+    unreachable: list[Unreachable] | None = None
 
     @property
     def to_read(self) -> int:

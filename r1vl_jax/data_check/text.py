@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from r1vl_jax.common.text import shown
 from r1vl_jax.data_check.numbers import ALIKE, SERIES
 from r1vl_jax.data_check.records import REASONS
 from r1vl_jax.keysteps import lint
@@ -31,6 +32,7 @@ def set_text(key: str, numbers: dict[str, Any], named: int | None) -> str:
     """Formats the numbers of one data set."""
     budgets = [f"{name} {value:,}" for limits in numbers["budgets"].values() for name, value in limits.items()]
     lines = [f"{key}: {numbers['source']}", f"{INDENT}{', '.join(budgets[:-2])}", f"{INDENT}{', '.join(budgets[-2:])}"]
+    lines += [f"{INDENT}{note.removeprefix(numbers['source'] + ': ')}" for note in numbers["notes"]]
     lines += _row_lines(numbers, named)
     lines += _image_lines(numbers)
     lines += ["", *_quantile_table(numbers["quantiles"])]
@@ -42,6 +44,10 @@ def set_text(key: str, numbers: dict[str, Any], named: int | None) -> str:
         lines += ["", f"  key steps: {len(steps['findings']):,} findings in {steps['rows']:,} rows"]
         lines += [_line(count, f"{kind}: {lint.KINDS[kind]}") for kind, count in steps["kinds"].items()]
         lines += _some([_finding(finding) for finding in steps["findings"]], named)
+    if "unreachable" in numbers:
+        questions = numbers["unreachable"]
+        lines += ["", f"  solutions: {len(questions):,} that earn no accuracy when they are scored against themselves"]
+        lines += _some([_question(question) for question in questions], named)
     return "\n".join(lines)
 
 
@@ -102,6 +108,11 @@ def _some(messages: Sequence[str], named: int | None) -> list[str]:
 def _finding(finding: dict[str, Any]) -> str:
     group = "" if finding["group"] is None else f", group {finding['group']}"
     return f"row {finding['row']}{group}: {finding['kind']}: {finding['detail']}"
+
+
+def _question(question: dict[str, Any]) -> str:
+    why = f" ({question['why']})" if question["why"] else ""
+    return f"row {question['row']}: {shown(question['expected'])}{why}"
 
 
 def _alike_table(alike: dict[str, Any], named: int | None) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from r1vl_jax.config import Config
-from r1vl_jax.data.sources import check_source
+from r1vl_jax.data.sources import HUB, check_source
 from r1vl_jax.errors import ConfigError
 from r1vl_jax.parallel.sharding import batch_shards, make_mesh
 
@@ -30,8 +30,8 @@ def check_inputs(config: Config) -> Mesh:
             paths.append((f"{key}.image_root", section.image_root, "folder"))
         if section.tfds and section.tfds_dir:
             paths.append((f"{key}.tfds_dir", section.tfds_dir, "folder"))
-        if section.path:
-            paths.append((f"{key}.path", section.path, "file"))
+        if section.path and not section.path.startswith(HUB):
+            paths.append((f"{key}.path", section.path, "file or folder"))
     for key, path, kind in paths:
         if not Path(path).exists():
             raise ConfigError(f"{key}: {path}: no such {kind}")

@@ -44,8 +44,10 @@ class Run:
     compilations: Compilations
 
     def source(self, section: SourceSection) -> Source:
-        """Opens a stage's rows and logs those that cannot be used. Raises RowError if no row is usable."""
+        """Opens a stage's rows; logs its notes and the unusable rows. Raises RowError if no row is usable."""
         source = open_source(section)
+        for note in source.notes:
+            self.log.say(note)
         for error in source.errors:
             self.drop(error)
         if source.filtered:

@@ -9,7 +9,7 @@ import pytest
 from helpers.paths import GEOMETRY
 
 from r1vl_jax.config import SourceSection
-from r1vl_jax.data import sources
+from r1vl_jax.data import json_file
 from r1vl_jax.data.sources import JsonSource, open_source
 from r1vl_jax.errors import RowError
 from r1vl_jax.types import Example
@@ -111,7 +111,7 @@ def test_sharegpt_row(tmp_path):
 SYSTEM_TURN = {"role": "system", "content": "Be brief."}
 BAD = {
     "not an object": ([1, 2], "row 1: holds a list; expected an object"),
-    "unknown keys": ({"conversations": []}, r"row 1: has the keys \['conversations'\]; expected image_path"),
+    "unknown keys": ({"b": 1, "a": []}, r"row 1: has the keys \['a', 'b'\]; expected image_path, problem,"),
     "no solution": ({"problem": "x"}, "row 1, solution: None; expected a text"),
     "blank problem": (RL | {"problem": " "}, "row 1, problem: ' '"),
     "number as solution": (RL | {"solution": 3}, "row 1, solution: 3;"),
@@ -127,7 +127,8 @@ BAD = {
     ),
     "no images": ({"messages": [USER, ASSISTANT]}, "row 1, images: missing; expected a path"),
     "address": (RL | {"image_path": "https://x/a.png"}, "row 1, image_path: 'https"),
-    "path object": (SFT | {"images": [{"bytes": "x"}]}, "row 1, images: {'bytes'"),
+    "bytes as text": (SFT | {"images": [{"bytes": "x"}]}, "row 1, images: its bytes are 'x'; expected the contents"),
+    "object without a path": (SFT | {"images": [{"src": "x"}]}, "row 1, images: {'src': 'x'}; expected the path"),
     "too few images": (RL | {"problem": "<image> <image>"}, "row 1, image_path: 1 images for 2 <image>"),
     "half a pair": (RL | {"problem": "\ud800"}, "row 1, problem: not valid Unicode"),
     "messages": (SFT | {"messages": "x"}, "row 1, messages: 'x'; expected a list"),
@@ -143,9 +144,10 @@ BAD = {
     "no frames": (RL | {"videos": [[]]}, r"row 1, videos\[0\]: no frames; expected"),
     "a number as frame": (RL | {"videos": [["a.png", 3]]}, r"row 1, videos\[0\]: 3; expected the path"),
     "too few videos": (RL | {"problem": "<video><video>", "videos": "a.mp4"}, "row 1, videos: 1 videos for 2 <video>"),
-    "videos by another name": (RL | {"problem": "<video>", "video": "a.mp4"}, "row 1, videos: 0 videos for 1 <video>"),
+    "videos by another name": (RL | {"problem": "<video>", "clip": "a.mp4"}, "row 1, videos: 0 videos for 1 <video>"),
+    "a still as video": (RL | {"video": "a.PNG"}, r"row 1, video\[0\]: 'a.PNG' is an image; expected a video file, or"),
     "null byte": (RL | {"image_path": "a\0.png"}, "row 1, image_path: .*expected the path"),
-    "parts": (SFT | {"messages": [USER | {"content": [{}]}, ASSISTANT]}, r"row 1, messages\[0\], content: \[{}\]"),
+    "part": (SFT | {"messages": [USER | {"content": [{}]}, ASSISTANT]}, r"row 1, messages\[0\], content\[0\]: {}; exp"),
 }
 
 
@@ -273,7 +275,7 @@ def test_any_place_of_the_read_ends(tmp_path, monkeypatch):
         whole, _ = read_examples(path)
         assert [example.row for example in whole] == [0, 1, 2] and whole[1].question.startswith("<image>\u00e9")
         for chunk in (1, 2, 3, 7, 64, 1000):
-            monkeypatch.setattr(sources, "CHUNK", chunk)
+            monkeypatch.setattr(json_file, "CHUNK", chunk)
             assert read_examples(path) == (whole, []), (name, chunk)
         monkeypatch.undo()
 
@@ -296,8 +298,8 @@ def test_where_an_array_breaks(tmp_path, text, problem):
 
 def test_an_array_that_is_cut_short_is_not_read_into_memory(tmp_path, monkeypatch):
     """A quote or a bracket that nothing closes."""
-    monkeypatch.setattr(sources, "CHUNK", 1000)
-    monkeypatch.setattr(sources, "MAX_ROW", 5000)
+    monkeypatch.setattr(json_file, "CHUNK", 1000)
+    monkeypatch.setattr(json_file, "MAX_ROW", 5000)
     path = write(tmp_path, '[{"problem": "' + "x" * 100_000)
     with pytest.raises(RowError, match="not JSON"):
         JsonSource(path)
@@ -343,7 +345,7 @@ def test_the_fingerprint_is_of_all_rows(tmp_path):
 @pytest.mark.parametrize(
     "text, problem",
     [
-        (f'{{"data": [\n{json.dumps(RL)},\n{json.dumps(RL)}\n]}}', "not JSON"),
+        (f'{{"rows": 2,\n"data": \n{json.dumps(RL)}\n}}', "one object over several lines"),
         (f'"rows"\n{json.dumps(RL)}\n', "not JSON of rows .line 0 holds 'rows'"),
         ("<html>\n</html>", "not JSON"),
     ],

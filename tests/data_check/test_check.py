@@ -12,6 +12,8 @@ from functools import partial
 from itertools import islice
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers.tiny_jax import FakeScorerPool, run_config, write_run_inputs
 from PIL import Image
@@ -278,6 +280,66 @@ def test_strict_and_text(folder, tmp_path, capsys):
     clean = ["--data.sft.path", str(folder / "clean.json"), "--data.heldout.path", str(folder / "other.json")]
     assert check.main([*command, *clean, "--stages", "[sft]"]) == 0
     assert "training drops 0 rows and sees 0 held-out rows" in capsys.readouterr().out
+
+
+REACHED = ["A", "<answer> A </answer>", "So \\boxed{3}", "Answer: B", ANSWER, f"{ANSWER} or 4"]
+UNREACHED = ["### The final answer is:", "### Step 1:\nIt is 3.\n\n### The final answer is: \n\n### Notes:\n3"]
+
+
+def test_solutions_that_no_answer_reaches(folder, tmp_path, capsys):
+    """Of questions and of held-out ones, in every frame of an answer; dropped rows are not scored."""
+    rows = [question("a.png", "How many?") | {"solution": text} for text in [*REACHED, *UNREACHED, UNREACHED[0]]]
+    rows.append(question("nowhere.png", "How many?") | {"solution": UNREACHED[0]})
+    (folder / "solutions.json").write_text(json.dumps(rows))
+    config_of(folder, tmp_path / "run", eval={"rows": len(rows), "batch_size": 2, "max_new_tokens": 4})
+    path = str(folder / "solutions.json")
+    command = ["--config", str(tmp_path / "run.yaml"), "--stages", "[step_grpo]"]
+    assert check.main([*command, "--data.rl.path", path, "--data.heldout.path", path]) == 0
+    sets = json.loads((tmp_path / "run-check" / "check.json").read_text())["sets"]
+    for name in ("data.rl", "data.heldout"):
+        assert [found["row"] for found in sets[name]["unreachable"]] == [
+            len(REACHED),
+            len(REACHED) + 1,
+            len(REACHED) + 2,
+        ]
+    said = capsys.readouterr().out
+    assert said.count("solutions: 3 that earn no accuracy when they are scored against themselves") == 2
+    assert "row 7: ''" in said
+
+
+def test_keys_that_nobody_reads(folder, tmp_path, capsys):
+    (folder / "keys.json").write_text(json.dumps([SFT[0] | {"label": 1}]))
+    config_of(folder, tmp_path / "run", data={"sft": {"path": str(folder / "keys.json")}}, eval={}, stages=["sft"])
+    assert check.main(["--config", str(tmp_path / "run.yaml")]) == 0
+    numbers = json.loads((tmp_path / "run-check" / "check.json").read_text())["sets"]["data.sft"]
+    assert numbers["notes"] == [f"{folder / 'keys.json'}: keys that are not read: label"]
+    assert "  keys that are not read: label\n" in capsys.readouterr().out
+
+
+def test_parquet_is_checked_as_json(checked, folder, tmp_path):
+    """The same rows with the images inside. What is wrong with a row is found when it is read."""
+    rows = [
+        {
+            "image": {"bytes": path.read_bytes()} if (path := folder / row["image_path"]).is_file() else None,
+            "image_path": None if path.is_file() else row["image_path"],
+        }
+        | {key: row[key] for key in ("problem", "solution", "key_steps")}
+        for row in RL
+        if not isinstance(row, str)
+    ]
+    pq.write_table(pa.Table.from_pylist([*rows, {"problem": "x"}]), folder / "rl.parquet", row_group_size=2)
+    config_of(
+        folder, tmp_path / "run", data={"rl": {"path": str(folder / "rl.parquet")}}, eval={}, stages=["step_grpo"]
+    )
+    assert check.main(["--config", str(tmp_path / "run.yaml")]) == 0
+    found = json.loads((tmp_path / "run-check" / "check.json").read_text())["sets"]["data.rl"]
+    expected = checked[1]["sets"]["data.rl"]
+    for key in ("rows", "usable", "images", "quantiles"):
+        assert found[key] == expected[key], key
+    assert [len(found["dropped"][reason]) for reason in ("unread", "image", "prompt")] == [1, 1, 1]
+    assert found["dropped"]["unread"] == [
+        f"{folder / 'rl.parquet'}, row 6, solution: None; expected a text that is not empty"
+    ]
 
 
 def test_named_rows(folder, tmp_path, capsys):

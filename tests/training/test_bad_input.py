@@ -90,7 +90,9 @@ def test_bad_rows_are_dropped_named_and_counted(inputs, dirty, tmp_path, capsys)
         eval={"rows": 2, "batch_size": 2, "max_new_tokens": 4},
     )  # fmt: skip
     train(config)
-    dropped = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dropped: ")]
+    said = capsys.readouterr().err.splitlines()
+    assert said.count(f"{dirty / 'sft.json'}: keys that are not read: question") == 1
+    dropped = [line for line in said if line.startswith("dropped: ")]
     metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
     for stage, file, bad in (("sft", "sft.json", BAD_SFT), ("step_grpo", "rl.jsonl", BAD_RL)):
         lines = [line for line in dropped if str(dirty / file) in line]

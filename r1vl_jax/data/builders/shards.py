@@ -113,6 +113,8 @@ def write_shards(
       roots: for each split, the folder to which image names are relative; see `to_record`.
     """
     for source in sources.values():
+        for note in source.notes:
+            tqdm.write(note, file=sys.stderr)
         for error in source.errors:
             problems.add(error)
     total = sum(map(len, sources.values()))

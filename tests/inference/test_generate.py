@@ -163,7 +163,7 @@ def test_a_bug_shows_its_traceback(command, monkeypatch):
 
 
 def test_base_model(command, inputs, tmp_path):
-    """Its chat template renders no turns: the built-in one is used, which is that of the other model, and it is said."""
+    """Its chat template renders no turns: the built-in one is used, as in the other model, and it is said."""
     base = shutil.copytree(inputs / "model", tmp_path / "base")
     (base / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0]['text'] }}"}))
     question = ("--prompt", "How many?", "--max-new-tokens", 8)

@@ -1,0 +1,39 @@
+"""Rewrites signs whose meaning depends on the text around them, so that lexer.py can read each sign by itself.
+
+    "3 x 4"   ->  "3 × 4"             a letter between two numbers
+    "ABC ~ DEF"  ->  "ABC ∼ DEF"      elsewhere "~" is LaTeX's blank
+    "a *median*"  ->  "a  median "    Markdown's emphasis; elsewhere "*" is a product
+    "＝"  ->  "="                     full-width forms
+
+Each character becomes one character, so places in the text stay the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+
+_FULL_WIDTH = {code + 0xFEE0: code for code in range(0x21, 0x7F)} | {0x3000: " "}
+
+_UNIT = r"[ \t]?(?:°|(?:[mck]?m|in|ft|yd|inch(?:es)?|feet|units?)[²³]?)"
+_FACTOR = r"[-−]?(?:[\d(√]|\.\d|\\(?:[dtc]?frac|sqrt))"
+_TIMES = re.compile(rf"(?<=\d)[xX](?=\d)|[\d)}}](?:{_UNIT})?[ \t$]+[xX](?=[ \t$]+{_FACTOR})")
+# "~" with blanks on both sides, or before a triangle or another figure, as in "ABC~DEF".
+_SIMILAR = re.compile(r"(?<=\s)~(?=\s)|(?<=[A-Z$}\s])~(?=[ $]*(?:\\?triangle\b|[△▵]|[A-Z]{3}))")
+_BEFORE, _AFTER = r"(?<![^\s(\[{\"'“‘:,–—])", r"(?=\*\*(?!\*)|[\s.,;:!?)\]}\"'”’–—]|\Z)"
+_EMPHASIS = re.compile(rf"{_BEFORE}(?:\*(?![\s*])[^*\n]*(?<![\s*])\*|_(?![\s_])[^_\n]*(?<![\s_])_){_AFTER}")
+_HYPHEN = re.compile(r"(?<=\d)-(?=(?:degree|[cmk]?m|inch|foot|unit)\b)")  # "a 60-degree angle"
+
+
+@functools.lru_cache(maxsize=4)  # the steps of one answer are read one by one, each in the text of the whole answer
+def plain(text: str) -> str:
+    """Returns the text with every sign that depends on its surroundings written as an unambiguous one."""
+    if not text.isascii():
+        text = text.translate(_FULL_WIDTH)
+    if "~" in text:
+        text = _SIMILAR.sub("∼", text)
+    if "*" in text or "_" in text:
+        text = _EMPHASIS.sub(lambda match: f" {match[0][1:-1]} ", text)
+    if "-" in text:
+        text = _HYPHEN.sub(" ", text)
+    return _TIMES.sub(lambda match: f"{match[0][:-1]}×", text)

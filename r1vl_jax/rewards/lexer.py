@@ -21,7 +21,6 @@ _FRACTION = r"[dtc]?frac\s*+\{"
 _KINDS = {
     "blank": r"\s*\n[ \t]*[-*+•](?=\s)|\s+",  # white space, with the bullets of lists
     "word": rf"(?!{_FRACTION}|{_OPTION})[^\W\d_º²³¹½¼¾⅓⅔⁰⁴-⁹₀-₉{_IDEOGRAPHS}]+",
-    "index": r"_[ \t]*(?:\d+|\{[ \t]*\d+[ \t]*\})|[₀-₉]+",
     "number": r"(?:\d{1,3}(?:(?:,|\{,\}|\\,)\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\w)\.\d+",
     "ideograph": f"[{_IDEOGRAPHS}]",
     "option": rf"{_OPTION}|(?<![\w)\]])\([A-J]\)",
@@ -34,6 +33,7 @@ _KINDS = {
     "nothing": r"\\.?|\*\*+|\#+|(?<![^\n])[-*+•]\s",  # escapes, emphasis, headers, bullets: no tokens
     "open": r"\{",
     "close": r"\}",
+    "index": r"_[ \t]*(?:\d+|\{[ \t]*\d+[ \t]*\})|[₀-₉]+",
     "symbol": r"\S",
 }
 _LEXEMES = re.compile("|".join(_KINDS.values()), re.DOTALL)

@@ -15,14 +15,18 @@ import re
 
 _FULL_WIDTH = {code + 0xFEE0: code for code in range(0x21, 0x7F)} | {0x3000: " "}
 
+# Each pattern starts with the sign itself and then looks back, because a search for a character is fast.
+_TIMES = re.compile(r"[xX](?=\d|[ \t$]+[-−]?(?:[\d(√]|\.\d|\\(?:[dtc]?frac|sqrt)))")
 _UNIT = r"[ \t]?(?:°|(?:[mck]?m|in|ft|yd|inch(?:es)?|feet|units?)[²³]?)"
-_FACTOR = r"[-−]?(?:[\d(√]|\.\d|\\(?:[dtc]?frac|sqrt))"
-_TIMES = re.compile(rf"(?<=\d)[xX](?=\d)|[\d)}}](?:{_UNIT})?[ \t$]+[xX](?=[ \t$]+{_FACTOR})")
+_FIRST_FACTOR = re.compile(rf"[\d)}}](?:{_UNIT})?[ \t$]+\Z")
+_LOOK_BACK = 12  # characters in which the end of the first factor is looked for
 # "~" with blanks on both sides, or before a triangle or another figure, as in "ABC~DEF".
-_SIMILAR = re.compile(r"(?<=\s)~(?=\s)|(?<=[A-Z$}\s])~(?=[ $]*(?:\\?triangle\b|[△▵]|[A-Z]{3}))")
-_BEFORE, _AFTER = r"(?<![^\s(\[{\"'“‘:,–—])", r"(?=\*\*(?!\*)|[\s.,;:!?)\]}\"'”’–—]|\Z)"
-_EMPHASIS = re.compile(rf"{_BEFORE}(?:\*(?![\s*])[^*\n]*(?<![\s*])\*|_(?![\s_])[^_\n]*(?<![\s_])_){_AFTER}")
-_HYPHEN = re.compile(r"(?<=\d)-(?=(?:degree|[cmk]?m|inch|foot|unit)\b)")  # "a 60-degree angle"
+_SIMILAR = re.compile(r"~(?<=\s~)(?=\s)|~(?<=[A-Z$}\s]~)(?=[ $]*(?:\\?triangle\b|[△▵]|[A-Z]{3}))")
+_HYPHEN = re.compile(r"-(?<=\d-)(?=(?:degree|[cmk]?m|inch|foot|unit)\b)")  # "a 60-degree angle"
+_EMPHASIS = re.compile(
+    r"""([*_])(?<![^\s(\[{"'“‘:,–—].)(?!\s|\1)(?:(?!\1)[^\n])*(?<!\s)\1"""
+    r"""(?=\*\*(?!\*)|[\s.,;:!?)\]}"'”’–—]|\Z)"""
+)
 
 
 @functools.lru_cache(maxsize=4)  # the steps of one answer are read one by one, each in the text of the whole answer
@@ -36,4 +40,12 @@ def plain(text: str) -> str:
         text = _EMPHASIS.sub(lambda match: f" {match[0][1:-1]} ", text)
     if "-" in text:
         text = _HYPHEN.sub(" ", text)
-    return _TIMES.sub(lambda match: f"{match[0][:-1]}×", text)
+    return _TIMES.sub(_times, text)
+
+
+def _times(match: re.Match[str]) -> str:
+    """Returns "×" for an "x" between two factors, else the "x". Blanks are on both sides or on none."""
+    text, place = match.string, match.start()
+    if text[place + 1].isdecimal():
+        return "×" if place and text[place - 1].isdecimal() else match[0]
+    return "×" if _FIRST_FACTOR.search(text, max(0, place - _LOOK_BACK), place) else match[0]

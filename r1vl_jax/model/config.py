@@ -140,6 +140,7 @@ def _parse(raw: dict[str, Any], path: str | Path) -> ModelConfig:
     rope = Fields(path, tables)
     _refuse_other_computation(text, rope)
     width, heads, kv_heads = _parse_heads(text)
+    ids: dict[str, Any] = read_vision_ids(raw, path)
     cfg = ModelConfig(
         vocab=text.whole("vocab_size"),
         width=width,
@@ -152,7 +153,7 @@ def _parse(raw: dict[str, Any], path: str | Path) -> ModelConfig:
         mrope_section=_parse_mrope_section(rope, width // heads),
         tied=text.flag("tie_word_embeddings") or Fields(path, {"": raw}).flag("tie_word_embeddings"),
         vision=_parse_vision(raw, width, path),
-        **read_vision_ids(raw, path),
+        **ids,
     )
     for key in VISION_TOKENS:
         if getattr(cfg, key) >= cfg.vocab:

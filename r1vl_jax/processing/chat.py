@@ -89,7 +89,7 @@ def renders_turns(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
         except (jinja2.TemplateError, TypeError):
             return True
         for token in (question, tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token):
-            text = text.replace(token, "") if token else text
+            text = text.replace(str(token), "") if token else text
         if not text.strip():
             return False
     return True

@@ -30,7 +30,7 @@ _KINDS = {
     "command": r"\\[A-Za-z\u0370-\u04ff]+",
     "percent": r"\\%",
     "relation": r"<=|>=|!=|==|=>|->|\|\||\\[|*]|//(?!\s*\d)",
-    "nothing": r"\\.?|\*\*+|\#+|(?<![^\n])[-*+•]\s",  # escapes, emphasis, headers, bullets: no tokens
+    "nothing": r"\\.?|\*\*+|__+|\#+|(?<![^\n])[-*+•]\s",  # escapes, emphasis, headers, bullets: no tokens
     "open": r"\{",
     "close": r"\}",
     "index": r"_[ \t]*(?:\d+|\{[ \t]*\d+[ \t]*\})|[₀-₉]+",

@@ -57,6 +57,7 @@ SAME = [
     ("AD is a median", "*AD* is a _median_."),
     ("AD is a median", "***AD*** is *a median*"),
     ("AD is a median", "**AD is a *median***"),
+    ("AD is a median", "__AD__ is a median"),
     ("*AD* is a median", "AD is a median"),
     ("x_1 = 3", "*x_1 = 3*"),
     # products
@@ -203,3 +204,11 @@ def test_many_steps_in_other_letters_take_linear_time():
         )
 
     assert_linear(lambda text: score_answer(text, "1", ["ä b is 7 × 2"], rules="robust"), many, 100_000)
+
+
+@pytest.mark.parametrize("form", ["{}", "*{}*", "_{}_", "__{}__", "{}°"])
+@pytest.mark.parametrize("separator", [" ~ ", " // ", " x ", " * ", "° ", " \\| ", "_1 "])
+def test_lists_in_these_signs_earn_nothing(form, separator):
+    key_steps = ["AD is a median", "180° - 57° = 123°", "3 × 4 = 12"]
+    said = separator.join(form.format(text) for text in key_steps)
+    assert score_answer(answer(said), "1", key_steps, rules="robust").matched == ()

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from typing import NamedTuple
 
-from r1vl_jax.rewards.signs import plain
+from r1vl_jax.rewards.context import resolve_signs
 
 END = "."  # the token that ends a sentence; key_steps.py also puts one after each step
 
@@ -29,23 +29,22 @@ _KINDS = {
     "degrees": r"\^\s*\\circ\b|\^\{\s*(?:\\circ\b|°)\s*\}|\^?[°º˚]|\\(?:text)?degree\b",
     "command": r"\\[A-Za-z\u0370-\u04ff]+",
     "percent": r"\\%",
-    "relation": r"<=|>=|!=|==|=>|->|\|\||\\[|*]|//(?!\s*\d)",
     "nothing": r"\\.?|\*\*+|__+|\#+|(?<![^\n])[-*+•]\s",  # escapes, emphasis, headers, bullets: no tokens
     "open": r"\{",
     "close": r"\}",
+    "relation": r"<=|>=|!=|==|=>|->|\|\|",
     "index": r"_[ \t]*(?:\d+|\{[ \t]*\d+[ \t]*\})|[₀-₉]+",
     "symbol": r"\S",
 }
 _LEXEMES = re.compile("|".join(_KINDS.values()), re.DOTALL)
 
 _SYMBOL_TOKENS = {
-    **dict.fromkeys("×·⋅∗•∙✕✖⨯", "*"),
+    **dict.fromkeys("×·⋅∗•∙", "*"),
     **dict.fromkeys("÷⁄∕", "/"),
     **dict.fromkeys("−–‐‑", "-"),
     **dict.fromkeys(".;!?—。！？；\u2026", END),
     **dict.fromkeys(",:$\"'`“”‘’，：、\u200b\u200c\u200d\u2060\ufeff\\&", ""),
-    **{"<=": "≤", ">=": "≥", "!=": "≠", "==": "=", "=>": "→", "->": "→", "⇒": "→", "⟂": "⊥"},
-    **{"||": "∥", "//": "∥", "\\|": "∥", "‖": "∥", "\\*": "*", "∽": "∼"},
+    **{"<=": "≤", ">=": "≥", "!=": "≠", "==": "=", "=>": "→", "->": "→", "⇒": "→", "||": "∥", "⟂": "⊥"},
     **{"∠": "angle", "△": "triangle", "▵": "triangle", "√": "sqrt", "~": "", "％": "%"},
     **{"½": "1 / 2", "¼": "1 / 4", "¾": "3 / 4", "⅓": "1 / 3", "⅔": "2 / 3"},
     **{raised: f"^ {digit}" for digit, raised in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
@@ -66,8 +65,7 @@ _COMMAND_TOKENS = {
     **dict.fromkeys(["ge", "geq", "geqslant"], "≥"),
     **dict.fromkeys(["ne", "neq"], "≠"),
     **dict.fromkeys(["to", "rightarrow", "Rightarrow", "implies", "Longrightarrow"], "→"),
-    **dict.fromkeys(["sim", "thicksim", "backsim"], "∼"),
-    **dict(lt="<", gt=">", pm="±", approx="≈", cong="≅", perp="⊥", parallel="∥", infty="∞", percent="%"),
+    **dict(lt="<", gt=">", pm="±", approx="≈", cong="≅", sim="∼", perp="⊥", parallel="∥", infty="∞", percent="%"),
     **dict.fromkeys(_APPEARANCE.split(), ""),
 }
 _UNITS = {
@@ -93,7 +91,7 @@ _LOOKS_BACK = UNIT_SIGNS | {")"}  # tokens that can change the tokens before the
 class Tokens(NamedTuple):
     """The tokens of a text. `words[i]` comes from the characters `starts[i]` to `ends[i]` of `text`."""
 
-    text: str  # the input as signs.py rewrites it, character by character
+    text: str  # the input as context.py rewrites it, character by character
     words: list[str]
     starts: list[int]
     ends: list[int]
@@ -104,7 +102,7 @@ def tokenize(text: str, start: int, end: int) -> Tokens:
     words, starts, ends = [], [], []
     opened = []  # for each open brace: _NUMERATOR of a fraction, _GROUP of an operator, or plain _BRACE
     coming = _BRACE  # the meaning of the next brace
-    text = plain(text)
+    text = resolve_signs(text)  # one character for one character: places stay the same
     last = start
     for lexeme in _LEXEMES.findall(text, start, end):
         first, last = last, last + len(lexeme)

@@ -12,13 +12,13 @@ from typing import Any
 from r1vl_jax.common.files import read_object, write_json
 from r1vl_jax.errors import CheckpointError
 from r1vl_jax.model.config import ModelConfig, parse_config
+from r1vl_jax.model.vision_ids import VISION_TOKENS
 
 # Fields of a nested text_config that are not copied to the top level, because the flat style does not have them or
 # because the top level's own value is used.
 _NOT_FLAT = frozenset(
     ("model_type", "architectures", "dtype", "torch_dtype", "rope_parameters", "layer_types", "transformers_version")
-    + ("vision_config", "tie_word_embeddings", "image_token_id", "video_token_id")
-    + ("vision_start_token_id", "vision_end_token_id")
+    + ("vision_config", "tie_word_embeddings", *VISION_TOKENS)
 )
 
 
@@ -72,4 +72,5 @@ def flat_config(raw: dict[str, Any], cfg: ModelConfig, dtype: str) -> dict[str, 
         "rope_scaling": {"type": "mrope", "mrope_section": list(cfg.mrope_section)},
         "tie_word_embeddings": cfg.tied,
         "torch_dtype": dtype,
+        **{key: getattr(cfg, key) for key in VISION_TOKENS},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +11,32 @@ from pathlib import Path
 from r1vl_jax.common.files import atomic_folder
 from r1vl_jax.errors import CheckpointError
 
-_COMPANIONS = (".json", ".jinja", ".txt", ".model")
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+# The files that belong to the model whatever its weights are: config, tokenizer, processor, chat template. A folder may
+# also have an adapter's files, indexes of other weights, settings of a quantization and logs of an earlier training.
+_COMPANION = re.compile(
+    r"(?:config|generation_config|(?:\w+_)?(?:pre)?processor_config|special_tokens_map|added_tokens"
+    r"|tokenizer(?:_config)?|vocab|chat_template)\.json|\w*template\.jinja|(?:merges|vocab)\.txt|tokenizer\.model"
+)
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
 def companion_files(folder: str | Path) -> list[Path]:
     """Returns a Hugging Face checkpoint's files that are not weights: config, tokenizer, processor, chat template."""
     files = (path for path in Path(folder).iterdir() if path.is_file())
-    return sorted(path for path in files if path.suffix in _COMPANIONS and not path.name.endswith(".index.json"))
+    return sorted(path for path in files if _COMPANION.fullmatch(path.name))
+
+
+def has_weights(folder: Path) -> bool:
+    """Returns whether a folder has the safetensors of a whole model."""
+    return (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
+
+
+def other_weights(folder: Path) -> list[str]:
+    """Returns the names of files that look like weights."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix in _WEIGHT_FILES)
 
 
 def copy_companions(source: str | Path, destination: Path) -> None:

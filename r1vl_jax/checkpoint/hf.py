@@ -24,17 +24,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from r1vl_jax.checkpoint.flat_config import write_flat_config
-from r1vl_jax.checkpoint.folder import copy_companions, new_folder
+from r1vl_jax.checkpoint.folder import INDEX, WEIGHTS, copy_companions, new_folder, other_weights
+from r1vl_jax.checkpoint.foreign import refuse_foreign_tensors
 from r1vl_jax.checkpoint.tensors import cast, published_name, tensor_names, transpose_into
 from r1vl_jax.common.files import read_object, write_json
-from r1vl_jax.common.text import first_few
+from r1vl_jax.common.text import first_few, one_line
 from r1vl_jax.errors import CheckpointError
 from r1vl_jax.model.config import ModelConfig, load_config
 from r1vl_jax.model.spec import param_spec
 from r1vl_jax.types import ParamSpec, is_spec
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 _HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -59,7 +58,7 @@ class _Tensor:
         try:
             return self.file.get_tensor(self.name)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.path}: {self.name}: cannot be read ({error})") from error
+            raise CheckpointError(f"{self.path}: {self.name}: cannot be read ({one_line(error)})") from error
 
 
 def load_hf(
@@ -124,7 +123,9 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> tuple[list[_Tensor], lis
     elif (folder / WEIGHTS).is_file():
         names = [WEIGHTS]
     else:
-        raise CheckpointError(f"{folder}: holds neither {WEIGHTS} nor {INDEX}; only safetensors are read")
+        others = other_weights(folder)
+        found = f", found {first_few(others)}" if others else ""
+        raise CheckpointError(f"{folder}: holds neither {WEIGHTS} nor {INDEX}; only safetensors are read{found}")
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
         raise CheckpointError(f"{folder / INDEX}: names files that are not there: {first_few(absent)}")
@@ -137,7 +138,7 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> tuple[list[_Tensor], lis
                 header = file.get_slice(key)
                 tensors.append(_Tensor(file, path, key, tuple(header.get_shape()), header.get_dtype()))
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from error
+            raise CheckpointError(f"{path}: truncated or not a safetensors file ({one_line(error)})") from error
     in_files = {(tensor.name, tensor.path.name) for tensor in tensors}
     absent = [
         f"{name} (the index places it in {file})" for name, file in indexed.items() if (name, file) not in in_files
@@ -165,6 +166,7 @@ def _check(
       stored: the tensors in the files.
       absent: texts about tensors that the index names but no file contains.
     """
+    refuse_foreign_tensors(folder, ((tensor.name, tensor.dtype) for tensor in stored))
     shapes = {name: spec.hf_shape for spec in specs for name in tensor_names(spec)}
     tensors: dict[str, _Tensor] = {}
     faults: dict[str, list[str]] = {"missing": absent}
@@ -275,7 +277,7 @@ def _flatten_checked(params: Any, specs: list[ParamSpec], treedef: Any) -> list[
     try:
         leaves = treedef.flatten_up_to(params)
     except ValueError as error:
-        raise CheckpointError(f"the parameters are not the tree of this config ({error})") from error
+        raise CheckpointError(f"the parameters are not the tree of this config ({one_line(error)})") from error
     wrong = [
         f"{spec.hf_name} is {list(np.shape(leaf))}, expected {list(spec.shape)}"
         for spec, leaf in zip(specs, leaves, strict=True)

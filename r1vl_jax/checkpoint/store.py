@@ -22,10 +22,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import yaml
 
-from r1vl_jax.checkpoint.folder import copy_companions, new_folder
+from r1vl_jax.checkpoint.folder import ADAPTER_CONFIG, copy_companions, new_folder
+from r1vl_jax.checkpoint.foreign import refuse_adapter
 from r1vl_jax.checkpoint.hf import load_hf
 from r1vl_jax.checkpoint.tensors import cast
-from r1vl_jax.common.text import first_few
+from r1vl_jax.common.text import first_few, one_line
 from r1vl_jax.errors import CheckpointError
 from r1vl_jax.model.config import ModelConfig, load_config
 from r1vl_jax.model.spec import param_spec
@@ -54,14 +55,17 @@ _STAGES = ("sft", "step_grpo")  # in the order in which a run trains them
 def find_model(folder: str | Path) -> ModelFolder:
     """Determines the kind of checkpoint in a folder.
 
-    Raises: CheckpointError, saying what was expected, if the folder has no checkpoint.
+    Raises: CheckpointError, saying what was expected, if the folder has no checkpoint, or an adapter alone.
     """
     folder = Path(folder).absolute()
     if (folder / "params").is_dir() and (folder / "hf" / "config.json").is_file():
         return ModelFolder(folder, folder / "hf", "converted")
     for place in (folder, folder / "export"):
+        refuse_adapter(place)
         if (place / "config.json").is_file():
-            return ModelFolder(place, place, "hf")
+            stale = (place / ADAPTER_CONFIG).is_file()
+            note = f"{place}: {ADAPTER_CONFIG} is not read, only the weights beside it" if stale else ""
+            return ModelFolder(place, place, "hf", note)
     states = [state for stage in _STAGES if (state := _newest_state(folder / "checkpoints" / stage))]
     if states and (folder / "config.yaml").is_file():
         stage, step = states[-1].parts[-3:-1]
@@ -92,7 +96,8 @@ def _files_of_run(config: Path) -> Path:
     try:
         start = Path(yaml.safe_load(config.read_text(encoding="utf-8"))["model"]["path"])
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{config}: has no model.path, expected the configuration of a run ({error})") from error
+        why = one_line(error)
+        raise CheckpointError(f"{config}: has no model.path, expected the configuration of a run ({why})") from error
     try:
         return find_model(start).files
     except CheckpointError as error:
@@ -167,7 +172,7 @@ def _restore(folder: Path, cfg: ModelConfig, *, dtype: Any, shardings: Any, part
             stored = ocp.PyTreeCheckpointHandler().metadata(folder).tree  # pyright: ignore[reportArgumentType]
             stored = stored if part is None else stored[part]
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{folder}: not an orbax checkpoint, or damaged ({error})") from error
+            raise CheckpointError(f"{folder}: not an orbax checkpoint, or damaged ({one_line(error)})") from error
         _check(folder, stored, cfg)
         args = jax.tree.map(lambda meta: _restore_args(meta, None, dtype), stored)
         if shardings is not None:
@@ -179,7 +184,7 @@ def _restore(folder: Path, cfg: ModelConfig, *, dtype: Any, shardings: Any, part
         try:
             params = checkpointer.restore(folder, args=ocp.args.PyTreeRestore(**options))
         except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{folder}: cannot be read ({error})") from error
+            raise CheckpointError(f"{folder}: cannot be read ({one_line(error)})") from error
     params = params if part is None else params[part]
     if shardings is None and dtype is not None:
         params = jax.tree_util.tree_map_with_path(

@@ -53,11 +53,14 @@ def read_json_lines(path: str | Path) -> Iterator[dict[str, Any]]:
                 raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
 
 
-def inner_object(table: dict[str, Any], key: str, path: Path | str) -> dict[str, Any]:
-    """Returns the object at `key`; {} if `key` is missing or null. Raises ValueError if the value is not an object."""
+def inner_object(table: dict[str, Any], key: str, path: Path | str, prefix: str = "") -> dict[str, Any]:
+    """Returns the object at `key`; {} if `key` is missing or null. Raises ValueError if the value is not an object.
+
+    `path` and `prefix` name the file and the place of `table` in it, for the message.
+    """
     value = table.get(key)
     if value is not None and not isinstance(value, dict):
-        raise ValueError(f"{path}: {key} is {value!r}; expected an object")
+        raise ValueError(f"{path}: {prefix}{key} is {value!r:.80}; expected an object")
     return value or {}
 
 

@@ -56,8 +56,8 @@ def load(model: str | Path, *, dtype: str = "bfloat16", attention: str = "auto",
     started = time.perf_counter()
     rules = ROLLOUT_RULES["replicated"]
     opened = open_model(model, rules=rules, dtype=dtype, attention=attention, kernels=kernels)
-    if opened.folder.note:
-        say(opened.folder.note)
+    for note in opened.notes:
+        say(note)
     weights = jax.jit(partial(fuse, cfg=opened.config))(opened.load_weights(dtype))
     say(f"{model}: {num_params(opened.config) / 1e6:.1f}M parameters loaded in {time.perf_counter() - started:.1f} s")
     return Loaded(opened, weights)

@@ -27,7 +27,7 @@ class OpenModel:
     """A checkpoint without its weights.
 
     Attributes:
-      folder: the folders of weights and files; `folder.note` is a message for the user about which folder was chosen.
+      folder: the folders of weights and files.
       config: sizes, pixel statistics and backend; a static argument of every program.
       mesh, shardings: the devices, and how the parameters are split over them, a tree of NamedSharding.
       processor: turns questions into prompts and tokens into text.
@@ -43,6 +43,11 @@ class OpenModel:
     def files(self) -> Path:
         """Returns the folder with config.json, tokenizer and processor files."""
         return self.folder.files
+
+    @property
+    def notes(self) -> list[str]:
+        """Returns lines for the user: which weights were chosen, and which chat template."""
+        return [note for note in (self.folder.note, self.processor.note) if note]
 
     def load_weights(self, dtype: str, folder: ModelFolder | Path | None = None) -> Any:
         """Loads the parameters onto the mesh. Raises CheckpointError.
@@ -86,12 +91,13 @@ def open_model(
       ConfigError: this machine cannot run the named backend, or the mesh does not divide the model.
     """
     model_folder = find_model(folder)
+    config = load_config(model_folder.files)
     try:
         processor = Processor.from_folder(model_folder.files)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     pixels = processor.image_spec
-    config = load_config(model_folder.files).with_pixels(pixels.mean, pixels.std)
+    config = config.with_pixels(pixels.mean, pixels.std)
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
     try:
         config = config.with_backend(*choose(attention, kernels, dtype=dtype))

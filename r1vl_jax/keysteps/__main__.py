@@ -83,7 +83,9 @@ or --model, a model's wordings are added before these.""",
         "turn raw model output into R1-VL-10K rows",
         """\
 Renames image or images to image_path and question to problem, and reads key steps from a text such as
-'{"Steps": [...]}', "Steps: 1. ... 2. ...", a fenced block or the text of a Python dict.""",
+'{"Steps": [...]}', "Steps: 1. ... 2. ...", a fenced block or the text of a Python dict. It also reads replies to the
+prompt that R1-VL published: 'Image Description: [...]; Rationales: [...]; Step 1: ["a", "b"], Step 2: ["c"]'. Each text
+of a step is then one key step, and the other two lists are dropped.""",
         "convert raw.jsonl rows.jsonl --field response",
     ),
 }

@@ -3,7 +3,7 @@
     {"image": "a.png", "question": "...", "solution": "...", "response": "```json {\\"Steps\\": [...]} ```"}
  -> {"image_path": "a.png", "problem": "...", "solution": "...", "response": ..., "key_steps": {"Steps": [[...]]}}
 
-All other fields are kept.
+All other fields are kept. reply.py says which forms of key steps are read.
 """
 
 from __future__ import annotations

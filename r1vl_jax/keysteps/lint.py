@@ -159,8 +159,8 @@ def _step_words(solution: Any) -> list[str]:
     if not isinstance(solution, str):
         return []
     # The words are interned to save memory: the words of all rows are in memory at once, and most words recur.
-    words = (word for start, end in step_bodies(solution) for word in (*normal_text(solution, start, end).words, "\n"))
-    return [sys.intern(word) for word in words]
+    bodies = (normal_text(solution, start, end).compared() for start, end in step_bodies(solution))
+    return [sys.intern(word) for words in bodies for word in (*words, "\n")]
 
 
 def _general(

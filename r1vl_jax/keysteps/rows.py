@@ -100,4 +100,4 @@ def normal_key(text: str) -> tuple[str, ...]:
 
     Two texts with equal tokens are the same statement.
     """
-    return tuple(word for word in normal_text(text).words if word != END)
+    return tuple(word for word in normal_text(text).compared() if word != END)

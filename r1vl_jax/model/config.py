@@ -8,11 +8,15 @@ config.json.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
+from r1vl_jax.common.fields import Fields
 from r1vl_jax.common.files import inner_object, read_object
+from r1vl_jax.common.text import shown
 from r1vl_jax.errors import CheckpointError
+from r1vl_jax.model.vision_ids import VISION_TOKENS, read_vision_ids
 
 LOGIT_ROWS = 4096  # rows of logits that a device holds at once
 
@@ -100,103 +104,147 @@ class ModelConfig:
 
 
 def load_config(folder: str | Path) -> ModelConfig:
-    """Reads `folder`/config.json. Raises CheckpointError if the file is missing or is not the config of a Qwen2-VL."""
+    """Reads `folder`/config.json, and the tokenizer's files for vision ids that config.json does not have.
+
+    Raises: CheckpointError if the file is missing, is not the config of a Qwen2-VL, or says something that the port
+      does not compute.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; expected the folder of a Qwen2-VL checkpoint")
     try:
-        raw = read_object(path)
+        return _parse(read_object(path), path)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    return parse_config(raw, path)
 
 
 def parse_config(raw: dict[str, Any], path: str | Path = "config.json") -> ModelConfig:
     """Returns the ModelConfig of a config.json's dictionary, flat or nested. CheckpointErrors name `path`."""
     try:
         return _parse(raw, path)
-    except CheckpointError:
-        raise
-    except (TypeError, ValueError) as error:  # a value has the wrong type
-        raise CheckpointError(f"{path}: not the config.json of a Qwen2-VL ({error})") from error
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _parse(raw: dict[str, Any], path: str | Path) -> ModelConfig:
+    """Returns the ModelConfig. Raises ValueError, naming the file, the field, its value and what was expected."""
     if raw.get("model_type") != "qwen2_vl":
-        raise CheckpointError(f"{path}: model_type is {raw.get('model_type')!r}, expected 'qwen2_vl'")
-    text = {**raw, **inner_object(raw, "text_config", path)}
-
-    def need(table: dict[str, Any], key: str, where: str = "") -> Any:
-        if table.get(key) is None:
-            raise CheckpointError(f"{path}: {where}{key} is missing")
-        return table[key]
-
-    rope = inner_object(text, "rope_parameters", path) or inner_object(text, "rope_scaling", path)
-    need(raw, "vision_config")
-    section = tuple(need(rope, "mrope_section", "rope_scaling / rope_parameters: "))
-    if text.get("use_sliding_window"):
-        raise CheckpointError(
-            f"{path}: use_sliding_window is true; no published Qwen2-VL uses it and it is not supported"
-        )
-    if text.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"{path}: hidden_act is {text['hidden_act']!r}, expected 'silu'")
+        raise ValueError(f"{path}: model_type is {shown(raw.get('model_type'))}, expected 'qwen2_vl'")
+    nested = inner_object(raw, "text_config", path)
+    text = Fields(path, {"text_config.": nested, "": raw})
+    tables = {
+        f"{prefix}{key}.": inner_object(table, key, path, prefix)
+        for key in ("rope_parameters", "rope_scaling")
+        for prefix, table in text.tables.items()
+    }
+    rope = Fields(path, tables)
+    _refuse_other_computation(text, rope)
+    width, heads, kv_heads = _parse_heads(text)
+    ids: dict[str, Any] = read_vision_ids(raw, path)
     cfg = ModelConfig(
-        vocab=need(text, "vocab_size"),
-        width=need(text, "hidden_size"),
-        mlp=need(text, "intermediate_size"),
-        layers=need(text, "num_hidden_layers"),
-        heads=need(text, "num_attention_heads"),
-        kv_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
-        norm_eps=float(text.get("rms_norm_eps", 1e-5)),  # transformers' class default; published files say 1e-6
-        rope_theta=float(rope.get("rope_theta") or text.get("rope_theta") or 1e6),
-        mrope_section=section,
-        tied=bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-        vision=_parse_vision(inner_object(raw, "vision_config", path), text["hidden_size"], path),
-        **{key: need(raw, key) for key in _TOKEN_KEYS},
+        vocab=text.whole("vocab_size"),
+        width=width,
+        mlp=text.whole("intermediate_size"),
+        layers=text.whole("num_hidden_layers"),
+        heads=heads,
+        kv_heads=kv_heads,
+        norm_eps=text.positive("rms_norm_eps", 1e-5),  # transformers' class default; published files say 1e-6
+        rope_theta=Fields(path, {**rope.tables, **text.tables}).positive("rope_theta", 1e6),
+        mrope_section=_parse_mrope_section(rope, width // heads),
+        tied=text.flag("tie_word_embeddings") or Fields(path, {"": raw}).flag("tie_word_embeddings"),
+        vision=_parse_vision(raw, width, path),
+        **ids,
     )
-    _check(cfg, path)
+    for key in VISION_TOKENS:
+        if getattr(cfg, key) >= cfg.vocab:
+            raise ValueError(f"{path}: {key} is {getattr(cfg, key)}, expected less than vocab_size {cfg.vocab}")
     return cfg
 
 
-_TOKEN_KEYS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+def _refuse_other_computation(text: Fields, rope: Fields) -> None:
+    """Raises ValueError if the file asks for what the port does not compute."""
+    path = text.path
+    for prefix, table in text.tables.items():
+        if table.get("quantization_config"):
+            name = f"{prefix}quantization_config"
+            method = inner_object(table, "quantization_config", path, prefix).get("quant_method")
+            said = f"{name} is there" if method is None else f"{name}.quant_method is {shown(method)}"
+            raise ValueError(
+                f"{path}: {said}; quantized weights are not read, expected weights in bfloat16, float16 or float32"
+            )
+    for prefix, table in rope.tables.items():
+        _refuse_other_rope(table, ("mrope", "default"), prefix, path)
+    if text.flag("use_sliding_window"):
+        raise ValueError(f"{path}: use_sliding_window is true; no published Qwen2-VL uses it and it is not supported")
+    text.only("hidden_act", "silu")
 
 
-def _parse_vision(raw: dict[str, Any], text_width: int, path: str | Path) -> VisionConfig:
-    # A file may omit fields whose value is transformers' class default, which every published size shares.
-    width = raw.get("embed_dim", 1280)
-    if raw.get("hidden_size", text_width) != text_width:
-        raise CheckpointError(f"{path}: vision_config.hidden_size is {raw['hidden_size']}, the text width {text_width}")
-    if raw.get("hidden_act", "quick_gelu") != "quick_gelu":
-        raise CheckpointError(f"{path}: vision_config.hidden_act is {raw['hidden_act']!r}, expected 'quick_gelu'")
+def _refuse_other_rope(rope: dict[str, Any], known: tuple[str, ...], prefix: str, path: str | Path) -> None:
+    for key in ("rope_type", "type"):  # a file has one of them or both
+        if rope.get(key) not in (None, *known):
+            raise ValueError(
+                f"{path}: {prefix}{key} is {shown(rope[key])}, expected {' or '.join(map(repr, known))}: no other rope "
+                "is computed"
+            )
+
+
+def _parse_heads(text: Fields) -> tuple[int, int, int]:
+    """Returns the width, the number of query heads and the number of key/value heads of the text model."""
+    width, heads = text.whole("hidden_size"), text.whole("num_attention_heads")
+    kv_heads = text.whole("num_key_value_heads", heads)
+    if width % heads or heads % kv_heads:
+        raise ValueError(
+            f"{text.path}: hidden_size is {width}, expected a multiple of num_attention_heads {heads}, and that number "
+            f"a multiple of num_key_value_heads {kv_heads}"
+        )
+    return width, heads, kv_heads
+
+
+def _parse_mrope_section(rope: Fields, head_dim: int) -> tuple[int, int, int]:
+    name, value = rope.find("mrope_section")
+    if value is None:
+        raise ValueError(f"{rope.path}: mrope_section is missing in rope_scaling / rope_parameters")
+    whole = isinstance(value, list) and all(type(part) is int and part > 0 for part in value)
+    if not whole or len(value) != 3 or 2 * sum(value) != head_dim:
+        raise ValueError(
+            f"{rope.path}: {name} is {shown(value)}, expected three whole numbers from 1 whose sum is half the head "
+            f"width {head_dim} (hidden_size / num_attention_heads)"
+        )
+    return value[0], value[1], value[2]
+
+
+def _parse_vision(config: dict[str, Any], text_width: int, path: str | Path) -> VisionConfig:
+    """Reads vision_config. Fields may be missing whose value is transformers' default, which all published sizes share.
+
+    Args:
+      config: the whole file.
+      text_width: the width of the text model, which the merger's output has.
+    """
+    raw = inner_object(config, "vision_config", path)
+    if config.get("vision_config") is None:
+        raise ValueError(f"{path}: vision_config is missing")
+    fields = Fields(path, {"vision_config.": raw})
+    if fields.whole("hidden_size", text_width) != text_width:
+        raise ValueError(f"{path}: vision_config.hidden_size is {raw['hidden_size']}, the text width is {text_width}")
+    fields.only("hidden_act", "quick_gelu")
+    rope = inner_object(raw, "rope_parameters", path, "vision_config.")
+    _refuse_other_rope(rope, ("axial", "default"), "vision_config.rope_parameters.", path)
+    width, heads = fields.whole("embed_dim", 1280), fields.whole("num_heads", 16)
+    if width % (4 * heads):
+        raise ValueError(
+            f"{path}: vision_config.embed_dim is {width}, expected a multiple of 4 times num_heads {heads}"
+        )
+    ratio = fields.positive("mlp_ratio", 4)
+    if not 1 <= width * ratio <= sys.float_info.max:
+        raise ValueError(f"{path}: vision_config.mlp_ratio is {ratio}, expected an MLP of some width")
     return VisionConfig(
-        layers=raw.get("depth", 32),
+        layers=fields.whole("depth", 32),
         width=width,
-        heads=raw.get("num_heads", 16),
-        mlp=int(width * raw.get("mlp_ratio", 4)),
-        patch_size=raw.get("patch_size", 14),
-        temporal_patch_size=raw.get("temporal_patch_size", 2),
-        channels=raw.get("in_channels", raw.get("in_chans", 3)),
-        merge_size=raw.get("spatial_merge_size", 2),
-        rope_theta=float(inner_object(raw, "rope_parameters", path).get("rope_theta", 1e4)),
+        heads=heads,
+        mlp=int(width * ratio),
+        patch_size=fields.whole("patch_size", 14),
+        temporal_patch_size=fields.whole("temporal_patch_size", 2),
+        channels=fields.whole("in_channels", fields.whole("in_chans", 3)),
+        merge_size=fields.whole("spatial_merge_size", 2),
+        rope_theta=Fields(path, {"vision_config.rope_parameters.": rope}).positive("rope_theta", 1e4),
     )
-
-
-def _check(cfg: ModelConfig, path: str | Path) -> None:
-    for part, where in ((cfg, ""), (cfg.vision, "vision: ")):
-        for field in dataclasses.fields(part):
-            value, least = getattr(part, field.name), 0 if field.name in _TOKEN_KEYS else 1
-            if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise CheckpointError(f"{path}: {where}{field.name} is {value!r}, expected a whole number from {least}")
-    if cfg.width % cfg.heads or cfg.heads % cfg.kv_heads:
-        raise CheckpointError(
-            f"{path}: hidden_size {cfg.width} must be a multiple of {cfg.heads} query heads, "
-            f"and that number a multiple of {cfg.kv_heads} kv heads"
-        )
-    if sum(cfg.mrope_section) * 2 != cfg.head_dim or len(cfg.mrope_section) != 3:
-        raise CheckpointError(
-            f"{path}: mrope_section {cfg.mrope_section} must be three numbers of sum {cfg.head_dim // 2}"
-        )
-    if cfg.vision.width % cfg.vision.heads or cfg.vision.head_dim % 4:
-        raise CheckpointError(
-            f"{path}: vision width {cfg.vision.width} must be a multiple of 4 times its {cfg.vision.heads} heads"
-        )

@@ -1,7 +1,8 @@
 """Renders a question as chat text: system turn, user turn, assistant header.
 
 Flow: data -> processing (here) -> rollout. If the checkpoint has a chat template, that template is used, since the
-weights were trained with it. Otherwise the format is that of Qwen2-VL (arXiv 2409.12191, section 2.2.1), ChatML:
+weights were trained with it. Without one, and if it renders no chat turns as those of base models, the format is that
+of Qwen2-VL (arXiv 2409.12191, section 2.2.1), ChatML:
 
     <|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n
     <|im_start|>user\\n<|vision_start|><|image_pad|><|vision_end|>Find x.<|im_end|>\\n
@@ -75,6 +76,25 @@ def find_chat_template(folder: str | os.PathLike, tokenizer: PreTrainedTokenizer
     return tokenizer.chat_template
 
 
+def renders_turns(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Returns whether a chat template writes anything around a question, as the turns of a chat need.
+
+    The template of a base model writes nothing, or the question alone. A template that cannot be used counts as one
+    that writes turns: `render_chat` says what is wrong with it.
+    """
+    question = "Which?"
+    for content in (question, [{"type": "text", "text": question}]):
+        try:
+            text = _apply(tokenizer, template, [{"role": "user", "content": content}])
+        except (jinja2.TemplateError, TypeError):
+            return True
+        for token in (question, tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token):
+            text = text.replace(str(token), "") if token else text
+        if not text.strip():
+            return False
+    return True
+
+
 def render_chat(
     tokenizer: PreTrainedTokenizerBase,
     turns: Sequence[Mapping[str, Any]],
@@ -99,18 +119,24 @@ def render_chat(
         return "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in pairs) + ASSISTANT_HEADER
     name = tokenizer.name_or_path
     try:
-        text = tokenizer.apply_chat_template(
-            [dict(turn) for turn in turns], chat_template=template, tokenize=False, add_generation_prompt=True
-        )
+        text = _apply(tokenizer, template, turns)
     except jinja2.TemplateError as error:
         raise ValueError(f"{name}: the chat template cannot be used ({error}); expected Qwen2-VL's") from error
     except TypeError as error:  # a text-only template concatenates a text and the list of parts
         raise ValueError(
             f"{name}: the chat template takes no message with images ({error}); expected Qwen2-VL's"
         ) from error
-    assert isinstance(text, str)  # with tokenize=False
     if not text.endswith(ASSISTANT_HEADER):
         raise ValueError(f"{name}: the chat template ends a prompt with {text[-40:]!r}; expected {ASSISTANT_HEADER!r}")
+    return text
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, template: str, turns: Sequence[Mapping[str, Any]]) -> str:
+    """Returns what a Jinja template makes of turns, with the header of the answer."""
+    text = tokenizer.apply_chat_template(
+        [dict(turn) for turn in turns], chat_template=template, tokenize=False, add_generation_prompt=True
+    )
+    assert isinstance(text, str)  # with tokenize=False
     return text
 
 

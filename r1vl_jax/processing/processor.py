@@ -24,7 +24,8 @@ from transformers import PreTrainedTokenizerBase
 from r1vl_jax.common.files import inner_object, read_object
 from r1vl_jax.config import RLSection, SFTSection, VideoSection
 from r1vl_jax.errors import RowError
-from r1vl_jax.processing.chat import find_chat_template, render_chat, split_questions
+from r1vl_jax.model.vision_ids import read_vision_ids
+from r1vl_jax.processing.chat import find_chat_template, render_chat, renders_turns, split_questions
 from r1vl_jax.processing.images import ImageSpec, image_patches, load_image, video_patches
 from r1vl_jax.processing.positions import mrope_positions
 from r1vl_jax.processing.spans import decode, token_at
@@ -48,6 +49,7 @@ class Processor:
       video_spec: settings for sampling frames of a video.
       chat_template: Jinja text; None: the format in chat.py.
       reserved: texts that the tokenizer reads as one special token; questions and answers may not contain them.
+      note: a line for the user about the chat template; empty in most cases.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -56,6 +58,7 @@ class Processor:
     video_spec: VideoSpec
     chat_template: str | None
     reserved: tuple[str, ...]
+    note: str = ""
 
     @classmethod
     def from_folder(
@@ -79,19 +82,24 @@ class Processor:
                     f"{folder / 'config.json'}: vision_config.{key} is {vision[key]}, the image processor's {field} is "
                     f"{getattr(spec, field)}; expected the same"
                 )
-        text = inner_object(config, "text_config", folder / "config.json")  # transformers 5 nests the text fields
+        vision_ids = read_vision_ids(config, folder / "config.json")
         tokenizer = read_tokenizer(folder)
-        ids = special_ids(folder, text | config, tokenizer)
+        ids = special_ids(folder, vision_ids, tokenizer)
         # `ids` are added, because a tokenizer that was loaded and saved again may no longer mark its tokens as special.
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         special |= set(tokenizer.convert_ids_to_tokens(list(dataclasses.astuple(ids))))
+        template, note = find_chat_template(folder, tokenizer), ""
+        if template is not None and not renders_turns(tokenizer, template):
+            template = None
+            note = f"{folder}: its chat template renders no chat turns, as a base model's; the built-in ChatML is used"
         processor = cls(
             tokenizer=tokenizer,
             ids=ids,
             image_spec=spec,
             video_spec=VideoSpec(),
-            chat_template=find_chat_template(folder, tokenizer),
+            chat_template=template,
             reserved=tuple(sorted(special)),
+            note=note,
         )
         # If the template cannot be used, this raises before a run has begun.
         processor._render([{"role": "user", "content": [{"type": "image"}]}])

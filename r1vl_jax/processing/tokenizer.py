@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from r1vl_jax.common.text import one_line
 
 IM_END = "<|im_end|>"
 END_OF_TEXT = "<|endoftext|>"
@@ -36,30 +37,25 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise many types, even Exception itself
-        raise ValueError(f"{folder}: the tokenizer or its chat template cannot be read ({error})") from error
+        raise ValueError(f"{folder}: the tokenizer or its chat template cannot be read ({one_line(error)})") from error
 
 
-def special_ids(folder: Path, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
-    """Returns the special ids. Image and video ids are read from config.json, the others from the tokenizer."""
+def special_ids(folder: Path, vision: dict[str, int], tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
+    """Returns the special ids: those of `vision` (see model/vision_ids.py), and those that the tokenizer knows."""
     vocabulary = tokenizer.get_vocab()
-
-    def from_config(key: str) -> int:
-        value = config.get(key)
-        if not isinstance(value, int) or value not in known:
-            raise ValueError(f"{folder / 'config.json'}: {key} is {value!r}; expected the id of one of its tokens")
-        return value
-
-    def from_tokenizer(token: str) -> int:
+    known = set(vocabulary.values())
+    for key, value in vision.items():
+        if value not in known:
+            path = folder / "config.json"
+            raise ValueError(f"{path}: {key} is {value}; expected the id of one of the tokenizer's tokens")
+    for token in (IM_END, END_OF_TEXT):
         if token not in vocabulary:
             raise ValueError(f"{folder}: the tokenizer (tokenizer.json, tokenizer_config.json) has no {token!r}")
-        return vocabulary[token]
-
-    known = set(vocabulary.values())
     return SpecialIds(
-        image=from_config("image_token_id"),
-        video=from_config("video_token_id"),
-        vision_start=from_config("vision_start_token_id"),
-        vision_end=from_config("vision_end_token_id"),
-        im_end=from_tokenizer(IM_END),
-        end_of_text=from_tokenizer(END_OF_TEXT),
+        image=vision["image_token_id"],
+        video=vision["video_token_id"],
+        vision_start=vision["vision_start_token_id"],
+        vision_end=vision["vision_end_token_id"],
+        im_end=vocabulary[IM_END],
+        end_of_text=vocabulary[END_OF_TEXT],
     )

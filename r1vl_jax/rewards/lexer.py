@@ -10,6 +10,8 @@ import re
 import unicodedata
 from typing import NamedTuple
 
+from r1vl_jax.rewards.context import resolve_signs
+
 END = "."  # the token that ends a sentence; key_steps.py also puts one after each step
 
 _IDEOGRAPHS = r"\u0370-\u03ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
@@ -24,13 +26,14 @@ _KINDS = {
     "option": rf"{_OPTION}|(?<![\w)\]])\([A-J]\)",
     "fraction": rf"\\?(?={_FRACTION})[dtc]?frac\s*\{{",
     "digits": r"\\[dtc]?frac\s*\d\s*\d",
-    "degrees": r"\^\s*\\circ\b|\^\{\s*(?:\\circ\b|°)\s*\}|\^?[°º˚]|\\degree\b",
+    "degrees": r"\^\s*\\circ\b|\^\{\s*(?:\\circ\b|°)\s*\}|\^?[°º˚]|\\(?:text)?degree\b",
     "command": r"\\[A-Za-z\u0370-\u04ff]+",
     "percent": r"\\%",
-    "nothing": r"\\.?|\*\*+|\#+|(?<![^\n])[-*+•]\s",  # escapes, emphasis, headers, bullets: no tokens
+    "nothing": r"\\.?|\*\*+|__+|\#+|(?<![^\n])[-*+•]\s",  # escapes, emphasis, headers, bullets: no tokens
     "open": r"\{",
     "close": r"\}",
     "relation": r"<=|>=|!=|==|=>|->|\|\|",
+    "index": r"_[ \t]*(?:\d+|\{[ \t]*\d+[ \t]*\})|[₀-₉]+",
     "symbol": r"\S",
 }
 _LEXEMES = re.compile("|".join(_KINDS.values()), re.DOTALL)
@@ -45,9 +48,7 @@ _SYMBOL_TOKENS = {
     **{"∠": "angle", "△": "triangle", "▵": "triangle", "√": "sqrt", "~": "", "％": "%"},
     **{"½": "1 / 2", "¼": "1 / 4", "¾": "3 / 4", "⅓": "1 / 3", "⅔": "2 / 3"},
     **{raised: f"^ {digit}" for digit, raised in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
-    **{lowered: f"_ {digit}" for digit, lowered in enumerate("₀₁₂₃₄₅₆₇₈₉")},
 }
-_FULL_WIDTH = {code + 0xFEE0: code for code in range(0x21, 0x7F)} | {0x3000: " "}
 # "mеdian" with a Cyrillic "е" becomes "median". Otherwise copied words in look-alike letters would count as new words.
 _CYRILLIC_LOOKALIKES = str.maketrans("авекмнорстухіјѕһԁ", "abekmhopctyxijshd")
 _GREEK_NAMES = "alpha beta gamma delta epsilon theta lambda mu pi rho sigma tau phi omega"
@@ -90,7 +91,7 @@ _LOOKS_BACK = UNIT_SIGNS | {")"}  # tokens that can change the tokens before the
 class Tokens(NamedTuple):
     """The tokens of a text. `words[i]` comes from the characters `starts[i]` to `ends[i]` of `text`."""
 
-    text: str  # the input, with each full-width character replaced by one plain character
+    text: str  # the input as context.py rewrites it, character by character
     words: list[str]
     starts: list[int]
     ends: list[int]
@@ -101,8 +102,7 @@ def tokenize(text: str, start: int, end: int) -> Tokens:
     words, starts, ends = [], [], []
     opened = []  # for each open brace: _NUMERATOR of a fraction, _GROUP of an operator, or plain _BRACE
     coming = _BRACE  # the meaning of the next brace
-    if not text.isascii():
-        text = text.translate(_FULL_WIDTH)  # one character for one character: places stay the same
+    text = resolve_signs(text)  # one character for one character: places stay the same
     last = start
     for lexeme in _LEXEMES.findall(text, start, end):
         first, last = last, last + len(lexeme)
@@ -175,6 +175,7 @@ def _command(lexeme: str) -> str:
 # For each kind, a function from a lexeme to its tokens, separated by spaces.
 _FOLD = {
     "word": _word,
+    "index": lambda lexeme: _number(unicodedata.normalize("NFKC", lexeme).strip("_{} \t")),  # x_1, x_{1}, x₁ as x1
     "number": _number,
     "symbol": lambda lexeme: _SYMBOL_TOKENS.get(lexeme, lexeme),
     "relation": lambda lexeme: _SYMBOL_TOKENS[lexeme],

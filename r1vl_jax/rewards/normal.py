@@ -3,6 +3,8 @@
     "\\frac{12}{2} = 6"   "frac{12}{2} = 6"   "12/2=6"   "12 / 2 = 6.0"      all become   12 / 2 = 6
     "60^\\circ"           "60°"               "60 degrees"                   all become   60 °
 
+The degree sign after a value is optional: "60" and "60°" are compared as equal.
+
 Tokens are words (lower case), numbers (by value), symbols, and "." for the end of a sentence. An occurrence starts and
 ends at token borders, and is not part of a larger expression: "2" is not in "12" or "12/2", "x = 1" is not in "x = 1/2"
 or "2x = 1". A text that is only a number is compared by value: "0.50" occurs in "the share is 1/2".
@@ -28,6 +30,8 @@ _TIGHT = frozenset("/^_")  # these bind more tightly than anything inside a text
 _LOOSE = frozenset("+-*±")  # operators between terms and factors
 _FUNCTIONS = frozenset(["sqrt", "sin", "cos", "tan", "log", "ln"])
 _MATH = frozenset("()[]πθ") | _FUNCTIONS
+_DEGREES = "°"
+_INDEX = "_₀₁₂₃₄₅₆₇₈₉"  # an index such as the 1 of x_1 starts with one of these
 _SHORT = "so it by is as we the and or to of in on at an if for let get has are now but not"
 _SHORT_WORDS = frozenset(_SHORT.split())  # English words that are not names of variables or segments
 
@@ -36,13 +40,14 @@ class NormalText:
     """The tokens of `text`, for searching. `words[i]` comes from the characters `starts[i]` to `ends[i]` of `text`."""
 
     __slots__ = (
-        *("_bound_after", "_bound_before", "_joined", "_numbers", "_offsets", "_places"),
+        *("_bound_after", "_bound_before", "_compared", "_joined", "_numbers", "_offsets", "_places"),
         *("ends", "starts", "text", "words"),
     )
 
     def __init__(self, text: str, words: list[str], starts: list[int], ends: list[int]) -> None:
         self.text, self.words, self.starts, self.ends = text, words, starts, ends
         # These caches are filled on first use: one text is searched many times, often for equal normal forms.
+        self._compared: list[int] = []
         self._joined: str | None = None
         self._offsets: list[int] | None = None
         self._numbers: dict[Fraction, list[tuple[int, int]]] | None = None
@@ -52,6 +57,16 @@ class NormalText:
 
     def __len__(self) -> int:
         return len(self.words)
+
+    def compared(self) -> list[str]:
+        """Returns the words that are compared: all but the degree signs after values."""
+        return [self.words[i] for i in self._compared_places()]
+
+    def _compared_places(self) -> list[int]:
+        words = self.words
+        if _DEGREES not in words:
+            return list(range(len(words)))
+        return [i for i, word in enumerate(words) if word != _DEGREES or i == 0 or not _takes_degrees(words[i - 1])]
 
     def find(self, text: str) -> list[tuple[int, int]]:
         """Returns the ranges of characters in which `text` occurs, from left to right; none if `text` has no tokens.
@@ -68,23 +83,29 @@ class NormalText:
 
     def _find_words(self, needle: _Needle) -> Iterator[tuple[int, int]]:
         if self._joined is None:
-            self._joined = f"{_SEP}{_SEP.join(self.words)}{_SEP}"
+            self._compared = self._compared_places()
+            self._joined = f"{_SEP}{_SEP.join([self.words[i] for i in self._compared])}{_SEP}"
         _, _, opens, closes, relational, _ = needle
         check = opens or closes or relational
         place = self._joined.find(needle.joined) if needle.length else -1
-        first = -1
+        at = -1  # index in the compared words
         while place >= 0:
             if self._offsets is None:
-                self._offsets = list(itertools.accumulate((len(word) + 1 for word in self.words), initial=0))
+                lengths = (len(self.words[i]) + 1 for i in self._compared)
+                self._offsets = list(itertools.accumulate(lengths, initial=0))
             # Checks the next token first because this check is cheap. The binary search finds places further on.
-            first = first + 1 if self._offsets[first + 1] == place else bisect_right(self._offsets, place) - 1
-            last = first + needle.length - 1
+            at = at + 1 if self._offsets[at + 1] == place else bisect_right(self._offsets, place) - 1
+            first, last = self._compared[at], self._with_degrees(self._compared[at + needle.length - 1])
             if check and self._cut_from_expression(first, last, opens, closes, relational):
                 place += 1
             else:
                 yield self.starts[first], self.ends[last]
-                first, place = last, place + len(needle.joined) - 1
+                at, place = at + needle.length - 1, place + len(needle.joined) - 1
             place = self._joined.find(needle.joined, place)
+
+    def _with_degrees(self, i: int) -> int:
+        """Returns the index of the degree sign after token i; i if there is none."""
+        return i + 1 if self.words[i + 1 : i + 2] == [_DEGREES] else i
 
     def _find_number(self, value: Fraction) -> list[tuple[int, int]]:
         if self._numbers is None:
@@ -106,10 +127,11 @@ class NormalText:
             end, signed = done, self._is_unary_minus(first - 1)
             if signed:
                 first -= 1
-            if words[end] != "%" and not self._cut_from_expression(first, end - 1, not signed, True, False):
+            last = self._with_degrees(end - 1)
+            if words[end] != "%" and not self._cut_from_expression(first, last, not signed, True, False):
                 value = _value(tuple(words[first:end]))
                 if value is not None:
-                    yield value, (self.starts[first], self.ends[end - 1])
+                    yield value, (self.starts[first], self.ends[last])
 
     def _cut_from_expression(self, first: int, last: int, opens: bool, closes: bool, relational: bool) -> bool:
         """Returns whether the tokens first..last are part of a larger expression.
@@ -140,7 +162,12 @@ class NormalText:
         """Returns whether the token before token i binds to it: "/" in "2/x", "2" in "2x"."""
         bound = self._bound_before.get(i)
         if bound is None:
-            bound = (i > 0 and self.words[i - 1] in _TIGHT) or self._is_unary_minus(i - 1) or self._is_factor(i - 1, i)
+            bound = (
+                (i > 0 and self.words[i - 1] in _TIGHT)
+                or self._is_unary_minus(i - 1)
+                or self._is_factor(i - 1, i)
+                or self.text[self.starts[i]] in _INDEX
+            )
             self._bound_before[i] = bound
         return bound
 
@@ -185,6 +212,11 @@ class NormalText:
         return i == 0 or not (_is_operand(self.words[i - 1]) or self.ends[i - 1] == self.starts[i])
 
 
+def _takes_degrees(word: str) -> bool:
+    """Returns whether a degree sign after a word is that of a value, and not the noun in "a polynomial of degree 2"."""
+    return word[0].isdecimal() or word == ")" or len(word) == 1 and word.isalpha()
+
+
 def _is_math(word: str) -> bool:
     return word[0].isdecimal() or len(word) == 1 and word.isalpha() or word in _MATH
 
@@ -210,7 +242,7 @@ class _Needle(NamedTuple):
 @functools.lru_cache(maxsize=8192)
 def _needle(text: str) -> _Needle:
     """Prepares a text for `NormalText.find`. Sentence ends at the start and the end of the text are removed."""
-    words = normal_text(text).words
+    words = normal_text(text).compared()
     while words and words[-1] == END:
         words.pop()
     while words and words[0] == END:

@@ -56,8 +56,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, pool
     precision = jax.default_matmul_precision(matmul_precision(section.matmul_precision, section.dtype))
     with scorers as scorer_pool, Compilations() as compilations, jax.set_mesh(mesh), precision:
         run = Run(config, model, reward, log, scorer_pool, compilations)
-        if model.folder.note:
-            log.say(model.folder.note)
+        for note in model.notes:
+            log.say(note)
         log.say(f"{section.path}: {model.describe(section.dtype)}")
         export = _run_stages(run, resume)
     if table := heldout_table(log.folder):

@@ -415,10 +415,8 @@ def _no_config(folder):
         (_config_value("vision_config", 3), "config.json: vision_config is 3; expected an object"),
         (_config_value("vision_config", None), "config.json: vision_config is missing"),
         (_config_value("rope_scaling", "mrope"), "config.json: rope_scaling is 'mrope'; expected an object"),
-        (_config_value("rope_scaling", {"mrope_section": 3}), "config.json: not the config.json of a Qwen2-VL"),
-        (_config_value("vocab_size", "many"), "config.json: vocab is 'many', expected a whole number"),
-        (_config_value("num_attention_heads", 0), "config.json: heads is 0, expected a whole number from 1"),
-        (_config_value("rms_norm_eps", "x"), "config.json: not the config.json of a Qwen2-VL"),
+        (_config_value("rope_scaling", {"mrope_section": 3}), "config.json: rope_scaling.mrope_section is 3, expected"),
+        (_config_value("vocab_size", "many"), "config.json: vocab_size is 'many', expected a whole number"),
     ],
 )
 def test_damaged_folder(folder, damage, said, tmp_path, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 
 import av
 import numpy as np
@@ -159,6 +160,37 @@ def test_a_bug_shows_its_traceback(command, monkeypatch):
     monkeypatch.setattr(generate_module, "rollout", broken)
     with pytest.raises(ValueError, match="shapes do not match"):
         command("--prompt", "How many?")
+
+
+def test_base_model(command, inputs, tmp_path):
+    """Its chat template renders no turns: the built-in one is used, as in the other model, and it is said."""
+    base = shutil.copytree(inputs / "model", tmp_path / "base")
+    (base / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0]['text'] }}"}))
+    question = ("--prompt", "How many?", "--max-new-tokens", 8)
+    code, out, err = command(*question, model=base)
+    assert f"{base}: its chat template renders no chat turns" in err.splitlines()[0]
+    assert (code, out) == command(*question)[:2]
+
+
+@pytest.mark.parametrize(
+    "file, content, named",
+    [
+        ("config.json", {"rope_scaling": {"type": "yarn", "mrope_section": [1, 1, 2]}}, "'yarn'"),
+        ("config.json", {"rope_scaling": {"type": "linear", "mrope_section": [1, 1, 2]}}, "'linear'"),
+        ("config.json", {"quantization_config": {"quant_method": "awq"}}, "quantized"),
+        ("config.json", {"text_config": []}, "text_config"),
+        ("adapter_config.json", {"base_model_name_or_path": "base"}, "adapter"),
+    ],
+)
+def test_models_that_are_not_computed(command, inputs, tmp_path, file, content, named):
+    model = shutil.copytree(inputs / "model", tmp_path / "model")
+    path = model / file
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | content))
+    if named == "adapter":
+        (model / "model.safetensors").rename(model / "adapter_model.safetensors")
+    code, out, err = command("--prompt", "How many?", model=model)
+    assert code == 2 and out == ""
+    assert len(err.splitlines()) == 1 and str(path) in err and named in err
 
 
 def test_no_such_model(command, tmp_path):

@@ -285,6 +285,14 @@ def test_ids_come_from_the_files(tmp_path, processor):
     assert set(processor.stop_ids) == {vocabulary["<|im_end|>"], vocabulary["<|endoftext|>"]}
     assert processor.ids.video == vocabulary["<|video_pad|>"]
     assert Processor.from_folder(write_checkpoint(tmp_path, nested=True)).ids == processor.ids
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in ("image_token_id", "video_token_id", "vision_end_token_id"):
+        config["vision_config"][key] = config.pop(key)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert Processor.from_folder(tmp_path).ids == processor.ids
+    config["vision_config"] = {}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert Processor.from_folder(tmp_path).ids == processor.ids  # the tokenizer's
 
 
 def test_missing_parts_of_a_checkpoint(tmp_path):
@@ -297,11 +305,16 @@ def test_missing_parts_of_a_checkpoint(tmp_path):
         with pytest.raises(ValueError, match=message):
             Processor.from_folder(tmp_path)
 
-    refused("config.json: image_token_id is None", without="image_token_id")
     refused("config.json: vision_end_token_id is 99999", vision_end_token_id=99_999)
     refused("vision_config.patch_size is 16, .* patch_size is 14", vision_config={"patch_size": 16})
     refused(r"config.json: text_config is \[\]; expected an object", text_config=[])
     refused("config.json: vision_config is 3; expected an object", vision_config=3)
+    names = (tmp_path / "tokenizer.json").read_text(), (tmp_path / "tokenizer_config.json").read_text()
+    for file, text in zip(("tokenizer.json", "tokenizer_config.json"), names, strict=True):
+        (tmp_path / file).write_text(text.replace("<|image_pad|>", "<|other|>"))
+    refused("config.json: image_token_id is missing", without="image_token_id")
+    for file, text in zip(("tokenizer.json", "tokenizer_config.json"), names, strict=True):
+        (tmp_path / file).write_text(text)
     tokenizer = json.loads((tmp_path / "tokenizer.json").read_text().replace("<|im_end|>", "<|other|>"))
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     settings = (tmp_path / "tokenizer_config.json").read_text().replace("<|im_end|>", "<|other|>")
@@ -343,6 +356,45 @@ def test_damaged_files_of_a_checkpoint(tmp_path, file, content, message):
 )
 def test_a_chat_template_that_is_no_jinja(tmp_path, template):
     with pytest.raises(ValueError, match=f"{tmp_path}: the chat template cannot be used"):
+        Processor.from_folder(write_checkpoint(tmp_path, chat_template=template))
+
+
+# The first is that of the published base models: it takes the parts of one text for messages.
+BASE_TEMPLATES = [
+    "{% if messages is string %}{{ messages }}{% else %}{% for part in messages %}{% if part['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}",
+    "{% for m in messages %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}",
+    "{% for m in messages %}{{ m['content'] }}\n{% endfor %}",
+    "{% for m in messages %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{{ eos_token }}{% endfor %}",
+    "",
+]
+
+
+@pytest.mark.parametrize("template", BASE_TEMPLATES)
+@pytest.mark.parametrize("place", ["chat_template.json", "chat_template.jinja", "tokenizer"])
+def test_a_template_without_chat_turns_gives_way_to_the_built_in_one(tmp_path, processor, template, place):
+    write_checkpoint(tmp_path, chat_template=template if place == "tokenizer" else QWEN2_VL_TEMPLATE)
+    if place != "tokenizer":
+        text = json.dumps({"chat_template": template}) if place.endswith("json") else template
+        (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+        (tmp_path / place).write_text(text)
+    base = Processor.from_folder(tmp_path, max_pixels=20_000)
+    assert base.chat_template is None and processor.note == ""
+    assert base.note == (
+        f"{tmp_path}: its chat template renders no chat turns, as a base model's; the built-in ChatML is used"
+    )
+    images = [noise(60, 60)]
+    expected = processor.encode_question("<image>Find x.", images)
+    np.testing.assert_array_equal(base.encode_question("<image>Find x.", images).tokens_T, expected.tokens_T)
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["Question: {{ messages[0]['content'] }}", "{% for m in messages %}[INST]{{ m['content'] }}[/INST]{% endfor %}"],
+)
+def test_a_template_with_other_turns_is_refused(tmp_path, template):
+    with pytest.raises(ValueError, match=r"the chat template ends a prompt with .*; expected '<\|im_start\|>assistant"):
         Processor.from_folder(write_checkpoint(tmp_path, chat_template=template))
 
 

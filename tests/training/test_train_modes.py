@@ -161,19 +161,24 @@ def test_a_reward_that_is_not_there_is_said_before_anything_is_written(inputs, t
     assert not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_with_other_pixel_means(inputs, tmp_path):
-    """Its images are normalised its own way, in both stages, and the export takes it along."""
+def test_a_checkpoint_with_other_pixel_means(inputs, tmp_path, capsys):
+    """Its images are normalised its own way, in both stages, and the export takes it along.
+
+    Its chat template is also a base model's, which writes no turns: the run says so.
+    """
     model = tmp_path / "model"
     shutil.copytree(inputs / "model", model)
     fields = json.loads((model / "preprocessor_config.json").read_text())
     fields |= {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.2, 0.3, 0.4]}
     (model / "preprocessor_config.json").write_text(json.dumps(fields))
+    (model / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0]['text'] }}"}))
     losses = []
     for name, path in (("own", model), ("clip", inputs / "model")):
         sections = {"model": {"path": str(path)}, "sft": {"steps": 1}, "rl": {"steps": 1, "max_new_tokens": 4}}
         export = train(run_config(inputs, tmp_path / name, **sections))
         losses.append(steps(tmp_path / name, "sft")[0]["loss"])
         assert (export / "preprocessor_config.json").read_bytes() == (path / "preprocessor_config.json").read_bytes()
+        assert ("the built-in ChatML is used" in capsys.readouterr().err) == (name == "own")
     assert losses[0] != losses[1]
 
 

@@ -20,8 +20,7 @@ GREEK = dict(zip(_GREEK_NAMES.split(), "αβγδεθλμπρστφω", strict=Tr
 
 # Commands that only change how their argument looks, or that are white space.
 APPEARANCE = frozenset(
-    "left right big Big bigg Bigg quad qquad text textbf textit textrm mathrm mathbf mathit mathsf operatorname boxed "
-    "mbox overline underline widehat hat bar vec overrightarrow overleftrightarrow displaystyle limits".split()
+    ["left", "right", "big", "Big", "bigg", "Bigg", "quad", "qquad", "text", "textbf", "textit", "textrm", "mathrm", "mathbf", "mathit", "mathsf", "operatorname", "boxed", "mbox", "overline", "underline", "widehat", "hat", "bar", "vec", "overrightarrow", "overleftrightarrow", "displaystyle", "limits"]
 )
 COMMANDS = {
     **dict.fromkeys(["times", "cdot", "ast"], "*"),

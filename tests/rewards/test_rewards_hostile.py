@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r1vl_jax.rewards import PRESETS, ScorerPool
-from r1vl_jax.rewards.answer import choice_letter, expected_answer, final_answer
+from r1vl_jax.rewards.answer import expected_answer, final_answer
+from r1vl_jax.rewards.choices import choice_letter
 from r1vl_jax.rewards.key_steps import key_step_groups, key_step_hits
 from r1vl_jax.rewards.steps import section_faults, step_starts
 

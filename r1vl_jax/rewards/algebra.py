@@ -134,9 +134,10 @@ def same_value(answer: Formula, gold: Formula) -> bool:
     constant = not letters(gold)
 
     def compare() -> bool:
-        values = [(_value(answer, point), _value(gold, point)) for point in _points(gold)]
-        # A value outside the real numbers means that the letters are: ln(x^2) is 2 ln(x) where x is positive.
-        values = [(a, g) for a, g in values if a is not None and g is not None and (constant or a.is_real and g.is_real)]
+        # With letters only real values count: ln(x^2) is 2 ln(x) where x is positive.
+        found = [(_value(answer, point), _value(gold, point)) for point in _points(gold)]
+        values = [(a, g) for a, g in found if a is not None and g is not None]
+        values = [(a, g) for a, g in values if constant or (a.is_real and g.is_real)]
         return bool(values) and all(_close(a, g, answer, gold) for a, g in values)
 
     return _limited(compare)

@@ -55,13 +55,14 @@ _LEADS = [
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
         r"#+\s*|[:=→⇒∴•,;≈*`]+\s*",
-        r"(?:so|thus|hence|therefore|then|finally|in conclusion|we (?:get|have|find|obtain|conclude|see)|that is|i\.e\.|"
-        r"i think|i believe|it follows|i (?:choose|pick|select)|choose|pick|select)\b[\s,:]*(?:that\b)?\s*(?=\S)",
+        r"(?:so|thus|hence|therefore|then|finally|in conclusion|we (?:get|have|find|obtain|conclude|see)|that is|"
+        r"i think|i believe|it follows|(?:i )?(?:choose|pick|select))\b[\s,:]*(?:that\b)?\s*(?=\S)",
         r"[^\d=<>|]{0,120}?\b(?:answer|ans|result|solution)s?(?: set)?\b(?: (?:to|of|for) [^\d=:]{1,60}?)?[\s*]*"
         r"(?:(?:is|are|would be|should be|must be|will be|equals)\b|[=:]|[-.](?=\s))\s*(?:[=:]\s*)*(?=\S)",
         r"(?:the )?(?:(?:final|correct|right|best) )*(?:answer|ans|choice|option)s?\s*(?:is|are|:|=|\s)\s*(?=\(?\w)",
         r"(?:the )?(?:correct|right|best) (?:one )?(?:is|are)\s+",
-        r"(?:(?:it|this|that|there|these|they|here)(?:'s| is| are| was| were| must be| should be| would be| will be)|is\b|are\b)[\s:]+(?=\S)",
+        r"(?:(?:it|this|that|there|these|they|here)(?:'s| (?:is|are|was|were)| (?:must|should|would|will) be)|is|are)"
+        r"\b[\s:]+(?=\S)",
         r"(?:(?:所以|因此|故|则|综上|于是)[,:]?)?(?:本题)?的?(?:正确|最终|最后)?的?(?:答案|选项|结果|答|应?选择?)"
         r"(?:应?该?[是为選选])?[:\s]*(?=\S)",
     )
@@ -110,12 +111,14 @@ _FOLDS = [
         (r"~", " "),
     )
 ]
-_ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen"]
-_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-_NUMBER_WORDS = {word: n for n, word in enumerate([*_ONES, "seventeen", "eighteen", "nineteen"])}
-_NUMBER_WORDS |= {ten: 10 * n for n, ten in enumerate(_TENS, 2)}
-_NUMBER_WORDS |= {f"{ten}{one}": 10 * n + k for n, ten in enumerate(_TENS, 2) for k, one in enumerate(_ONES[1:10], 1)}
-_SPELLED = re.compile(rf"\b(?:(?:{'|'.join(_TENS)})[- ]?(?:{'|'.join(_ONES[1:10])})|{'|'.join(_NUMBER_WORDS)})\b(?:-(?=[a-z]))?", re.I)
+_ONES = "zero one two three four five six seven eight nine"
+_TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_VALUES = {word: value for value, word in enumerate(f"{_ONES} {_TEENS}".split())}
+_VALUES |= {word: 10 * tens for tens, word in enumerate(_TENS.split(), 2)}
+_ONE, _TEN = ("|".join(words.split()[start:]) for words, start in ((_ONES, 1), (_TENS, 0)))
+# "twenty-five"; the hyphen of "two-thirds" goes as well.
+_SPELLED = re.compile(rf"\b(?:({_TEN})[- ]?({_ONE})|({'|'.join(_VALUES)}))\b(?:-(?=[a-z]))?", re.IGNORECASE)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -162,7 +165,7 @@ def last_run(text: str, boxes: list[tuple[int, int, int]]) -> list[tuple[int, in
 
 
 def closing_brace(text: str, start: int) -> int:
-    """Returns the index of the brace that closes a group whose content begins at `start`; the text's end if none does."""
+    """Returns the index of the brace that closes the group whose content begins at `start`; or the text's end."""
     depth = 1
     for match in _BRACE.finditer(text, start):
         depth += 1 if match[0] == "{" else -1
@@ -175,7 +178,7 @@ def _unicode(text: str) -> str:
     if not text.isascii():
         text = _RAISED.sub(lambda match: "^" + match[0].translate(_DIGITS), text.translate(_CHARACTERS))
         text = _LOWERED.sub(lambda match: "_" + match[0].translate(_DIGITS), text)
-        text = unicodedata.normalize("NFKC", text).translate(_CHARACTERS)
+        text = unicodedata.normalize("NFKC", text).translate(_CHARACTERS)[:MAX_ANSWER_CHARS]  # one sign may become 18
     return text
 
 
@@ -200,10 +203,16 @@ def _without_dollars(text: str) -> str:
 
 def _fold(text: str) -> str:
     text = _RELATION.sub(lambda match: RELATIONS.get(match[0], "≤"), text)
-    text = _SPELLED.sub(lambda match: f"{_NUMBER_WORDS[re.sub('[^a-z]', '', match[0].lower())]}{' ' * match[0].endswith('-')}", text)
+    text = _SPELLED.sub(_digits, text)
     for pattern, plain in _FOLDS:
         text = pattern.sub(plain, text)
     return " ".join(text.split())
+
+
+def _digits(match: re.Match[str]) -> str:
+    """Returns a number word in digits."""
+    value = sum(_VALUES[word.lower()] for word in match.groups() if word)
+    return f"{value} " if match[0].endswith("-") else str(value)
 
 
 def _peel(text: str) -> str:

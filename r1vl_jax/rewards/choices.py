@@ -21,7 +21,8 @@ class Choice:
 
 
 _LETTER = r"(?:\(\s*[A-Za-z]\s*\)|\[\s*[A-Za-z]\s*\]|<[A-Z]>|(?<![A-Za-z])[A-Z](?![A-Za-z]))"
-_LETTERS = re.compile(rf"{_LETTER}[.)]?(?:(?:\s*(?:,|/|&|\+|\band\b|\bor\b|[和或与])\s*)+{_LETTER}[.)]?|\s+{_LETTER}[.)]?)+")
+_JOINED = r"(?:(?:\s*(?:,|/|&|\+|\band\b|\bor\b|[和或与])\s*)+|\s+)"
+_LETTERS = re.compile(rf"{_LETTER}[.)]?(?:{_JOINED}{_LETTER}[.)]?)+")
 _CHOICE = re.compile(
     r"(?P<word>(?:option|choice|point|figure|graph|statement|panel|diagram|picture|image)\s*)?"
     r"(?:(?P<open>[(\[<])\s*(?P<marked>[A-Za-z])\s*[)\]>]|(?P<bare>[A-Za-z])(?![A-Za-z\d_'^])(?P<closed>\))?)(?P<rest>.*)",
@@ -72,7 +73,8 @@ DECISIONS = {
 }
 _PRONOUNS = "it|they|he|she|there|this|that|these|those|we|you|i|not|because|since"
 _DECISION = re.compile(
-    rf"({'|'.join(sorted(DECISIONS, key=len, reverse=True))})(?:$|\s*[,.;:!(-]\s*(.*)|\s+((?:{_PRONOUNS})\b.*))", re.IGNORECASE | re.DOTALL
+    rf"({'|'.join(sorted(DECISIONS, key=len, reverse=True))})(?:$|\s*[,.;:!(-]\s*(.*)|\s+((?:{_PRONOUNS})\b.*))",
+    re.IGNORECASE | re.DOTALL,
 )
 _OPPOSITE = re.compile(r"(?:(?:and|or|maybe|but)\s+)?(?:yes|no|true|false|maybe|perhaps)[\s.!]*", re.IGNORECASE)
 

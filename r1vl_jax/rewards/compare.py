@@ -178,13 +178,17 @@ def _unequal_quantities(a: Quantity, g: Quantity) -> str:
         if a.unit.size != g.unit.size and a.unit.dimensions == g.unit.dimensions:
             answer, gold = ("*", number(a.unit.size), answer), ("*", number(g.unit.size), gold)
         return "" if same_value(answer, gold) else _NOT_EQUAL
-    share = a.unit is not None and a.unit.dimensions == ((PERCENT, 1),) and value is not None and abs(value) < 1
+    share = _is_percent(a) and value is not None and abs(value) < 1
     if not share and same_value(answer, gold):  # 0.28% is not 0.28
         return ""
     for percent, plain in ((a, g), (g, a)):
-        if percent.unit and percent.unit.dimensions == ((PERCENT, 1),) and same_value(("/", percent.formula, number(100)), plain.formula):
+        if _is_percent(percent) and same_value(("/", percent.formula, number(100)), plain.formula):
             return ""
     return _NOT_EQUAL
+
+
+def _is_percent(quantity: Quantity) -> bool:
+    return quantity.unit is not None and quantity.unit.dimensions == ((PERCENT, 1),)
 
 
 def _in_radians(a: Quantity, g: Quantity) -> bool:
@@ -246,10 +250,8 @@ def _unequal_sequences(a: Sequence, g: Sequence) -> str:
     return ""
 
 
-
-
 def _is_labelled(sequence: Sequence) -> bool:
-    """Returns whether each item of a list says what it is: by a name before it, or by different units or names behind."""
+    """Returns whether each item of a list says what it is: by a name before it, or by units that differ."""
     firsts = [item[0] for item in sequence.items]
     units = {first.unit for first in firsts if isinstance(first, Quantity)}
     return all(isinstance(first, Named) for first in firsts) or (None not in units and len(units) > 1)

@@ -9,7 +9,7 @@ from fractions import Fraction
 from r1vl_jax.rewards.algebra import MAX_BITS, Formula, number, size_bits
 from r1vl_jax.rewards.units import parse_unit
 
-MAX_TOKENS = 300
+MAX_TOKENS = 150
 MAX_DEPTH = 30
 MAX_DIGITS = 4096
 
@@ -17,7 +17,8 @@ _TOKEN = re.compile(
     r"\s*(?:(?P<number>(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,6}(?![\d.]))?)|(?P<word>[A-Za-z]+|[\u0370-\u03ffΩ∞])"
     r"|(?P<sign>[-+*/^_()\[\]|!°'√%,{}]))"
 )
-_FUNCTIONS = frozenset(["sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "exp", "ln", "lg", "abs", "floor", "ceil"])
+_FUNCTION_NAMES = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh exp ln lg abs floor ceil"
+_FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
 _HEADS = _FUNCTIONS | {"sqrt", "frac", "binom", "log", "pi"}
 _CONSTANTS = {"π": "pi", "pi": "pi", "Pi": "pi", "e": "e", "i": "i", "∞": "∞", "infinity": "∞", "inf": "∞"}
 MULTIPLIERS = {
@@ -26,6 +27,7 @@ MULTIPLIERS = {
     **dict(quarter=Fraction(1, 4), quarters=Fraction(1, 4), fourths=Fraction(1, 4), fifth=Fraction(1, 5)),
     **dict(fifths=Fraction(1, 5), sixths=Fraction(1, 6), eighths=Fraction(1, 8), tenths=Fraction(1, 10)),
 }
+
 
 class _Unreadable(Exception):
     """The text is not a whole formula."""

@@ -24,10 +24,9 @@ _TOKEN = re.compile(
 _FRACTIONS = frozenset(["frac", "dfrac", "tfrac", "cfrac"])
 _BINOMIALS = frozenset(["binom", "dbinom", "tbinom"])
 _MATRICES = frozenset(["matrix", "pmatrix", "bmatrix", "vmatrix", "array"])
-_NO_ARGUMENT = frozenset(
-    ["left", "right", "big", "Big", "bigg", "Bigg", "quad", "qquad", "displaystyle", "textstyle", "limits", "dots", "nolimits", "middle", "hfill"]
-)
-_LOOKS = (APPEARANCE - _NO_ARGUMENT) | frozenset(["fbox", "emph", "textsf", "texttt", "textup", "mathbb", "mathcal", "mathfrak"])
+_SPACING = "left right big Big bigg Bigg quad qquad displaystyle textstyle limits nolimits middle hfill"
+_NO_ARGUMENT = frozenset(_SPACING.split())
+_LOOKS = (APPEARANCE - _NO_ARGUMENT) | {"fbox", "emph"}
 _SIGNS = {
     **COMMANDS,
     **GREEK,
@@ -114,9 +113,11 @@ def _plain(token: re.Match[str], coming: int) -> tuple[str, int]:
 
 
 def _command(name: str) -> str:
-    if name in _LOOKS or name.startswith(("text", "math")) and name not in _SIGNS:
+    if name in ("left", "right"):
+        return ""
+    if name in _LOOKS or name in _NO_ARGUMENT:
         return " "
-    if name in _NO_ARGUMENT and name != "dots":
-        return "" if name in ("left", "right") else " "
     sign = _SIGNS.get(name)
-    return f" {name} " if sign is None else sign
+    if sign is None:
+        return " " if name.startswith(("text", "math")) else f" {name} "
+    return sign

@@ -17,6 +17,7 @@ _PART = re.compile(r"(\d+(?:\.\d+)?)\s*(°|'{1,2}|\"|[^\W\d_]+)\s*(?:and\s+|,\s*
 _FEET = {"'": "ft", "''": "in", '"': "in"}  # after a first part in feet: 5'8"
 _UNIT_START = re.compile(r"(?<![^\W\d_])(?=[^\W\d_]|[°%'\"$¢€£¥¤(])")
 _MONEY_FIRST = re.compile(rf"(-?)\s*(?:US|CA|AU|HK)?\s*([{MONEY}€£¥]|USD|EUR|GBP|RMB|CNY)\s*(?=[\d.(-])", re.IGNORECASE)
+_UNIT_CHARS = 50  # a unit or a name is not longer
 _TIGHT_UNITS = frozenset("mgLJW")  # single letters that are units right after a number: "5m", but not "2x"
 
 
@@ -32,13 +33,13 @@ def read_compound(text: str) -> list[Quantity]:
         return []
     feet = parts[0][2] == "'"
     units = [parse_unit(_FEET.get(part[2], part[2]) if feet else part[2].replace("''", '"')) for part in parts]
-    first, total, last = units[0], Fraction(0), None
-    for part, unit in zip(parts, units, strict=True):
-        if first is None or unit is None or unit.dimensions != first.dimensions or (last is not None and unit.size >= last):
-            return []
-        last = unit.size
-        total += Fraction(part[1]) * unit.size / first.size
-    return [Quantity(number(total), first)]
+    known = [unit for unit in units if unit is not None]
+    first, sizes = known[0] if known else None, [unit.size for unit in known]
+    same_kind = len({unit.dimensions for unit in known}) == 1 and len(known) == len(units)
+    if first is None or not same_kind or sorted(set(sizes), reverse=True) != sizes:
+        return []
+    total = sum((Fraction(part[1]) * size for part, size in zip(parts, sizes, strict=True)), Fraction(0))
+    return [Quantity(number(total / first.size), first)]
 
 
 def _ratio(text: str) -> list[Ratio]:
@@ -67,7 +68,7 @@ def _quantity(text: str) -> list[Quantity]:
         amounts = _quantity(money[1] + text[money.end() :])
         return [Quantity(amount.formula, unit) for amount in amounts if amount.unit in (None, unit)]
     found = []
-    for match in _UNIT_START.finditer(text, 1):
+    for match in _UNIT_START.finditer(text, max(1, len(text) - _UNIT_CHARS)):
         formula, behind = parse_formula(text[: match.start()]), text[match.start() :]
         if formula is None or without_degrees(formula)[1] or _is_variable(behind, text[match.start() - 1]):
             continue
@@ -93,4 +94,5 @@ def _may_be_name(word: str, before: str) -> bool:
 
 def _is_variable(letter: str, before: str) -> bool:
     """Returns whether the last letter of a text is a factor and no unit: "2x", but not "2 m"."""
-    return len(letter) == 1 and letter.isascii() and letter.isalpha() and not before.isspace() and letter not in _TIGHT_UNITS
+    single = len(letter) == 1 and letter.isascii() and letter.isalpha()
+    return single and not before.isspace() and letter not in _TIGHT_UNITS

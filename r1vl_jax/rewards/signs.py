@@ -19,9 +19,11 @@ _GREEK_NAMES = "alpha beta gamma delta epsilon theta lambda mu pi rho sigma tau 
 GREEK = dict(zip(_GREEK_NAMES.split(), "αβγδεθλμπρστφω", strict=True))
 
 # Commands that only change how their argument looks, or that are white space.
-APPEARANCE = frozenset(
-    ["left", "right", "big", "Big", "bigg", "Bigg", "quad", "qquad", "text", "textbf", "textit", "textrm", "mathrm", "mathbf", "mathit", "mathsf", "operatorname", "boxed", "mbox", "overline", "underline", "widehat", "hat", "bar", "vec", "overrightarrow", "overleftrightarrow", "displaystyle", "limits"]
+_APPEARANCE = (
+    "left right big Big bigg Bigg quad qquad text textbf textit textrm mathrm mathbf mathit mathsf operatorname boxed "
+    "mbox overline underline widehat hat bar vec overrightarrow overleftrightarrow displaystyle limits"
 )
+APPEARANCE = frozenset(_APPEARANCE.split())
 COMMANDS = {
     **dict.fromkeys(["times", "cdot", "ast"], "*"),
     **dict.fromkeys(["div"], "/"),

@@ -28,36 +28,42 @@ _BASES = {
         if prefix + symbol not in ("cs", "ds", "dg", "ks", "dN", "cN", "nN")
     },
     **{"µm": ("m", Fraction(1, 10**6)), "in": ("m", Fraction(254, 10000)), "ft": ("m", Fraction(3048, 10000))},
-    **{"yd": ("m", Fraction(9144, 10000)), "mi": ("m", Fraction(1609344, 1000)), "lb": ("lb", 1), "oz": ("lb", Fraction(1, 16))},
+    **{"yd": ("m", Fraction(9144, 10000)), "mi": ("m", Fraction(1609344, 1000))},
+    **{"lb": ("lb", 1), "oz": ("lb", Fraction(1, 16)), "mol": ("mol", 1)},
     **{"min": ("s", 60), "h": ("s", 3600), "day": ("s", 86400), "week": ("s", 7 * 86400), "month": ("month", 1)},
     **{"year": ("month", 12), "°": (DEGREE, 1), "'": (DEGREE, Fraction(1, 60)), '"': (DEGREE, Fraction(1, 3600))},
-    **{"rad": ("rad", 1), "°C": ("°C", 1), "°F": ("°F", 1), "K": ("K", 1), "Ω": ("Ω", 1), "A": ("A", 1), "mol": ("mol", 1)},
+    **{"rad": ("rad", 1), "°C": ("°C", 1), "°F": ("°F", 1), "K": ("K", 1), "Ω": ("Ω", 1), "A": ("A", 1)},
     **{MONEY: (MONEY, 1), "¢": (MONEY, Fraction(1, 100)), "€": ("€", 1), "£": ("£", 1), "¥": ("¥", 1)},
     **{PERCENT: (PERCENT, 1), ANY: (ANY, 1), "tonne": ("g", 10**6), "gallon": ("gallon", 1)},
 }  # fmt: skip
-_LITRES = {"L": 1, "l": 1, "mL": Fraction(1, 1000), "ml": Fraction(1, 1000), "cl": Fraction(1, 100), "cc": Fraction(1, 1000)}
-_WORDS = {
-    **UNITS,
-    **{f"{plain}s": plain for plain in ("day", "week", "month", "year", "tonne", "gallon", "unit")},
-    **dict(d="day", yr="year", yrs="year", hrs="h", mins="min",),
-    **dict(millimeter="mm", decimeter="dm", micrometer="µm", micrometers="µm", ton="tonne", tons="tonne"),
-    **dict(milliliter="mL", milliliters="mL", millilitre="mL", millilitres="mL", kilo="kg", kilos="kg"),
-    **dict(celsius="°C", fahrenheit="°F", kelvin="K", radian="rad", radians="rad", amp="A", amps="A", ohm="Ω", ohms="Ω"),
-    **dict(watt="W", watts="W", volt="V", volts="V", joule="J", joules="J", newton="N", newtons="N", hertz="Hz"),
-    **dict(dollar=MONEY, dollars=MONEY, usd=MONEY, buck=MONEY, bucks=MONEY, cent="¢", cents="¢", euro="€", euros="€"),
-    **dict(eur="€", gbp="£", cny="¥", rmb="¥", yuan="¥", yen="¥", pct="%", percentage="%", arcmin="'", arcsec='"'),
-    **{"元": "¥", "度": "°", "米": "m", "厘米": "cm", "毫米": "mm", "分米": "dm", "千米": "km", "公里": "km", "克": "g"},
-    **{"千克": "kg", "公斤": "kg", "小时": "h", "时": "h", "分钟": "min", "分": "min", "秒": "s", "天": "day", "年": "year"},
-    **{"升": "L", "毫升": "mL", "吨": "tonne", "$": MONEY, "u": ANY},
-}  # fmt: skip
+_LITRES = {"L": 1, "l": 1, "cl": Fraction(1, 100), **dict.fromkeys(["mL", "ml", "cc"], Fraction(1, 1000))}
+_SPELLINGS = {
+    **{"mm": "毫米", "cm": "厘米", "dm": "decimeter decimeters 分米", "m": "米", "km": "千米 公里", "g": "克"},
+    **{"kg": "kilo kilos 千克 公斤", "tonne": "tonnes ton tons 吨", "gallon": "gallons", "L": "升"},
+    **{"mL": "milliliter milliliters millilitre millilitres 毫升", "s": "秒", "min": "mins 分钟 分", "h": "小时 时"},
+    **{"day": "d days 天", "week": "weeks", "month": "months", "year": "years yr yrs 年", "°": "度", "°C": "celsius"},
+    **{"°F": "fahrenheit", "K": "kelvin", "rad": "radian radians", "A": "amp amps", "Ω": "ohm ohms", "Hz": "hertz"},
+    **{"W": "watt watts", "V": "volt volts", "J": "joule joules", "N": "newton newtons", "%": "pct percentage"},
+    **{MONEY: "$ dollar dollars usd buck bucks", "¢": "cent cents", "€": "euro euros eur", "£": "gbp"},
+    **{"¥": "yuan yen rmb cny 元", ANY: "units u"},
+}
+_WORDS = UNITS | {word: unit for unit, words in _SPELLINGS.items() for word in words.split()}
 _COMPOUNDS = dict(mph="mi/h", kph="km/h", kmh="km/h", kmph="km/h", sqm="m^2", sqft="ft^2")
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "平方": 2, "立方": 3}
 _RAISED = {"squared": 2, "cubed": 3}
-# Words beside a unit that change nothing ("5 cm long"), and words that no name of a thing can be or contain.
-_IDLE = frozenset(["long", "wide", "tall", "high", "deep", "old", "away", "apart", "left", "total", "each", "altogether"])
-_NO_NAMES = frozenset(
-    ["times", "more", "less", "fewer", "than", "minus", "plus", "or", "and", "not", "of", "over", "divided", "by", "to", "from", "out", "per", "percent", "if", "when", "is", "are", "was", "no", "factorial", "mod", "half", "halves", "third", "thirds", "quarter", "quarters", "but", "at", "in", "on", "at", "squared", "cubed", "root", "square", "cubic", "as", "with", "thousand", "hundred", "million", "billion", "trillion", "dozen", "for", "the", "a", "an", "it", "sqrt", "sin", "cos", "tan", "log", "ln", "pi", "negative", "only", "except", "without", "either", "neither", "nor", "both", "maybe", "below", "above", "under", "zero", "tens", "hundreds", "thousands", "millions", "billions", "dozens", "tenths", "hundredths", "thousandths", "am", "pm", "bc", "ad", "bce", "ce", "st", "nd", "rd", "th", "january", "february", "march", "april", "may", "june", "july", "august", "september", "october", "november", "december"]
+# Words beside a unit that change nothing ("5 cm long").
+_IDLE_WORDS = "long wide tall high deep old away apart left total each altogether"
+_IDLE = frozenset(_IDLE_WORDS.split())
+# Words that no name of what is counted has: they compute ("3 less than"), count ("5 tens") or date ("5 May").
+_OTHER_WORDS = (
+    "times more less fewer than minus plus or and not of over divided by to from out per percent if when is are was "
+    "no factorial mod half halves third thirds quarter quarters but at in on squared cubed root square cubic as with "
+    "for the a an it sqrt sin cos tan log ln pi negative only except without either neither nor both maybe below above "
+    "under zero tens hundred hundreds thousand thousands million millions billion billions trillion dozen dozens tenths "
+    "hundredths thousandths am pm bc ad bce ce st nd rd th january february march april may june july august september "
+    "october november december"
 )
+_NO_NAMES = frozenset(_OTHER_WORDS.split())
 _TOKEN = re.compile(
     r"\^\s*\(?\s*(?P<power>-?\d)\s*\)?|(?P<digit>\d)|(?:°|degrees?)\s?(?P<scale>C|F|celsius|fahrenheit)\b"
     r"|平方|立方|[^\W\d_]+|[^\s\w]",
@@ -125,8 +131,8 @@ def name_unit(text: str) -> Unit | None:
         return None
     if any(len(word) < 2 and word < "\u2e80" for word in words):  # one letter is a variable, one ideograph a word
         return None
-    singular = [word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word for word in words]
-    return Unit(((" ".join(singular), 1),), Fraction(1))
+    singular = " ".join(re.sub(r"(?<=..[^s])s$", "", word) for word in words)
+    return Unit(((singular, 1),), Fraction(1))
 
 
 def _known(word: str) -> tuple[str, Fraction, int] | None:

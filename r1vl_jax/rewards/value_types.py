@@ -1,9 +1,9 @@
 """The values that answers can be. A text may have several readings, and each is a value of its own.
 
-    12 cm^2           Quantity: formula 12, unit cm^2          x = 3             Named "x", Quantity 3
-    (3, 4)            Sequence "(", and Interval               3x + y = 2        Equation
-    2 and -3          Sequence in any order                    x < 3, (-∞, 3)    Interval
-    1:2:3             Ratio                                    3:45 PM           Time
+12 cm^2           Quantity: formula 12, unit cm^2          x = 3             Named "x", Quantity 3
+(3, 4)            Sequence "(", and Interval               3x + y = 2        Equation
+2 and -3          Sequence in any order                    x < 3, (-∞, 3)    Interval
+1:2:3             Ratio                                    3:45 PM           Time
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Ratio:
 
 @dataclasses.dataclass(frozen=True)
 class Time:
-    """A time of day. `clock` is "a" or "p" for am and pm, "24" for an hour after 12, and "" if the text does not say."""
+    """A time of day. `clock` is "a" for am, "p" for pm, "24" for an hour after 12, and "" if the text does not say."""
 
     seconds: int
     clock: str
@@ -55,7 +55,7 @@ class Named:
 
 @dataclasses.dataclass(frozen=True)
 class Sequence:
-    """Several values, each as its readings. `bracket` is "(" or "[" where the order counts, and "" where it does not."""
+    """Several values, each as its readings. `bracket` is "(" or "[" if the order counts, and "" if it does not."""
 
     items: tuple[tuple[Value, ...], ...]
     bracket: str = ""

@@ -7,7 +7,6 @@ and compare.py looks for two that agree.
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 
 from r1vl_jax.rewards.algebra import Formula, exact, letters, number, same_value
 from r1vl_jax.rewards.answer_text import text_key
@@ -16,19 +15,23 @@ from r1vl_jax.rewards.quantities import read_compound, read_single
 from r1vl_jax.rewards.units import parse_unit
 from r1vl_jax.rewards.value_types import Equation, Interval, Named, Quantity, Sequence, Text, Value
 
+MAX_CHARS = 500  # a longer text is no value; some patterns take quadratic time
 MAX_ITEMS = 50
 MAX_DEPTH = 6
 
 
 _INFINITE: Formula = ("const", "∞")
-_THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])|(?<![\d.,])(?<!\d )[1-9]\d{0,2}(?: \d{3})+(?![\d/]| \d)")
+_THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\d{3})+(?![\d,])|(?<!\d \d)(?: \d{3})+(?![\d/]| \d))")
 _ZEROS = re.compile(r"[1-9]\d{0,2},0\d\d(?!\d)")  # belongs to a number: no list has the item 000
 _DECIMAL_COMMA = re.compile(r"-?(?:0,|\d+,(?!\d{3}(?!\d)))\d+(?:\s?[^\d,]*)")
 _SEPARATORS = re.compile(r"[(\[{]|[)\]}]|[,;&∪]|\s+U\s+(?=[(\[])|\s*\b(?:and|or)\b\s*|\s*[和或与且]\s*")
 _RELATION = re.compile(r"[(\[{]|[)\]}]|[=<>≤≥≠≈∈]")
+_VERB = (
+    "is|are|was|were|equals|will be|would be|has|have|had|costs?|takes?|needs?|weighs?|measures?"  # "the area is 12"
+)
 _IS = re.compile(
-    r"(?P<name>[^\W\d][^\d=<>≤≥≈≠∈,;$()]{0,80}?(?:\s\d{1,2})?)\s+(?:is|are|was|were|equals|will be|would be|has|have|had|costs?|"
-    r"takes?|needs?|weighs?|measures?)\s+(?=\S)|(?P<label>[^\W\d_]{3,}(?: [^\W\d_]+){0,5}):\s+(?=\S)",
+    rf"(?P<name>[^\W\d][^\d=<>≤≥≈≠∈,;$()]{{0,80}}?(?:\s\d{{1,2}})?)\s+(?:{_VERB})\s+(?=\S)"
+    r"|(?P<label>[^\W\d_]{3,}(?: [^\W\d_]+){0,5}):\s+(?=\S)",
     re.IGNORECASE,
 )
 _DENIED = re.compile(r"\b(?:not|never|no|nor|neither|cannot|unless|except|false|wrong)\b|n't\b", re.IGNORECASE)
@@ -37,7 +40,9 @@ _NAME = re.compile(
     rf"(?:m?∠\s*|[△|]\s*)?(?:{_ATOM}(?:\s*[:/]\s*{_ATOM})*|[^\W\d_]+(?:[ '-][^\W\d_]+){{1,8}}(?: \d{{1,2}})?)"
     rf"|∠\s*\d+|\({_ATOM}(?:, ?{_ATOM})+\)|frac\({_ATOM}\)\({_ATOM}\)"
 )
-_IDLE_NAME = re.compile(r"\b(?:an?|the|value|values|measure|length|size|number|of|angle|side|point|total)\b|m?∠|[△|\s]", re.I)
+_IDLE_NAME = re.compile(
+    r"\b(?:an?|the|values?|measure|length|size|number|of|angle|side|point|total)\b|m?∠|[△|\s]", re.IGNORECASE
+)
 _BRACKETS = re.compile(r"([A-Z]\w?'?|matrix)?\s*([(\[{])(.*)([)\]}])", re.DOTALL)
 _CONJUNCTION = re.compile(r"\b(?:and|or)\b")
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
@@ -45,6 +50,8 @@ _CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 def parse(text: str) -> tuple[Value, ...]:
     """Returns the readings of a normalised answer; none if no reading takes the whole text."""
+    if len(text) > MAX_CHARS:
+        return ()
     spellings = [_THOUSANDS.sub(lambda match: re.sub("[, ]", "", match[0]), text)]
     if not _ZEROS.search(text):
         spellings.append(text)
@@ -68,7 +75,7 @@ def _side(text: str, depth: int) -> list[Value]:
     spread = [spelling for part in parts for spelling in _both_signs(part)]
     if len(spread) == 1:
         return compound + _item(spread[0], depth)
-    alternatives = re.search(r"\bor\b", text) is not None  # of words: "red or blue" is a guess, "2 or 3" are two solutions
+    alternatives = re.search(r"\bor\b", text) is not None  # "red or blue" is a guess, and "2 or 3" are two solutions
     items = [_item(part, depth + 1) or ([] if alternatives else _words(part)) for part in spread]
     return compound + _listing(items, len(parts) == 2 and not alternatives and "∪" not in text)
 
@@ -120,9 +127,11 @@ def _listing(items: list[list[Value]], joined_by_and: bool) -> list[Value]:
         if both is not None:
             return [both]
     if isinstance(head, Named):  # the name before the first item is that of all: x = 2 or -3
-        named = [first if isinstance(first, Named) else Named(head.names, tuple(item)) for first, item in zip(firsts, items, strict=True)]
-        if len({base for value in named for base in map(_without_index, value.names)}) == 1:
-            return [Named(frozenset(map(_without_index, head.names)), (Sequence(tuple(value.value for value in named)),))]
+        pairs = zip(firsts, items, strict=True)
+        named = [first if isinstance(first, Named) else Named(head.names, tuple(item)) for first, item in pairs]
+        bases = frozenset(_without_index(name) for value in named for name in value.names)
+        if len(bases) == 1:
+            return [Named(bases, (Sequence(tuple(value.value for value in named)),))]
         if not all(isinstance(first, Named) for first in firsts):
             return []
     return [Sequence(tuple(map(tuple, items)))]
@@ -237,17 +246,17 @@ def _without_units(text: str) -> str:
 
 def _consistent(values: list[Value], approximate: bool) -> bool:
     """Returns whether all are quantities without letters, and equal; within 1% if one is only approximately equal."""
-    first, *rest = values
+    quantities = [value for value in values if isinstance(value, Quantity) and not letters(value.formula)]
+    if len(quantities) < len(values):
+        return False
+    first, *rest = quantities
     for value in rest:
-        if not (isinstance(first, Quantity) and isinstance(value, Quantity)) or letters(first.formula) or letters(value.formula):
-            return False
-        sizes = [quantity.unit.size if quantity.unit else Fraction(1) for quantity in (first, value)]
-        if not (first.unit and value.unit):
-            sizes = [Fraction(1), Fraction(1)]
-        scaled = [("*", number(size), quantity.formula) for size, quantity in zip(sizes, (first, value), strict=True)]
-        a, b = map(exact, scaled)
-        close = a is not None and b is not None and abs(a - b) <= abs(b) / 100
-        if not ((approximate and (close or a is None or b is None)) or same_value(scaled[0], scaled[1])):
+        formulas = first.formula, value.formula
+        if first.unit and value.unit:
+            formulas = ("*", number(first.unit.size), formulas[0]), ("*", number(value.unit.size), formulas[1])
+        a, b = map(exact, formulas)
+        near = approximate and (a is None or b is None or abs(a - b) <= abs(b) / 100)
+        if not near and not same_value(*formulas):
             return False
     return True
 
@@ -291,7 +300,8 @@ def _bracketed(text: str, depth: int) -> list[Value]:
     matching = _CLOSING[opening] == closing
     if len(parts) < 2 or _CONJUNCTION.search(inner):
         return _side(inner, depth + 1) if matching and not name else []
-    items = tuple(tuple(_item(spelled, depth + 1) or _words(spelled)) for part in parts for spelled in _both_signs(part))
+    spread = [spelling for part in parts for spelling in _both_signs(part)]
+    items = tuple(tuple(_item(part, depth + 1) or _words(part)) for part in spread)
     found: list[Value] = []
     if matching and all(items):
         found.append(Sequence(items, "" if opening == "{" else opening))

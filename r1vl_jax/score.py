@@ -57,11 +57,11 @@ group of one. OUT, if given, has every group as a line, in the form of --json.
 
 3. Probe. With --probe: attacks on the rules, made from the problems in IN (rows with solution, key_steps, and question
 or problem) or from five built-in ones. Attacks named "key steps ..." know the key steps; those named "the answer ..."
-know the right answer, and change it. An honest wrong answer is complete and in order, in its own words, without key steps, and wrong: it earns only
-its validity. Some attacks are not tried because no rule on texts can tell them from honest work; under every preset
-they earn up to alpha: key steps among other words, whether these are sentences that are true, guessed or denied ("it is
-not so that ..."), a template ("Thus ...") or words without meaning; and key steps that the question already states,
-which any copy of the question contains. Leave such key steps out.
+know the right answer, and change it. An honest wrong answer is complete and in order, in its own words, without key
+steps, and wrong: it earns only its validity. Some attacks are not tried because no rule on texts can tell them from
+honest work; under every preset they earn up to alpha: key steps among other words, whether these are sentences that
+are true, guessed or denied ("it is not so that ..."), a template ("Thus ...") or words without meaning; and key steps
+that the question already states, which any copy of the question contains. Leave such key steps out.
 """
 _EPILOG = """\
 JSON of the report:

@@ -13,6 +13,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     pairs = [json.loads(line) for line in args.pairs.read_text(encoding="utf-8").splitlines() if line.strip()]
     wrong = sum(not pair["right"] for pair in pairs)
-    checks: dict[str, Callable[[], list[bool]]] = {name: lambda name=name: judge_preset(pairs, name) for name in PRESETS}
-    checks[f"math-verify {metadata.version('math-verify')} in $...$"] = lambda: judge_math_verify(pairs)
-    checks["mathruler"] = lambda: judge_mathruler(pairs)
+    checks: dict[str, Callable[[], list[bool]]] = {name: partial(judge_preset, pairs, name) for name in PRESETS}
+    checks[f"math-verify {metadata.version('math-verify')} in $...$"] = partial(judge_math_verify, pairs)
+    checks["mathruler"] = partial(judge_mathruler, pairs)
     print(f"{'':<30}{f'wrong paid, of {wrong}':>22}{f'right refused, of {len(pairs) - wrong}':>26}")
     for name, check in checks.items():
         try:

@@ -44,7 +44,17 @@ def honest_answers(problem: Problem) -> dict[str, str]:
 
 def attack_answers(problem: Problem) -> dict[str, str]:
     """Returns all attacks on a problem, by name. Names and their order are the same for every problem."""
-    parts = (_listed, _disguised, _misplaced, _near_misses, _guessed, _hollow, _many_answers, _changed_answers, _odd_text)
+    parts = (
+        _listed,
+        _disguised,
+        _misplaced,
+        _near_misses,
+        _guessed,
+        _hollow,
+        _many_answers,
+        _changed_answers,
+        _odd_text,
+    )
     return {name: text for part in parts for name, text in part(problem).items()}
 
 
@@ -198,7 +208,8 @@ def _changed_answers(problem: Problem) -> dict[str, str]:
         unit = number[0] + (" million" if gold.rstrip("$")[-1:].isdecimal() else " kg" if "kg" not in gold else " m")
         around = f"$({float(value - 1)}, {float(value + 1)})$"
         if "pm" not in gold and "±" not in gold:
-            flipped = gold.translate({43: "-", 45: "+"}) if re.search("[-+]", gold) else _NUMBER.sub(r"-\g<0>", gold, 1)
+            swapped = gold.translate({ord("+"): "-", ord("-"): "+"})
+            flipped = swapped if swapped != gold else _NUMBER.sub(r"-\g<0>", gold, count=1)
     finals = {
         "the answer: a part of it": part,
         "the answer in a list with another": f"{gold} or {problem.wrong}",

@@ -103,7 +103,7 @@ def is_carried_out(formula: Formula) -> bool:
     """Returns whether a formula is a number as people write it: 3, -3/4, 2 1/2, 1.5 * 10^3, 2^10; not 15 - 10."""
     kind, *parts = formula
     if kind == "*":
-        return parts[0][0] == "num" and parts[1][0] == "^" and is_carried_out(parts[1])
+        return parts[0][0] == "num" and parts[1][:2] == ("^", number(10)) and is_carried_out(parts[1])
     return kind == "num" or (kind in ("neg", "/", "^") and all(map(is_carried_out, parts)))
 
 

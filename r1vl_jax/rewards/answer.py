@@ -22,6 +22,7 @@ _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _HASHES = re.compile(r"####(?!#)[ \t]*(\S[^\n]*)")
 _MARKER = re.compile(r"(?:\banswer(?:\s+is)?|答案[是为]?)\**\s*[:：]\s*(\S[^\n]*)", re.IGNORECASE)
 _ONLY_MARKER = re.compile(r"\W*(?:(?:the )?(?:final )?(?:answer|result)(?: is)?|(?<=```)\w+)?\W*", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"(?<=[a-z\d)$}°%])(?<!\bSt)(?<!\bMt)(?<!\b[DM]r)(?<!\bNo)\.\s+(?=[A-Z][a-z]* [a-z\d$\\])")
 _FORMULA_END = {"$$": "$$", "\\]": "\\["}
 
 
@@ -73,10 +74,11 @@ def _marked_answer(solution: str) -> str:
         if found.strip():
             return found.strip()
     line = solution.rpartition("\n")[2].strip()
+    sentence = _SENTENCE_END.split(line)[-1]
     opening = _FORMULA_END.get(line)
     if opening is not None:  # a formula of several lines
         return solution[solution.rfind(opening, 0, len(solution) - len(line)) :]
-    return line
+    return sentence if any(map(str.isdigit, sentence)) else line
 
 
 def _first_answer(section: str) -> str:

@@ -31,7 +31,9 @@ _CHARACTERS = str.maketrans(
         **dict.fromkeys("º˚∘", "°"),
         **dict.fromkeys("、；", ","),
         **dict.fromkeys("～∼∽≃≅", "≈"),
-        **{"。": ".", "【": "[", "】": "]", "〈": "<", "〉": ">", "…": "...", "—": " - ", "⩽": "≤", "⩾": "≥"},
+        **dict.fromkeys("⟨〈", "("),
+        **dict.fromkeys("⟩〉", ")"),
+        **{"。": ".", "【": "[", "】": "]", "…": "...", "—": " - ", "⩽": "≤", "⩾": "≥"},
         **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u00ad\x00", ""),
     }
 )
@@ -42,7 +44,7 @@ _RELATION = re.compile("|".join(map(re.escape, RELATIONS)) + r"|=<")
 
 _THINKING = re.compile(r"<think>.*?</think>", re.DOTALL | re.IGNORECASE)
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
-_TAG = re.compile(r"</?(?:answer|think|b|i|strong|em|p|span|code)>|<br\s*/?>", re.IGNORECASE)
+_TAG = re.compile(r"</?(?:answer|think|strong|em|span|code)>|<br\s*/?>|<([bip])>(?=.*</\1>)|</[bip]>", re.I | re.DOTALL)
 _EMPHASIS = re.compile(r"(?<![\w*\\)])(\*{1,3}|__?|`{1,3})(?=\S)([^\n]{1,200}?)(?<=\S)\1(?![\w*(])")
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACE = re.compile(r"[{}]")
@@ -55,12 +57,14 @@ _LEADS = [
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
         r"#+\s*|[:=→⇒∴•,;≈*`]+\s*",
+        r".*[,.;]\s+(?:so|thus|hence|therefore)\b,?\s+(?=.*\d)",
         r"(?:so|thus|hence|therefore|then|finally|in conclusion|we (?:get|have|find|obtain|conclude|see)|that is|"
         r"i think|i believe|it follows|(?:i )?(?:choose|pick|select))\b[\s,:]*(?:that\b)?\s*(?=\S)",
         r"[^\d=<>|]{0,120}?\b(?:answer|ans|result|solution)s?(?: set)?\b(?: (?:to|of|for) [^\d=:]{1,60}?)?[\s*]*"
         r"(?:(?:is|are|would be|should be|must be|will be|equals)\b|[=:]|[-.](?=\s))\s*(?:[=:]\s*)*(?=\S)",
-        r"(?:the )?(?:(?:final|correct|right|best) )*(?:answer|ans|choice|option)s?\s*(?:is|are|:|=|\s)\s*(?=\(?\w)",
-        r"(?:the )?(?:correct|right|best) (?:one )?(?:is|are)\s+",
+        r"(?:the )?(?:(?:final|correct|right|best) )*(?:answer|ans)s?\s*(?:is|are|:|=|\s)\s*(?=\(?\w)",
+        r"(?:the )?(?:(?:correct|right|best) )*(?:one|choice|option)s?\s*(?:is|are|:|=)\s*(?=\(?\w)",
+        r"(?:the )?(?:correct|right|best) (?=(?:choice|option)\b)",
         r"(?:(?:it|this|that|there|these|they|here)(?:'s| (?:is|are|was|were)| (?:must|should|would|will) be)|is|are)"
         r"\b[\s:]+(?=\S)",
         r"(?:(?:所以|因此|故|则|综上|于是)[,:]?)?(?:本题)?的?(?:正确|最终|最后)?的?(?:答案|选项|结果|答|应?选择?)"
@@ -70,7 +74,7 @@ _LEADS = [
 _TRAILS = [
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
-        r"\s+(?:is|are)\s+(?:(?:the|my|our)\s+)?(?:(?:final|correct|right|best)\s*)?(?:answers?|options?|choices?|solutions?|results?|correct|right)$",
+        r"\s+(?:is|are)\s+(?:(?:the|my|our)\s+)?(?:(?:final|correct|right|best)\s*)?(?:answers?|options?|choices?|solutions?|results?|correct|right)$|\s*选?项$",
         r"\s*,?\s+(?:(?:in )?total|in all|altogether|respectively|or so|as required|of (?:them|these|those))$",
         r"(?<=\d)\s*\.\.\.$(?<=\.\d\.\.\.|\d\d\.\.\.)|(?<=[^\W\d]{2})\s*\.\.\.$",
         r"(?<!\.)\.$|(?<=[^.]\.)\.$|[,;:?]+$|(?<=[^\W\d]{2})!+$|\s+[.!]+$|[*`]+$",
@@ -104,6 +108,7 @@ _FOLDS = [
         (r"(?<=\d)\s+times\s+(?=\d)", " * "),
         (r"(?<=[\d)])\s*[xX]\s*(?=\d)", " * "),
         (r"(?<=\d)\s*\^\s*\(?o\)?(?!\w)", "°"),
+        (r"(?<=\d)\s+out of\s+(?=\d)", "/"),
         (r"\bper ?cent\b", "%"),
         (r"\*\*", "^"),
         (r"\b(?:is )?(?:exactly )?equal to\b", "="),

@@ -143,7 +143,7 @@ def _unequal(a: Value, g: Value) -> str:
         return _unequal_times(a, g)
     if isinstance(a, Text) and isinstance(g, Text):
         return "" if a == g else _NOT_EQUAL
-    if isinstance(a, Sequence) or isinstance(g, Sequence):
+    if isinstance(a, Sequence | Quantity) and isinstance(g, Sequence | Quantity):
         return "another number of items"
     return _OTHER_KIND
 

@@ -33,7 +33,8 @@ _SIGNS = {
     **dict(circ="°", degree="°", cup="∪", cap="∩", setminus="∖", emptyset="∅", varnothing="∅", mp="∓", mid="|"),
     **{"in": "∈", "neg": "¬", "prime": "'", "colon": ":", "vert": "|", "lvert": "|", "rvert": "|", "lbrace": "{"},
     **dict.fromkeys(["dots", "ldots", "cdots"], "..."),
-    **dict(rbrace="}", lparen="(", rparen=")", angle="∠", triangle="△", sim="≈", varepsilon="ε", varphi="φ"),
+    **dict(lparen="(", rparen=")", langle="(", rangle=")"),
+    **dict(rbrace="}", angle="∠", triangle="△", sim="≈", varepsilon="ε", varphi="φ"),
     **dict(land=" and ", lor=" or ", wedge=" and ", vee=" or ", dollar=MONEY, euro="€", pounds="£", cents="¢"),
     **dict(log=" log ", cdotp="*", bullet="*", over="/", infin="∞", textdegree="°", textdollar=MONEY, colon=":"),
 }

@@ -14,9 +14,11 @@ from r1vl_jax.rewards.value_types import Quantity, Ratio, Time
 _RATIO_SIGN = re.compile(r"\s*:\s*|(?<=\d)\s+to\s+(?=\d)")
 _TIME = re.compile(r"(\d{1,2})(?::([0-5]\d))?(?::([0-5]\d))?\s*(?:([ap])\.?\s?m\.?)?", re.IGNORECASE)
 _PART = re.compile(r"(\d+(?:\.\d+)?)\s*(°|'{1,2}|\"|[^\W\d_]+)\s*(?:and\s+|,\s*)?")
-_FEET = {"'": "ft", "''": "in", '"': "in"}  # after a first part in feet: 5'8"
-_UNIT_START = re.compile(r"(?<![^\W\d_])(?=[^\W\d_]|[°%'\"$¢€£¥¤(])")
-_MONEY_FIRST = re.compile(rf"(-?)\s*(?:US|CA|AU|HK)?\s*([{MONEY}€£¥]|USD|EUR|GBP|RMB|CNY)\s*(?=[\d.(-])", re.IGNORECASE)
+_FEET = {"'": "ft", "''": "in", '"': "in"}  # the other meaning of the signs for minutes and seconds
+_UNIT_START = re.compile(r"(?<![^\W\d_])(?=[^\W\d_]|[°%'\"$¢€£¥₹¤(])")
+_MONEY_FIRST = re.compile(
+    rf"(-?)\s*(?:US|CA|AU|HK)?\s*([{MONEY}€£¥₹]|USD|EUR|GBP|RMB|CNY)\s*(?=[\d.(-])", re.IGNORECASE
+)
 _UNIT_CHARS = 50  # a unit or a name is not longer
 _TIGHT_UNITS = frozenset("mgLJW")  # single letters that are units right after a number: "5m", but not "2x"
 
@@ -76,7 +78,8 @@ def _quantity(text: str) -> list[Quantity]:
         if unit is None and exact(formula) is not None and _may_be_name(behind, text[match.start() - 1]):
             unit = name_unit(behind)
         if unit is not None:
-            found.append(Quantity(formula, unit))
+            feet = parse_unit(_FEET[behind]) if behind in _FEET else None
+            found += [Quantity(formula, one) for one in (unit, feet) if one is not None]
             if len(behind) > 1:
                 return found
             break  # "3 m" may be a product, too

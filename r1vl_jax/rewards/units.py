@@ -33,7 +33,7 @@ _BASES = {
     **{"min": ("s", 60), "h": ("s", 3600), "day": ("s", 86400), "week": ("s", 7 * 86400), "month": ("month", 1)},
     **{"year": ("month", 12), "°": (DEGREE, 1), "'": (DEGREE, Fraction(1, 60)), '"': (DEGREE, Fraction(1, 3600))},
     **{"rad": ("rad", 1), "°C": ("°C", 1), "°F": ("°F", 1), "K": ("K", 1), "Ω": ("Ω", 1), "A": ("A", 1)},
-    **{MONEY: (MONEY, 1), "¢": (MONEY, Fraction(1, 100)), "€": ("€", 1), "£": ("£", 1), "¥": ("¥", 1)},
+    **{MONEY: (MONEY, 1), "¢": (MONEY, Fraction(1, 100)), "€": ("€", 1), "£": ("£", 1), "¥": ("¥", 1), "₹": ("₹", 1)},
     **{PERCENT: (PERCENT, 1), ANY: (ANY, 1), "tonne": ("g", 10**6), "gallon": ("gallon", 1)},
 }  # fmt: skip
 _LITRES = {"L": 1, "l": 1, "cl": Fraction(1, 100), **dict.fromkeys(["mL", "ml", "cc"], Fraction(1, 1000))}
@@ -45,7 +45,7 @@ _SPELLINGS = {
     **{"°F": "fahrenheit", "K": "kelvin", "rad": "radian radians", "A": "amp amps", "Ω": "ohm ohms", "Hz": "hertz"},
     **{"W": "watt watts", "V": "volt volts", "J": "joule joules", "N": "newton newtons", "%": "pct percentage"},
     **{MONEY: "$ dollar dollars usd buck bucks", "¢": "cent cents", "€": "euro euros eur", "£": "gbp"},
-    **{"¥": "yuan yen rmb cny 元", ANY: "units u"},
+    **{"¥": "yuan yen rmb cny 元", "₹": "rupee rupees", ANY: "units u"},
 }
 _WORDS = UNITS | {word: unit for unit, words in _SPELLINGS.items() for word in words.split()}
 _COMPOUNDS = dict(mph="mi/h", kph="km/h", kmh="km/h", kmph="km/h", sqm="m^2", sqft="ft^2")
@@ -58,10 +58,10 @@ _IDLE = frozenset(_IDLE_WORDS.split())
 _OTHER_WORDS = (
     "times more less fewer than minus plus or and not of over divided by to from out per percent if when is are was "
     "no factorial mod half halves third thirds quarter quarters but at in on squared cubed root square cubic as with "
-    "for the a an it sqrt sin cos tan log ln pi negative only except without either neither nor both maybe below above "
-    "under zero tens hundred hundreds thousand thousands million millions billion billions trillion dozen dozens tenths "
-    "hundredths thousandths am pm bc ad bce ce st nd rd th january february march april may june july august september "
-    "october november december"
+    "for the a an it sqrt sin cos tan log ln pi negative only except without either neither nor both maybe below "
+    "above under zero tens hundred hundreds thousand thousands million millions billion billions trillion dozen dozens "
+    "tenths hundredths thousandths am pm bc ad bce ce st nd rd th january february march april may june july august "
+    "september october november december"
 )
 _NO_NAMES = frozenset(_OTHER_WORDS.split())
 _TOKEN = re.compile(

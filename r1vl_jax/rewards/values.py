@@ -21,6 +21,7 @@ MAX_DEPTH = 6
 
 
 _INFINITE: Formula = ("const", "∞")
+_REALS = frozenset(["all real numbers", "all reals", "real numbers"])
 _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\d{3})+(?![\d,])|(?<!\d \d)(?: \d{3})+(?![\d/]| \d))")
 _ZEROS = re.compile(r"[1-9]\d{0,2},0\d\d(?!\d)")  # belongs to a number: no list has the item 000
 _DECIMAL_COMMA = re.compile(r"-?(?:0,|\d+,(?!\d{3}(?!\d)))\d+(?:\s?[^\d,]*)")
@@ -158,14 +159,16 @@ def _intersection(first: Value, second: Value) -> Value | None:
 def _item(text: str, depth: int) -> list[Value]:
     """Returns the readings of a text that is no list."""
     text = text.strip().removeprefix("≈").strip()
+    if text_key(text) in _REALS:
+        return [Interval(("neg", _INFINITE), _INFINITE, (False, False))]
     set_builder = re.fullmatch(r"\{\s*\w+\s*[|:](.*)\}", text)
     if set_builder:
         return _item(set_builder[1], depth + 1)
     sides, relations = _relations(text)
-    if not relations:
-        match = _IS.match(text)
-        if match is not None and not _DENIED.search(match[0]) and match.end() < len(text):
-            sides, relations = [match["name"] or match["label"], text[match.end() :]], ["="]
+    match = _IS.match(sides[0])
+    if match is not None and not _DENIED.search(match[0]) and match.end() < len(sides[0]):
+        sides = [match["name"] or match["label"], sides[0][match.end() :], *sides[1:]]
+        relations = ["=", *relations]
     if relations:
         return _related(sides, relations, depth)
     return _bracketed(text, depth) or read_single(text)
@@ -190,7 +193,9 @@ def _related(sides: list[str], relations: list[str], depth: int) -> list[Value]:
     if set(relations) <= {"=", "≈"}:
         return _chain(sides, "≈" in relations, depth)
     if relations == ["∈"]:
-        return [Named(frozenset([name_key(sides[0])]), tuple(_side(sides[1], depth + 1)))] if _is_name(sides[0]) else []
+        everything = [Interval(("neg", _INFINITE), _INFINITE, (False, False))] if sides[1] == "R" else []
+        inside = everything or _side(sides[1], depth + 1)
+        return [Named(frozenset([name_key(sides[0])]), tuple(inside))] if _is_name(sides[0]) and inside else []
     if len(relations) == 1:
         return _inequality(sides[0], relations[0], sides[1])
     if len(relations) == 2 and _is_name(sides[1]) and (set(relations) <= {"<", "≤"} or set(relations) <= {">", "≥"}):

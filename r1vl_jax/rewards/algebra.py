@@ -169,6 +169,21 @@ def proportional(answer: Formula, gold: Formula, positive: bool = False) -> bool
     return _limited(compare)
 
 
+def rounds(first: Formula, second: Formula) -> bool:
+    """Returns whether one of two formulas without letters is a decimal that rounds the other: 1.41 and the root of 2.
+
+    Raises:
+      RuntimeError: as in `same_value`.
+    """
+
+    def compare() -> bool:
+        a, b = _value(first, {}), _value(second, {})
+        places = [part[2] for part in (first, second) if part[0] == "num"]
+        return a is not None and b is not None and bool(places) and abs(a - b) <= 0.5 * 10 ** -min(places)
+
+    return _limited(compare)
+
+
 def _rounds(formula: Formula, value: Fraction) -> bool:
     """Returns whether a formula is a decimal with many places that rounds a value that no decimal equals."""
     sign, plain = (-1, formula[1]) if formula[0] == "neg" else (1, formula)

@@ -74,7 +74,8 @@ _LEADS = [
 _TRAILS = [
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
-        r"\s+(?:is|are)\s+(?:(?:the|my|our)\s+)?(?:(?:final|correct|right|best)\s*)?(?:answers?|options?|choices?|solutions?|results?|correct|right)$|\s*选?项$",
+        r"\s+(?:is|are)\s+(?:(?:the|my|our)\s+)?(?:(?:final|correct|right|best)\s*)?"
+        r"(?:answers?|options?|choices?|solutions?|results?|correct|right)$|\s*选?项$",
         r"\s*,?\s+(?:(?:in )?total|in all|altogether|respectively|or so|as required|of (?:them|these|those))$",
         r"(?<=\d)\s*\.\.\.$(?<=\.\d\.\.\.|\d\d\.\.\.)|(?<=[^\W\d]{2})\s*\.\.\.$",
         r"(?<!\.)\.$|(?<=[^.]\.)\.$|[,;:?]+$|(?<=[^\W\d]{2})!+$|\s+[.!]+$|[*`]+$",
@@ -86,6 +87,8 @@ _REASON = re.compile(
 )
 # A second sentence after one with a number, if it names no other answer ("The answer is 12. I hope it is correct.")
 _SENTENCE = re.compile(r"\.\s+(?=[A-Z])(?!.*(?:\d|\b(?:or|not|but|maybe|[A-H])\b)).*", re.DOTALL)
+
+_WORDS_IN_BRACKETS = re.compile(r"\([^\W\d_]{2,}(?: [^\W\d_]+)*\)")
 
 _NUMBER = r"(?=\s*[-+]?\s*(?:[\d.√π(]|sqrt|frac|[a-z]\b))"  # what follows is a number or a letter
 _FOLDS = [
@@ -109,6 +112,7 @@ _FOLDS = [
         (r"(?<=[\d)])\s*[xX]\s*(?=\d)", " * "),
         (r"(?<=\d)\s*\^\s*\(?o\)?(?!\w)", "°"),
         (r"(?<=\d)\s+out of\s+(?=\d)", "/"),
+        (r"^(\S+) \(\1\)$", r"\1"),
         (r"\bper ?cent\b", "%"),
         (r"\*\*", "^"),
         (r"\b(?:is )?(?:exactly )?equal to\b", "="),
@@ -144,7 +148,7 @@ def normalise(text: str) -> str:
 def _boxed(text: str) -> str:
     """Returns what is in the boxes of a text with prose around them, if they hold one answer or a list of answers."""
     boxes = boxed_parts(text)
-    if not boxes or not _PROSE.search(text[: boxes[0][0]] + " ; " + text[boxes[-1][2] + 1 :]):
+    if not boxes or not _PROSE.search(text[: boxes[0][0]] + ";" + text[boxes[-1][2] + 1 :]):
         return text
     contents = [text[start:close].strip() for _, start, close in boxes]
     if len(set(contents)) == 1:
@@ -246,9 +250,7 @@ def _unwrapped(text: str) -> str:
         return text[1:-1].strip()
     if text[:1] == "{" and "," not in text and closing_brace(text, 1) == len(text) - 1:
         return text[1:-1].strip()
-    if re.fullmatch(r"\([^\W\d_]{2,}(?: [^\W\d_]+)*\)", text):
-        return text[1:-1]
-    return text
+    return text[1:-1] if _WORDS_IN_BRACKETS.fullmatch(text) else text
 
 
 _ARTICLE = re.compile(r"\b(?:an?|the)\s+(?=[^\W\d]{2})")

@@ -182,13 +182,19 @@ def _unequal_quantities(a: Quantity, g: Quantity) -> str:
     if not share and same_value(answer, gold):  # 0.28% is not 0.28
         return ""
     for percent, plain in ((a, g), (g, a)):
-        if _is_percent(percent) and same_value(("/", percent.formula, number(100)), plain.formula):
+        if _is_percent(percent) and same_value(_hundredths(percent.formula), plain.formula):
             return ""
     return _NOT_EQUAL
 
 
 def _is_percent(quantity: Quantity) -> bool:
     return quantity.unit is not None and quantity.unit.dimensions == ((PERCENT, 1),)
+
+
+def _hundredths(formula: Formula) -> Formula:
+    if formula[0] == "num":
+        return number(formula[1] / 100, formula[2] + 2)
+    return ("/", formula, number(100))
 
 
 def _in_radians(a: Quantity, g: Quantity) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from r1vl_jax.rewards.algebra import Formula, exact, letters, number, same_value
+from r1vl_jax.rewards.algebra import Formula, letters, number, rounds, same_value
 from r1vl_jax.rewards.answer_text import text_key
 from r1vl_jax.rewards.formulas import parse_formula
 from r1vl_jax.rewards.quantities import read_compound, read_single
@@ -19,7 +19,6 @@ MAX_CHARS = 500  # a longer text is no value; some patterns take quadratic time
 MAX_ITEMS = 50
 MAX_DEPTH = 6
 
-
 _INFINITE: Formula = ("const", "∞")
 _REALS = frozenset(["all real numbers", "all reals", "real numbers"])
 _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\d{3})+(?![\d,])|(?<!\d \d)(?: \d{3})+(?![\d/]| \d))")
@@ -27,9 +26,7 @@ _ZEROS = re.compile(r"[1-9]\d{0,2},0\d\d(?!\d)")  # belongs to a number: no list
 _DECIMAL_COMMA = re.compile(r"-?(?:0,|\d+,(?!\d{3}(?!\d)))\d+(?:\s?[^\d,]*)")
 _SEPARATORS = re.compile(r"[(\[{]|[)\]}]|[,;&∪]|\s+U\s+(?=[(\[])|\s*\b(?:and|or)\b\s*|\s*[和或与且]\s*")
 _RELATION = re.compile(r"[(\[{]|[)\]}]|[=<>≤≥≠≈∈]")
-_VERB = (
-    "is|are|was|were|equals|will be|would be|has|have|had|costs?|takes?|needs?|weighs?|measures?"  # "the area is 12"
-)
+_VERB = "is|are|was|were|equals|will be|would be|has|have|had|costs?|takes?|needs?|weighs?|measures?"
 _IS = re.compile(
     rf"(?P<name>[^\W\d][^\d=<>≤≥≈≠∈,;$()]{{0,80}}?(?:\s\d{{1,2}})?)\s+(?:{_VERB})\s+(?=\S)"
     r"|(?P<label>[^\W\d_]{3,}(?: [^\W\d_]+){0,5}):\s+(?=\S)",
@@ -37,12 +34,15 @@ _IS = re.compile(
 )
 _DENIED = re.compile(r"\b(?:not|never|no|nor|neither|cannot|unless|except|false|wrong)\b|n't\b", re.IGNORECASE)
 _ATOM = r"[^\W\d_]+[\d'|]*(?:_?\([^()=]*\)|_\w+)?"
+_PHRASE = r"[^\W\d_]+(?:(?:[ ']|-(?=..))[^\W\d_]+){1,8}(?: \d{1,2})?"
 _NAME = re.compile(
-    rf"(?:m?∠\s*|[△|]\s*)?(?:{_ATOM}(?:\s*[:/]\s*{_ATOM})*|[^\W\d_]+(?:[ '-][^\W\d_]+){{1,8}}(?: \d{{1,2}})?)"
+    rf"(?:m?∠\s*|[△|]\s*)?(?:{_ATOM}(?:\s*[:/]\s*{_ATOM})*|{_PHRASE})"
     rf"|∠\s*\d+|\({_ATOM}(?:, ?{_ATOM})+\)|frac\({_ATOM}\)\({_ATOM}\)"
 )
 _IDLE_NAME = re.compile(
-    r"\b(?:an?|the|values?|measure|length|size|number|of|angle|side|point|total)\b|m?∠|[△|\s]", re.IGNORECASE
+    r"\s(?:is|are|was|were)?\s*(?:approximately)?$|[△|\s]|m?∠"
+    r"|\b(?:an?|the|values?|measure|length|size|number|of|angle|side|point|total)\b",
+    re.IGNORECASE,
 )
 _BRACKETS = re.compile(r"([A-Z]\w?'?|matrix)?\s*([(\[{])(.*)([)\]}])", re.DOTALL)
 _CONJUNCTION = re.compile(r"\b(?:and|or)\b")
@@ -215,10 +215,9 @@ def _chain(sides: list[str], approximate: bool, depth: int) -> list[Value]:
         sides = sides[::-1]  # 3 = x
     if len(sides) == 2 and sides[0].startswith("(") and _is_name(sides[0]):
         return _named_items(sides[0].strip("()").split(","), _side(sides[1], depth + 1))
-    names = []
+    names: list[str] = []
     while len(sides) > 1 and _is_name(sides[0]):
-        names.append(name_key(sides[0]))
-        sides = sides[1:]
+        names, sides = [*names, sides[0]], sides[1:]
     readings = [_side(side, depth + 1) or _side(_without_units(side), depth + 1) for side in sides]
     values: list[Value] = list(readings[0])
     if len(sides) == 1 and names:
@@ -227,7 +226,7 @@ def _chain(sides: list[str], approximate: bool, depth: int) -> list[Value]:
         values = [value for reading in (readings if approximate else readings[-1:]) for value in reading]
     else:
         values = []
-    found: list[Value] = [Named(frozenset(names), tuple(values))] if names and values else values
+    found: list[Value] = [Named(frozenset(map(name_key, names)), tuple(values))] if names and values else values
     formulas = [parse_formula(side) for side in [*names[-1:], *sides]]
     if len(formulas) == 2 and all(formulas) and len(letters(formulas[0]) | letters(formulas[1])) > (1 if names else 0):
         found.append(Equation(("+", formulas[0], ("neg", formulas[1]))))
@@ -250,18 +249,16 @@ def _without_units(text: str) -> str:
 
 
 def _consistent(values: list[Value], approximate: bool) -> bool:
-    """Returns whether all are quantities without letters, and equal; within 1% if one is only approximately equal."""
+    """Returns whether all are quantities without letters, and equal, or `approximate` and one rounds the other."""
     quantities = [value for value in values if isinstance(value, Quantity) and not letters(value.formula)]
     if len(quantities) < len(values):
         return False
     first, *rest = quantities
     for value in rest:
         formulas = first.formula, value.formula
-        if first.unit and value.unit:
+        if first.unit and value.unit and first.unit.size != value.unit.size:
             formulas = ("*", number(first.unit.size), formulas[0]), ("*", number(value.unit.size), formulas[1])
-        a, b = map(exact, formulas)
-        near = approximate and (a is None or b is None or abs(a - b) <= abs(b) / 100)
-        if not near and not same_value(*formulas):
+        if not same_value(*formulas) and not (approximate and rounds(*formulas)):
             return False
     return True
 

@@ -354,7 +354,7 @@ RIGHT = {
         p=5,q=2;p=7,q=2 | (5,2),(7,2)
         V_{1}:V_{2}=11:21 | 11:21
         32349 | 32,\!349
-        x = 5 | $x$ is $5$
+        x = 5 | $x$ is $5$ | x is about 5 | x is approximately equal to 5
         The probability is 1/2. | 0.5
         45 | The measure of angle A is 45 degrees.
         x = 12 | The value of x is 12.
@@ -376,6 +376,11 @@ RIGHT = {
         60% | 3/5
         The total is 3 + 4 = 7 apples | 7
         16 | x = 4, so the area is 16
+        5 (five) | 5
+        1/3 | 33.33%
+        1.41 | √2 ≈ 1.41
+        \sqrt{2} | √2 ≈ 1.41
+        B = 5 - A | A + B = 5
     """,
 }
 WRONG = {
@@ -653,7 +658,7 @@ WRONG = {
         9 chickens and 10 rabbits | 10, 9
         2019-2020 | 2020-2021 | 2018-2019
         4 to 6 | 2 to 3
-        3 | 3xy | 3yx
+        3 | 3xy | 3yx | √2 ≈ 3 | 3 ≈ 4
         x < 3 | 3 more than x
         A and B | A or B
         red and blue | red or blue
@@ -668,5 +673,7 @@ WRONG = {
         (-\infty, \infty) | (0, \infty)
         16 | x = 16, so the area is 4
         12:30 | 12.5
+        \sqrt{2} | √2 ≈ 3
+        101 | 100 ≈ 101
     """,
 }

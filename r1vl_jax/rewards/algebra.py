@@ -243,10 +243,11 @@ def _sympy(formula: Formula, point: dict[str, Fraction]) -> Any:
     if kind == "const":
         return {"pi": sympy.pi, "e": sympy.E, "i": sympy.I, "∞": sympy.oo}[parts[0]]
     if kind == "fn":
-        name = {"abs": "Abs", "floor": "floor", "ceil": "ceiling", "ln": "log", "lg": "log"}.get(parts[0], parts[0])
-        name = name.replace("arc", "a")
-        value = getattr(sympy, name)(_sympy(parts[1], point))
-        return value / sympy.log(10) if parts[0] == "lg" else value
+        name, argument = str(parts[0]), _sympy(parts[1], point)
+        if name == "lg":
+            return sympy.log(argument, 10)
+        name = {"abs": "Abs", "ceil": "ceiling", "ln": "log"}.get(name, name)
+        return getattr(sympy, name.replace("arc", "a"))(argument)  # arcsin is asin
     values = [_sympy(part, point) for part in parts]
     if kind == "neg":
         return -values[0]

@@ -65,7 +65,7 @@ def _side(text: str, depth: int) -> list[Value]:
     """Returns the readings of a text that may be a list."""
     if depth > MAX_DEPTH:
         return []
-    compound = read_compound(text)
+    compound: list[Value] = [*read_compound(text)]
     if ";" in text and "," in text:
         groups = _split(text, ";")
         if groups is not None and len(groups) > 1:
@@ -171,7 +171,7 @@ def _item(text: str, depth: int) -> list[Value]:
         relations = ["=", *relations]
     if relations:
         return _related(sides, relations, depth)
-    return _bracketed(text, depth) or read_single(text)
+    return _bracketed(text, depth) or [*read_single(text)]
 
 
 def _relations(text: str) -> tuple[list[str], list[str]]:
@@ -204,7 +204,7 @@ def _related(sides: list[str], relations: list[str], depth: int) -> list[Value]:
             return []
         closed = (relations[0] in "≤≥", relations[1] in "≤≥")
         if relations[0] in ">≥":
-            low, high, closed = high, low, closed[::-1]
+            low, high, closed = high, low, (closed[1], closed[0])
         return [Named(frozenset([name_key(sides[1])]), (Interval(low, high, closed),))]
     return []
 
@@ -227,9 +227,10 @@ def _chain(sides: list[str], approximate: bool, depth: int) -> list[Value]:
     else:
         values = []
     found: list[Value] = [Named(frozenset(map(name_key, names)), tuple(values))] if names and values else values
-    formulas = [parse_formula(side) for side in [*names[-1:], *sides]]
-    if len(formulas) == 2 and all(formulas) and len(letters(formulas[0]) | letters(formulas[1])) > (1 if names else 0):
-        found.append(Equation(("+", formulas[0], ("neg", formulas[1]))))
+    both = [*names[-1:], *sides]
+    left, right = (parse_formula(side) for side in both[:2]) if len(both) == 2 else (None, None)
+    if left is not None and right is not None and len(letters(left) | letters(right)) > (1 if names else 0):
+        found.append(Equation(("+", left, ("neg", right))))
     return found
 
 

@@ -140,6 +140,11 @@ RIGHT = {
         n! | n!
         1 - \frac{1}{e} | 1 - 1/e | 1 - \frac{1}{\mathrm{e}}
         \tan^2 y + 1 | \sec^2 y
+        \lg 100 | 2
+        \arcsin 1 | \frac{\pi}{2}
+        \lceil x \rceil | \lceil x \rceil
+        |{-3}| + \sqrt{2} | 3 + \sqrt{2}
+        e^{-100} | \frac{1}{e^{100}}
     """,
     "units": r"""
         12 cm | 12 | 12 cm. | 12cm | 12 centimeters | 12 centimetres | 12\,\text{cm} | 12~\mathrm{cm} | $12$ cm
@@ -557,6 +562,8 @@ WRONG = {
         |x| | x
         ab | a+b
         F_n = \sum_{k=0}^{n-1} F_k F_{n-k-1} | F_n = \sum_{k=0}^{n-2} F_k F_{n-k-2}
+        e^{-100} | e^{-101}
+        \arcsin 1 | \arccos 1
     """,
     "ratios and times": r"""
         2:3 | 3:2 | 2 | 3 | 2:3:4 | 3/2

@@ -137,7 +137,7 @@ class _Parser:
 
     def starts_factor(self) -> bool:
         kind, token, _ = self.peek()
-        return kind == "word" or (kind == "sign" and token in "(√")
+        return kind == "word" or (kind == "sign" and token in "({√")
 
     def power(self) -> Formula:
         base = self.postfix(self.atom())
@@ -168,9 +168,9 @@ class _Parser:
             return number(MULTIPLIERS[token]) if token == "half" else self.word(token)
         if kind == "sign" and token == "√":
             return ("root", self.argument(), number(2))
-        if kind == "sign" and token in "([|":
+        if kind == "sign" and token in "([{|":
             inner = self.sum()
-            self.expect({"(": ")", "[": "]", "|": "|"}[token])
+            self.expect({"(": ")", "[": "]", "{": "}", "|": "|"}[token])
             return ("fn", "abs", inner) if token == "|" else inner
         raise _Unreadable
 

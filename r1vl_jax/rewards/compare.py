@@ -13,6 +13,7 @@ Everything else is wrong. No step calls SymPy, except for the values of formulas
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence as Readings
 
 from r1vl_jax.rewards.algebra import Formula, exact, is_carried_out, number, proportional, same_value
@@ -31,6 +32,7 @@ class Verdict:
     reason: str
 
 
+@functools.lru_cache(maxsize=2048)  # answers of a group are often the same
 def check_answer(answer: str, gold: str) -> Verdict:
     """Compares an answer with the solution's answer.
 
@@ -39,8 +41,7 @@ def check_answer(answer: str, gold: str) -> Verdict:
     """
     if answer.strip() == gold.strip():
         return Verdict(bool(answer.strip()), "text: the same")
-    a, g = normalise(answer), normalise(gold)
-    return _compare(a, g)
+    return _compare(normalise(answer), normalise(gold))
 
 
 def _compare(a: str, g: str) -> Verdict:

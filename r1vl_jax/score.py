@@ -35,7 +35,8 @@ Score answers with the step-wise rewards of R1-VL, and test the rules that score
 
 IN has one JSON object a line, or is one JSON array of objects:
   completion   text, the answer to score
-  solution     text, the reference; its "### The final answer is:" section counts, or all of it if it has none
+  solution     text, the reference; its "### The final answer is:" section counts, or else what it marks as its answer:
+               <answer>, \\boxed{}, ####, "Answer:", or the last line
   key_steps    {"Steps": [["a", "other words for a"], "b"]}, or that list; may be null or missing (then k = 0)
 or IN is a run's rollouts.jsonl. Its rows have solution, key_steps and answers: [{"text": ...}, ...], a group of answers
 to one question.
@@ -44,6 +45,7 @@ to one question.
 and these added (or replaced):
   accuracy, validity, reward            reward = accuracy + validity
   answer, expected                      the final answer of the completion (null: none) and of the solution
+  reason                                the step of the answer check that decided whether they agree, and why
   key_steps_matched, key_steps_total    indices of the key steps that occur, and how many the question has
   faults                                why the answer is not valid; [] if it is
   status, note                          ok, timeout, error or crash (the last three score 0), and a remark
@@ -54,12 +56,12 @@ completions in consecutive rows with the same question (or problem), solution an
 group of one. OUT, if given, has every group as a line, in the form of --json.
 
 3. Probe. With --probe: attacks on the rules, made from the problems in IN (rows with solution, key_steps, and question
-or problem) or from five built-in ones. No attack knows the right answer; those named "key steps ..." know the key
-steps. An honest wrong answer is complete and in order, in its own words, without key steps, and wrong: it earns only
-its validity. Some attacks are not tried because no rule on texts can tell them from honest work; under every preset
-they earn up to alpha: key steps among other words, whether these are sentences that are true, guessed or denied ("it is
-not so that ..."), a template ("Thus ...") or words without meaning; and key steps that the question already states,
-which any copy of the question contains. Leave such key steps out.
+or problem) or from five built-in ones. Attacks named "key steps ..." know the key steps; those named "the answer ..."
+know the right answer, and change it. An honest wrong answer is complete and in order, in its own words, without key
+steps, and wrong: it earns only its validity. Some attacks are not tried because no rule on texts can tell them from
+honest work; under every preset they earn up to alpha: key steps among other words, whether these are sentences that
+are true, guessed or denied ("it is not so that ..."), a template ("Thus ...") or words without meaning; and key steps
+that the question already states, which any copy of the question contains. Leave such key steps out.
 """
 _EPILOG = """\
 JSON of the report:
@@ -73,7 +75,7 @@ JSON of the report:
   groups         stage, step, event, source, row (if the row has them); question, expected, texts; disagreement: the sum
                  over answers of |advantage - advantage under the first rules|; rules: mean, std, reward_share,
                  variance_share, zero_variance, shaping_only, sign_flips (a number), and answers: [{reward, outcome,
-                 key_steps, validity, k, correct, answer, advantage, flip, faults, status}]
+                 key_steps, validity, k, correct, answer, reason, advantage, flip, faults, status}]
 JSON of the probe:
   rules, alpha   as given
   problems       their number

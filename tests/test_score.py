@@ -44,6 +44,7 @@ def test_rows_keep_their_fields_and_order(tmp_path, capsys):
         "reward": 2.05,
         "answer": "3",
         "expected": "3",
+        "reason": "text: the same",
         "key_steps_matched": [0],
         "key_steps_total": 2,
         "faults": [],

@@ -3,8 +3,9 @@
 `python -m r1vl_jax.score --probe` scores the attacks. An honest wrong answer (complete, in order, in its own words,
 without key steps, with a wrong final answer) earns only validity. If an attack earns more, the rules have a hole.
 
-Attacks named "key steps ..." know the question's key steps, which is the worst case. The other attacks do not. No
-attack knows the right answer: its final answer is wrong or missing, but a list of guesses may contain the right one.
+Attacks named "key steps ..." know the question's key steps, which is the worst case. The other attacks do not. Attacks
+named "the answer ..." know the right answer and change it, so that it is wrong. No other attack knows it: its final
+answer is wrong or missing, but a list of guesses may contain the right one.
 
 Some attacks are left out because no rule on texts can tell them from honest work: key steps among other words, such as
 sentences (true, guessed or denied), a template, or words without meaning.
@@ -12,10 +13,15 @@ sentences (true, guessed or denied), a template, or words without meaning.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from fractions import Fraction
 
 from r1vl_jax.reward_lab.problems import Problem, answer_text, first_alternatives, in_sentences
+from r1vl_jax.rewards.answer import expected_answer
+from r1vl_jax.rewards.choices import choice_letter
 from r1vl_jax.rewards.key_steps import key_step_groups
+from r1vl_jax.rewards.rules import PRESETS
 from r1vl_jax.rewards.steps import ANSWER_HEADER
 
 # Cyrillic letters that look like Latin ones.
@@ -23,6 +29,7 @@ _LOOK_ALIKE = str.maketrans(
     "aceopxyABCEHKMOPTX",
     "\u0430\u0441\u0435\u043e\u0440\u0445\u0443\u0410\u0412\u0421\u0415\u041d\u041a\u041c\u041e\u0420\u0422\u0425",
 )
+_NUMBER = re.compile(r"\d+(?:\.\d+)?(?:/[1-9]\d*)?")
 _FULL_WIDTH = {code: code + 0xFEE0 for code in range(0x21, 0x7F)}
 
 
@@ -37,7 +44,17 @@ def honest_answers(problem: Problem) -> dict[str, str]:
 
 def attack_answers(problem: Problem) -> dict[str, str]:
     """Returns all attacks on a problem, by name. Names and their order are the same for every problem."""
-    parts = (_listed, _disguised, _misplaced, _near_misses, _guessed, _hollow, _many_answers, _odd_text)
+    parts = (
+        _listed,
+        _disguised,
+        _misplaced,
+        _near_misses,
+        _guessed,
+        _hollow,
+        _many_answers,
+        _changed_answers,
+        _odd_text,
+    )
     return {name: text for part in parts for name, text in part(problem).items()}
 
 
@@ -175,6 +192,31 @@ def _many_answers(problem: Problem) -> dict[str, str]:
         "an interval: [0, 100]": "$[0, 100]$",
         "an inequality: x < 1000": "$x < 1000$",
         "an answer that is always true: x = x": "$x = x$",
+    }
+    return {name: answer_text(problem.wrong_steps, final) for name, final in finals.items()}
+
+
+def _changed_answers(problem: Problem) -> dict[str, str]:
+    """Makes final answers from the right one, such as a part of it. Where a change is none, a wrong answer is used."""
+    gold = expected_answer(problem.solution, PRESETS["paper"])
+    number = None if choice_letter(gold) else _NUMBER.search(gold)
+    part = unit = around = flipped = problem.wrong
+    if number is not None and Fraction(number[0]):
+        value = Fraction(number[0])
+        first = re.split(r"[./]", number[0])[0]
+        part = first if first != number[0] else first[0] if len(first) > 1 else problem.wrong
+        unit = number[0] + (" million" if gold.rstrip("$")[-1:].isdecimal() else " kg" if "kg" not in gold else " m")
+        around = f"$({float(value - 1)}, {float(value + 1)})$"
+        if "pm" not in gold and "±" not in gold:
+            swapped = gold.translate({ord("+"): "-", ord("-"): "+"})
+            flipped = swapped if swapped != gold else _NUMBER.sub(r"-\g<0>", gold, count=1)
+    finals = {
+        "the answer: a part of it": part,
+        "the answer in a list with another": f"{gold} or {problem.wrong}",
+        "the answer in another unit": unit,
+        "the answer denied": f"not {gold}",
+        "the answer: a range around it": around,
+        "the answer with every sign flipped": flipped,
     }
     return {name: answer_text(problem.wrong_steps, final) for name, final in finals.items()}
 

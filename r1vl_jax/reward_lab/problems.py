@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from r1vl_jax.reward_lab.rows import question_of
-from r1vl_jax.rewards.answer import choice_letter, expected_answer
+from r1vl_jax.rewards.answer import expected_answer
+from r1vl_jax.rewards.choices import choice_letter
 from r1vl_jax.rewards.key_steps import key_step_groups
 from r1vl_jax.rewards.rules import PRESETS
 from r1vl_jax.rewards.steps import ANSWER_HEADER

@@ -242,6 +242,7 @@ def _view_report(view: Judgement) -> dict[str, Any]:
                 "k": score.k,
                 "correct": score.correct,
                 "answer": score.answer,
+                "reason": score.reason,
                 "advantage": float(advantage),
                 "flip": bool(flip),
                 "faults": list(score.faults),

@@ -74,6 +74,7 @@ def score_fields(score: Score) -> dict[str, Any]:
         "reward": score.reward,
         "answer": score.answer,
         "expected": score.expected,
+        "reason": score.reason,
         "key_steps_matched": list(score.matched),
         "key_steps_total": score.total,
         "faults": list(score.faults),

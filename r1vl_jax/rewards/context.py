@@ -14,7 +14,9 @@ from __future__ import annotations
 import functools
 import re
 
-_FORMS = {code + 0xFEE0: code for code in range(0x21, 0x7F)} | {0x3000: " "} | str.maketrans("∽✕✖⨯‖", "∼×××∥")
+from r1vl_jax.rewards.signs import FULL_WIDTH
+
+_FORMS = FULL_WIDTH | str.maketrans("∽✕✖⨯‖", "∼×××∥")
 
 # Each pattern starts with the sign itself and then looks back, because a search for a character is fast.
 _TIMES = re.compile(r"[xX](?=\d|[ \t$]+[-−]?(?:[\d(√]|\.\d|\\(?:[dtc]?frac|sqrt)))")

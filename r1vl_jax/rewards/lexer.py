@@ -11,6 +11,7 @@ import unicodedata
 from typing import NamedTuple
 
 from r1vl_jax.rewards.context import resolve_signs
+from r1vl_jax.rewards.signs import COMMANDS, FRACTIONS, GREEK, RAISED, RELATIONS, SIGNS, UNITS
 
 END = "."  # the token that ends a sentence; key_steps.py also puts one after each step
 
@@ -39,47 +40,18 @@ _KINDS = {
 _LEXEMES = re.compile("|".join(_KINDS.values()), re.DOTALL)
 
 _SYMBOL_TOKENS = {
-    **dict.fromkeys("×·⋅∗•∙", "*"),
-    **dict.fromkeys("÷⁄∕", "/"),
-    **dict.fromkeys("−–‐‑", "-"),
+    **SIGNS,
+    **RELATIONS,
     **dict.fromkeys(".;!?—。！？；\u2026", END),
     **dict.fromkeys(",:$\"'`“”‘’，：、\u200b\u200c\u200d\u2060\ufeff\\&", ""),
-    **{"<=": "≤", ">=": "≥", "!=": "≠", "==": "=", "=>": "→", "->": "→", "⇒": "→", "||": "∥", "⟂": "⊥"},
-    **{"∠": "angle", "△": "triangle", "▵": "triangle", "√": "sqrt", "~": "", "％": "%"},
-    **{"½": "1 / 2", "¼": "1 / 4", "¾": "3 / 4", "⅓": "1 / 3", "⅔": "2 / 3"},
-    **{raised: f"^ {digit}" for digit, raised in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
+    **{"∠": "angle", "△": "triangle", "▵": "triangle", "√": "sqrt", "~": ""},
+    **FRACTIONS,
+    **{raised: f"^ {digit}" for digit, raised in enumerate(RAISED)},
 }
 # "mеdian" with a Cyrillic "е" becomes "median". Otherwise copied words in look-alike letters would count as new words.
 _CYRILLIC_LOOKALIKES = str.maketrans("авекмнорстухіјѕһԁ", "abekmhopctyxijshd")
-_GREEK_NAMES = "alpha beta gamma delta epsilon theta lambda mu pi rho sigma tau phi omega"
-_GREEK = dict(zip(_GREEK_NAMES.split(), "αβγδεθλμπρστφω", strict=True))
-# Commands that only change how their argument looks, or that are white space.
-_APPEARANCE = (
-    "left right big Big bigg Bigg quad qquad text textbf textit textrm mathrm mathbf mathit mathsf operatorname boxed "
-    "mbox overline underline widehat hat bar vec overrightarrow overleftrightarrow displaystyle limits"
-)
-_COMMAND_TOKENS = {
-    **dict.fromkeys(["times", "cdot", "ast"], "*"),
-    **dict.fromkeys(["div"], "/"),
-    **dict.fromkeys(["le", "leq", "leqslant"], "≤"),
-    **dict.fromkeys(["ge", "geq", "geqslant"], "≥"),
-    **dict.fromkeys(["ne", "neq"], "≠"),
-    **dict.fromkeys(["to", "rightarrow", "Rightarrow", "implies", "Longrightarrow"], "→"),
-    **dict(lt="<", gt=">", pm="±", approx="≈", cong="≅", sim="∼", perp="⊥", parallel="∥", infty="∞", percent="%"),
-    **dict.fromkeys(_APPEARANCE.split(), ""),
-}
-_UNITS = {
-    **{f"{prefix}{unit}": sign + "m" for prefix, sign in (("", ""), ("centi", "c"), ("milli", "m"), ("kilo", "k"))
-       for unit in ("meter", "meters", "metre", "metres")},
-    **{f"{prefix}{unit}": sign + "g" for prefix, sign in (("", ""), ("milli", "m"), ("kilo", "k"))
-       for unit in ("gram", "grams")},
-    **dict(inch="in", inches="in", foot="ft", feet="ft", yard="yd", yards="yd", mile="mi", miles="mi", liter="l"),
-    **dict(liters="l", litre="l", litres="l", second="s", seconds="s", sec="s", secs="s", minute="min", minutes="min"),
-    **dict(hour="h", hours="h", hr="h", hrs="h", pound="lb", pounds="lb", lbs="lb", ounce="oz", ounces="oz"),
-    **dict(degree="°", degrees="°", deg="°", percent="%"),
-}  # fmt: skip
-_WORD_TOKENS = _GREEK | _UNITS
-UNIT_SIGNS = frozenset(_UNITS.values())
+_WORD_TOKENS = GREEK | UNITS
+UNIT_SIGNS = frozenset(UNITS.values())
 _POWER_WORDS = {"square": "2", "sq": "2", "cubic": "3"}  # "square metres" becomes m ^ 2
 _TAKES_GROUP = frozenset(("^", "_", "sqrt"))
 # The three meanings of a "{", and for each the tokens that its "}" becomes.
@@ -168,7 +140,7 @@ def _word(lexeme: str) -> str:
 
 def _command(lexeme: str) -> str:
     name = lexeme[1:]
-    token = _COMMAND_TOKENS.get(name)
+    token = COMMANDS.get(name)
     return _word(name) if token is None else token
 
 

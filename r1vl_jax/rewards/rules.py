@@ -22,20 +22,16 @@ class Rules:
     """One set of reward rules. Each field is a difference between two presets.
 
     Attributes:
-      answer_from_section: compare the final-answer sections of completion and solution. False: math-verify searches
-        the whole of both texts, and only the comparison as text uses the final-answer line.
-      verify_gold_first: call `verify(gold, answer)`, the order that math-verify documents for its asymmetric
-        comparison. False: the other order.
-      fold_text: before answers are compared as text, apply NFKC and fold case and white space. False: compare exactly.
-      choice_letters: if both answers name a multiple-choice option, compare only the letters.
+      answer_from_section: compare the final-answer sections of completion and solution. False: the whole of both texts
+        for math-verify, and their final-answer lines for the comparison as text.
+      check_answer: compare with the answer check of r1vl_jax/rewards/compare.py. False: as the released functions do,
+        with math-verify's `parse` and `verify(answer, gold)`, and as exact texts.
       require_answer: a completion without a final answer earns no accuracy reward. False: its key steps still pay.
       empty_alternative_matches: an empty alternative of a key step occurs in every text. False: in none.
       sections_by_header: a section exists if a line starts with its header. False: a section exists if the text of its
         header occurs anywhere; of the steps, only the header of step 1 is required.
       full_order: all headers must be in the order of the format. False: only the final answer must come after the last
         step, and not even that if the text ends with the bare header. Steps must be numbered 1..n either way.
-      one_answer: an answer that names more numbers than the solution's answer is wrong, unless the texts are equal.
-        Without this option math-verify reads "3 or 4" as 4, and "1, 2, 3" as 3.
       nonempty_sections: a section must contain a word, a number or a symbol of mathematics.
       match_tokens: search key steps in the normal form of r1vl_jax/rewards/normal.py: on token borders, numbers by
         value, spellings in LaTeX, spacing and units equal, never in a larger expression. False: search key steps as
@@ -44,14 +40,11 @@ class Rules:
     """
 
     answer_from_section: bool
-    verify_gold_first: bool
-    fold_text: bool
-    choice_letters: bool
+    check_answer: bool
     require_answer: bool
     empty_alternative_matches: bool
     sections_by_header: bool
     full_order: bool
-    one_answer: bool
     nonempty_sections: bool
     match_tokens: bool
     refuse_stuffing: bool
@@ -59,14 +52,11 @@ class Rules:
 
 _RELEASED = Rules(
     answer_from_section=False,
-    verify_gold_first=False,
-    fold_text=False,
-    choice_letters=False,
+    check_answer=False,
     require_answer=False,
     empty_alternative_matches=True,
     sections_by_header=False,
     full_order=False,
-    one_answer=False,
     nonempty_sections=False,
     match_tokens=False,
     refuse_stuffing=False,
@@ -74,15 +64,13 @@ _RELEASED = Rules(
 _PAPER = dataclasses.replace(
     _RELEASED,
     answer_from_section=True,
-    verify_gold_first=True,
-    fold_text=True,
-    choice_letters=True,
+    check_answer=True,
     require_answer=True,
     empty_alternative_matches=False,
     sections_by_header=True,
     full_order=True,
 )
-_ROBUST = dataclasses.replace(_PAPER, one_answer=True, nonempty_sections=True, match_tokens=True, refuse_stuffing=True)
+_ROBUST = dataclasses.replace(_PAPER, nonempty_sections=True, match_tokens=True, refuse_stuffing=True)
 PRESETS = {"released": _RELEASED, "paper": _PAPER, "robust": _ROBUST}
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from r1vl_jax.rewards.answer import expected_answer, final_answer, is_correct
+from r1vl_jax.rewards.answer import expected_answer, final_answer, judge
 from r1vl_jax.rewards.key_steps import Hit, key_step_groups, key_step_hits
 from r1vl_jax.rewards.rules import Rules, get_rules
 from r1vl_jax.rewards.steps import section_faults, step_starts
@@ -32,6 +32,7 @@ class Score:
     Attributes:
       accuracy, validity, reward: StepRAR, StepRVR and their sum.
       correct: the final answer is right.
+      reason: the step of the answer check that decided whether it is, and why ("choice: C, expected B").
       answer: the final answer of the completion; None if there is none.
       expected: the solution's final answer.
       matched: indices of the key-step groups that occur, ascending.
@@ -51,6 +52,7 @@ class Score:
     validity: float = 0.0
     reward: float = 0.0
     correct: bool = False
+    reason: str = ""
     answer: str | None = None
     expected: str = ""
     matched: tuple[int, ...] = ()
@@ -71,7 +73,8 @@ def score_answer(
 
     Args:
       completion: the answer to score.
-      solution: the reference. Its final-answer section is compared, or the whole text if it has no such section.
+      solution: the reference. Its final-answer section is compared, or what it marks as its answer otherwise
+        (see answer.expected_answer).
       key_steps: `{"Steps": groups}`, or the groups. If None or empty, k is 0 and the score has a note.
       rules: a preset's name, or a `Rules`.
       alpha: weight of the key steps.
@@ -79,7 +82,7 @@ def score_answer(
     Raises:
       TypeError: completion or solution is not a text.
       ValueError: no preset has this name.
-      RuntimeError: math-verify is needed, and this is not the main thread (see answer.is_correct).
+      RuntimeError: math-verify or SymPy is needed, and this is not the main thread (see answer.judge).
     """
     rules = get_rules(rules)
     for name, value in (("completion", completion), ("solution", solution)):
@@ -89,9 +92,9 @@ def score_answer(
     groups, notes = key_step_groups(key_steps)
     hits = key_step_hits(completion, groups, rules)
     k = len(hits) / len(groups) if groups else 0.0
-    correct = is_correct(completion, solution, rules)
+    verdict = judge(completion, solution, rules)
     unanswered = rules.require_answer and answer is None
-    accuracy = 0.0 if unanswered else float(correct) + alpha * k
+    accuracy = 0.0 if unanswered else float(verdict.right) + alpha * k
     starts = step_starts(completion)
     faults = section_faults(completion, rules)
     validity = 0.0 if faults else 1.0
@@ -99,7 +102,8 @@ def score_answer(
         accuracy=accuracy,
         validity=validity,
         reward=accuracy + validity,
-        correct=correct,
+        correct=verdict.right,
+        reason=verdict.reason,
         answer=answer,
         expected=expected_answer(solution, rules),
         matched=tuple(hit.group for hit in hits),

@@ -1,5 +1,6 @@
 """The reward lab: groups under several rules, the probe's attacks, and the score command that shows both."""
 
+import dataclasses
 import json
 import re
 import unicodedata
@@ -12,7 +13,7 @@ from r1vl_jax.reward_lab.probe import probe_report
 from r1vl_jax.reward_lab.problems import BUILT_IN, make_problem
 from r1vl_jax.reward_lab.rescoring import Group, groups_of, rescore
 from r1vl_jax.reward_lab.tables import WIDTH, probe_table, rescore_table
-from r1vl_jax.rewards import PRESETS, Score, ScorerPool
+from r1vl_jax.rewards import PRESETS, Score, ScorerPool, score_answer
 from r1vl_jax.rewards.key_steps import key_step_groups
 
 HEAD = "### Image Description: d\n### Rationales: r\n"
@@ -246,6 +247,28 @@ def test_the_attacks_have_teeth(built_in):
     assert excess["headers only"]["paper"] == 0 > excess["headers only"]["robust"]
 
 
+CHANGED = {
+    "7/2": ("7", "7/2 or 2", "7/2 million", "not 7/2", "$(2.5, 4.5)$", "-7/2"),
+    "12 cm": ("1", "12 cm or 2", "12 kg", "not 12 cm", "$(11.0, 13.0)$", "-12 cm"),
+    "7 kg": ("2", "7 kg or 2", "7 m", "not 7 kg", "$(6.0, 8.0)$", "-7 kg"),
+    "x^2 - 3": ("2", "x^2 - 3 or 2", "2 million", "not x^2 - 3", "$(1.0, 3.0)$", "x^2 + 3"),
+    "±3": ("2", "±3 or 2", "3 million", "not ±3", "$(2.0, 4.0)$", "2"),
+    "0": ("2", "0 or 2", "2", "not 0", "2", "2"),
+    "(B) 12": ("A", "(B) 12 or A", "A", "not (B) 12", "A", "A"),
+    "red": ("2", "red or 2", "2", "not red", "2", "2"),
+}
+
+
+@pytest.mark.parametrize("gold", CHANGED)
+def test_attacks_that_change_the_right_answer_are_wrong(gold):
+    """Where a change would be none, such as a sign before 0, a wrong answer takes its place."""
+    problem = dataclasses.replace(make_problem("q", gold, None), wrong="A" if "(B)" in gold else "2")
+    texts = {name: text for name, text in attack_answers(problem).items() if name.startswith("the answer")}
+    assert tuple(text.rpartition("is: ")[2] for text in texts.values()) == CHANGED[gold]
+    for rules in ("paper", "robust"):
+        assert not any(score_answer(text, gold, None, rules=rules).correct for text in texts.values())
+
+
 def test_every_kind_of_attack_is_there_and_attacks_no_right_answer(built_in):
     names = [list(attack_answers(problem)) for problem in BUILT_IN]
     assert len(BUILT_IN) == 5 and all(other == names[0] for other in names) and len(names[0]) > 60
@@ -260,7 +283,7 @@ def test_every_kind_of_attack_is_there_and_attacks_no_right_answer(built_in):
             name.startswith("key steps") and f"is: {problem.solution}" in text for name, text in texts.items()
         )
         for name, text in texts.items():
-            if not name.startswith("key steps") and not name.startswith("guessed"):
+            if not name.startswith(("key steps", "guessed", "the answer")):
                 assert not any(first in text for first in firsts), name
 
 

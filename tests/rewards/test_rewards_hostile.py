@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r1vl_jax.rewards import PRESETS, ScorerPool
-from r1vl_jax.rewards.answer import choice_letter, expected_answer, final_answer
+from r1vl_jax.rewards.answer import expected_answer, final_answer
+from r1vl_jax.rewards.choices import choice_letter
 from r1vl_jax.rewards.key_steps import key_step_groups, key_step_hits
 from r1vl_jax.rewards.steps import section_faults, step_starts
 
@@ -124,7 +125,33 @@ def test_bombs_for_the_verifier_are_wrong_or_given_up(pool, rules):
     for score in scores:
         check(score)
     assert [score.correct for score in scores] == [False] * len(BOMBS) + [True]
-    assert scores[0].status == "timeout"  # no limit of math-verify's own ends this one
+    if rules == "released":
+        assert scores[0].status == "timeout"  # no limit of math-verify's own ends this one
+    else:
+        assert {score.status for score in scores} == {"ok"}  # nothing of their size is computed
+
+
+ROOT_OF_TWO = "### The final answer is: $\\sqrt{2}$"
+FORMULA_BOMBS = [
+    f"${bomb}$"
+    for bomb in (
+        *("e^{e^{e^{100}}}", "\\sqrt{2}^{10^{10^{10}}}", "\\sin(10^{10^{5}})", "\\binom{10^9}{10^8}", "\\log(9^{9^9})"),
+        *("\\sqrt{" + "9" * 4000 + "}", "\\sqrt{" * 25 + "2" + "}" * 25, "+\\sqrt{2}" * 100, "(1+\\sqrt{2})" * 90),
+        *("\\exp(\\exp(\\exp(\\exp(9))))", "(1+\\sqrt{2})^{9999}", "0^{-\\sqrt{2}}", "((" * 20 + "\\pi" + "))" * 20),
+        *("\\frac{\\sqrt{2}}{0}", "\\sqrt[0]{2}", "(-\\sqrt{2})!", "\\ln 0"),
+    )
+]
+
+
+@pytest.mark.parametrize("rules", ["paper", "robust"])
+def test_bombs_for_the_algebra_are_wrong_or_given_up(pool, rules):
+    """Unlike numbers, these are compared by SymPy."""
+    completions = [HEAD + bomb for bomb in FORMULA_BOMBS] + [HEAD + "2^{1/2}"]
+    count = len(completions)
+    scores = pool.score(completions, [ROOT_OF_TWO] * count, [KEY_STEPS] * count, rules=rules)
+    for score in scores:
+        check(score)
+    assert [score.correct for score in scores] == [False] * (count - 1) + [True]
 
 
 # Texts of n characters or so, each the worst case of some rule.

@@ -158,8 +158,8 @@ def test_a_hang_a_crash_and_a_memory_bomb_in_the_verifier_each_cost_one_answer(s
     half = "$\\frac{6}{2}$"  # right, and not as text: the verifier is asked
     finals = [half, "arithmetic", half, "abort", half, "memory", half, "segfault", "4", half]
     with ScorerPool(2, 4, memory_gib=0.5, function="pool_verifier:score") as pool:
-        scores = run(pool, [HEAD + final for final in finals], key_steps=["one"])
-        assert run(pool, [HEAD + half])[0].correct  # and the pool goes on
+        scores = run(pool, [HEAD + final for final in finals], key_steps=["one"], rules="released")
+        assert run(pool, [HEAD + half], rules="released")[0].correct  # and the pool goes on
     found = dict(zip(finals, scores, strict=True))
     assert {final: found[final].status for final in FAULTS} == FAULTS
     for final in FAULTS:

@@ -34,6 +34,8 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help='the question; "<image>" and "<video>" mark places (default: in front)',
     )
+    add("--system-prompt", default="", help="text of the system turn (default: the checkpoint's)")
+    add("--question-suffix", default="", help="text appended to the question, as data.question_suffix in training")
     add("--samples", type=int, default=1, help="number of answers (default 1)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     add("--top-p", type=float, default=defaults.top_p, help="nucleus sampling; 1 is off (default)")
@@ -78,7 +80,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"samples is {args.samples}, expected at least 1")
         loaded = load(args.model, dtype=args.dtype, attention=args.attention, kernels=args.kernels)
         video = VideoSpec(args.fps, args.max_frames, args.video_pixels)
-        encoded = encode(loaded.processor, args.prompt, args.image, args.video, max_pixels=args.max_pixels, video=video)
+        processor = loaded.processor.with_texts(args.system_prompt, args.question_suffix, section="--")
+        encoded = encode(processor, args.prompt, args.image, args.video, max_pixels=args.max_pixels, video=video)
     except (CheckpointError, RowError, ValueError, OSError) as error:
         say(f"error: {error}")
         return 2

@@ -20,12 +20,13 @@ from r1vl_jax.common.arguments import finite_float, non_negative_int, positive_f
 from r1vl_jax.common.files import atomic_write
 from r1vl_jax.errors import RowError
 from r1vl_jax.reward_lab.probe import probe
-from r1vl_jax.reward_lab.problems import BUILT_IN, problems_of
+from r1vl_jax.reward_lab.problems import built_in, problems_of
 from r1vl_jax.reward_lab.rescoring import groups_of, rescore, score_groups
 from r1vl_jax.reward_lab.rows import is_run_row, read_rows, select
 from r1vl_jax.reward_lab.scoring import Scorer, score_rows, scored_lines, summary
 from r1vl_jax.reward_lab.tables import probe_table, rescore_table
 from r1vl_jax.rewards import PRESETS, Rules, get_rules
+from r1vl_jax.rewards.formats import FORMATS
 from r1vl_jax.rewards.key_steps import key_step_groups
 
 MAX_REPORTED = 20  # maximum number of bad rows listed on standard error
@@ -34,7 +35,7 @@ _DESCRIPTION = """\
 Score answers with the step-wise rewards of R1-VL, and test the rules that score them.
 
 IN has one JSON object a line, or is one JSON array of objects:
-  completion   text, the answer to score
+  completion   text, the answer to score, in the format that --answer-format names
   solution     text, the reference; its "### The final answer is:" section counts, or else what it marks as its answer:
                <answer>, \\boxed{}, ####, "Answer:", or the last line
   key_steps    {"Steps": [["a", "other words for a"], "b"]}, or that list; may be null or missing (then k = 0)
@@ -160,7 +161,7 @@ def _probe(rows: list[dict[str, Any]], scorer: Scorer, args: argparse.Namespace)
     """Prints the rewards of the attacks on the problems in `rows`, or on the built-in problems if there is no input."""
     if args.input is not None and not rows:
         raise RowError(f"{args.input}: no usable row, expected at least one problem")
-    problems = problems_of(rows) or BUILT_IN
+    problems = problems_of(rows, args.answer_format) or built_in(args.answer_format)
     if bare := sum(not key_step_groups(problem.key_steps)[0] for problem in problems):
         print(f"{bare} of {len(problems)} problems have no key steps to attack with", file=sys.stderr)
     report = probe(problems, scorer)
@@ -202,6 +203,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     rules = f"{', '.join(PRESETS)}; options after commas; several presets are compared (default: paper)"
     parser.add_argument("--rules", metavar="PRESET[,OPTION=true|false]", type=_rules, action="append", help=rules)
+    parser.add_argument(
+        "--answer-format", choices=tuple(FORMATS), default="r1vl", help="format of the answers (default: r1vl)"
+    )
     parser.add_argument("--alpha", type=finite_float, default=0.1, help="weight of the key steps (default: 0.1)")
     parser.add_argument(
         "--stage", help="only a run's rows of this stage, or heldout (default: all; without --steps not heldout)"
@@ -225,6 +229,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--skip-bad", action="store_true", help="leave out rows that cannot be used, and count them")
     args = parser.parse_intermixed_args(_one_by_one(sys.argv[1:] if argv is None else argv))
     args.rules = args.rules or [_rules("paper")]
+    try:
+        args.rules = [(name, get_rules(rules, answer_format=args.answer_format)) for name, rules in args.rules]
+    except ValueError as error:
+        parser.error(f"argument --answer-format: {error}")
     names = [name for name, _ in args.rules]
     if len(set(names)) < len(names):
         parser.error(f"argument --rules: expected each once, got {' '.join(names)}")

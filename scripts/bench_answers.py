@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from r1vl_jax.rewards import PRESETS, ScorerPool
-from r1vl_jax.rewards.steps import ANSWER_HEADER
+from r1vl_jax.rewards.formats import ANSWER_HEADER
 
 Pair = dict[str, Any]  # gold, answer, right
 

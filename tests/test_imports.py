@@ -14,7 +14,7 @@ from helpers.paths import ROOT, SCRIPTS
 
 PACKAGE = ROOT / "r1vl_jax"
 STAGES = ("data", "processing", "rollout", "rewards", "step_grpo", "sft", "checkpoint")
-SHARED = {"config", "types", "errors"}  # files directly in the package that are no commands
+SHARED = {"config", "config_stages", "types", "errors"}  # files directly in the package that are no commands
 ENTRIES = {"data.check", "data.build", "data.shapes"}  # commands that lie in a stage for their name alone
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 330, 60
 

@@ -139,7 +139,7 @@ def read(
       stage: section with the pixel budget; None: the section of the stage that trains on the data set.
     """
     part = survey.part
-    processor = processor.for_stage(stage or part.stage, data.video)
+    processor = processor.for_stage(stage or part.stage, data)
     measure = Measure(processor, data.max_prompt_tokens, part.max_answer_tokens)
     label = part.key if stage is None else f"{part.key} as the warm-up sees it"
     workers = 0 if part.limit else workers  # these are few rows, which training reads in threads
@@ -177,7 +177,7 @@ def training_order(count: int, seed: int) -> list[int]:
         return [example.row for _, (example, _) in bar]
 
 
-def lint_key_steps(source: Source) -> list[lint.Finding]:
+def lint_key_steps(source: Source, answer_format: str) -> list[lint.Finding]:
     """Returns the findings of r1vl_jax.keysteps lint. `row` of a finding is the index of an example."""
 
     def rows() -> Iterator[tuple[int, dict[str, Any]]]:
@@ -189,7 +189,7 @@ def lint_key_steps(source: Source) -> list[lint.Finding]:
             problem = re.sub("<image>|<video>", " ", example.question)
             yield index, {"problem": problem, "solution": example.answer, "key_steps": example.key_steps}
 
-    return lint.lint_rows(rows())
+    return lint.lint_rows(rows(), answer_format=answer_format)
 
 
 @dataclasses.dataclass
@@ -226,7 +226,7 @@ def read_all(config: Config, workers: int) -> Reading:
                 continue
             survey.order = training_order(len(survey.source), config.seed)
             if survey.part.key == "data.rl":
-                survey.findings = lint_key_steps(survey.source)
+                survey.findings = lint_key_steps(survey.source, config.rl.answer_format)
         reading.complete = True
     except KeyboardInterrupt:
         pass

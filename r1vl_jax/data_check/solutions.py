@@ -11,17 +11,15 @@ from r1vl_jax.config import Config
 from r1vl_jax.data.sources import Source
 from r1vl_jax.data_check.records import Record, Unreachable
 from r1vl_jax.errors import RowError
-from r1vl_jax.rewards import Score, ScorerPool, get_rules
-
-# How an answer format writes a final answer. A solution may be less than a whole answer: "A" alone has no header.
-FRAMES = ("### The final answer is:\n{}", "<answer>{}</answer>", "\\boxed{{{}}}")
+from r1vl_jax.rewards import Score, ScorerPool
+from r1vl_jax.rewards.formats import FORMATS
 
 
 def unreachable(source: Source, records: Sequence[Record], config: Config) -> list[Unreachable]:
     """Returns the questions whose own solution earns no accuracy by the rules of `rl`.
 
-    The solution is scored as it is. If it earns nothing, what the reward takes for its answer is scored in each of
-    FRAMES.
+    The solution is scored as it is, and if it earns nothing, what the reward takes for its answer is scored in the
+    format of answers: a solution may be less than a whole answer, or have another format.
 
     Args:
       records: the records of the source's first examples, in order. Those that training drops are left out.
@@ -34,15 +32,15 @@ def unreachable(source: Source, records: Sequence[Record], config: Config) -> li
             except RowError:  # the file was damaged in the meantime
                 continue
     with ScorerPool(config.scoring.workers, config.scoring.timeout) as pool:
-        first = left = _failing(pool, {text: text for _, text in rows}, config)
-        for frame in FRAMES:
-            left = _failing(pool, {solution: frame.format(first[solution].expected) for solution in left}, config)
+        first = _failing(pool, {text: text for _, text in rows}, config)
+        ending = FORMATS[config.rl.answer_format].ending
+        left = _failing(pool, {solution: ending(first[solution].expected) for solution in first}, config)
     return [Unreachable(row, first[text].expected, _why(first[text])) for row, text in rows if text in left]
 
 
 def _failing(pool: ScorerPool, answers: dict[str, str], config: Config) -> dict[str, Score]:
     """Scores an answer to each solution. Returns the scores that have no accuracy."""
-    solutions, rules = [*answers], get_rules(config.rl.rules, config.rl.rule_options)
+    solutions, rules = [*answers], config.rl.reward_rules
     with tqdm(total=len(answers), desc="scoring", unit="row", delay=2, leave=False, file=sys.stderr) as bar:
 
         def advance(score: Score) -> None:

@@ -24,6 +24,7 @@ from r1vl_jax.keysteps.jobs import Job, Made, run
 from r1vl_jax.keysteps.refine import refine_row
 from r1vl_jax.keysteps.rows import InputError, read_rows
 from r1vl_jax.keysteps.rules import rules_row
+from r1vl_jax.rewards.formats import FORMATS
 
 Work = Callable[[dict[str, Any]], Made | dict[str, Any]]
 
@@ -60,8 +61,8 @@ OPENAI_API_KEY; your own server usually needs none.""",
     "rules": (
         "take key steps from each solution without any model",
         """\
-Takes equations ("12/2 = 6") and named relations ("AD is a median") word for word from the "### Step k" sections. None
-occurs in the question, and each occurs in the solution under every preset of the rewards.""",
+Takes equations ("12/2 = 6") and named relations ("AD is a median") word for word from the steps. None occurs in the
+question, and each occurs in the solution under every preset of the rewards.""",
         "rules rows.json made.jsonl --per-step 2",
     ),
     "refine": (
@@ -150,7 +151,8 @@ def _work_by_rule(args: argparse.Namespace) -> tuple[dict[str, Any], Work]:
     if args.command == "augment":
         return {"max_alternatives": args.max_alternatives}, partial(augment_row, most=args.max_alternatives)
     if args.command == "rules":
-        return {"per_step": args.per_step}, partial(rules_row, per_step=args.per_step)
+        settings = {"per_step": args.per_step, "answer_format": args.answer_format}
+        return settings, partial(rules_row, **settings)
     fields = [args.field] if args.field else list(FIELDS)
     return {"fields": fields}, partial(convert_row, fields=fields)
 
@@ -182,7 +184,8 @@ def _lint(args: argparse.Namespace) -> int:
     usable = [(row.number, row.value) for row in rows if not row.fault]
     findings = [lint.Finding(row.number, None, "unusable", row.fault) for row in rows if row.fault]
     bar = tqdm(usable, unit="row", desc="lint", file=sys.stderr)
-    findings += lint.lint_rows(bar, max_groups=args.max_groups, common_share=args.common_share)
+    limits = {"max_groups": args.max_groups, "common_share": args.common_share}
+    findings += lint.lint_rows(bar, **limits, answer_format=args.answer_format)
     findings.sort(key=lambda finding: finding.row)
     if args.json:
         print(json.dumps([{"file": args.input, **dataclasses.asdict(finding)} for finding in findings], indent=1))
@@ -225,10 +228,12 @@ def _parser() -> argparse.ArgumentParser:
     made["augment"].add_argument("--max-alternatives", type=positive_int, default=8, metavar="N", help=most)
     field = f"the field with the key steps (default: the first that a row has of {', '.join(FIELDS)})"
     made["convert"].add_argument("--field", metavar="NAME", help=field)
+    _add_format(made["rules"])
     kinds = "\n".join(f"  {kind:<10} {what}" for kind, what in lint.KINDS.items())
     line = "report what is wrong with key steps"
     checker = commands.add_parser("lint", help=line, description=_LINT + kinds, formatter_class=raw)
     checker.add_argument("input", metavar="IN", help="rows to read, a JSON array or JSONL")
+    _add_format(checker)
     checker.add_argument("--json", action="store_true", help="findings as JSON on standard output")
     checker.add_argument("--strict", action="store_true", help="exit code 1 if there are findings")
     checker.add_argument(
@@ -237,6 +242,11 @@ def _parser() -> argparse.ArgumentParser:
     share = "a text that occurs in the solutions of more than this share of the other rows is too general (0.2)"
     checker.add_argument("--common-share", type=positive_float, default=0.2, metavar="X", help=share)
     return parser
+
+
+def _add_format(command: argparse.ArgumentParser) -> None:
+    formats = f"where the steps of the solutions are: {', '.join(FORMATS)} (r1vl)"
+    command.add_argument("--answer-format", choices=tuple(FORMATS), default="r1vl", help=formats)
 
 
 def _add_endpoint(group: Any) -> None:

@@ -15,10 +15,10 @@ from typing import Any
 
 from r1vl_jax.common.text import shown
 from r1vl_jax.keysteps.rows import normal_key
+from r1vl_jax.rewards.formats import FORMATS, Format
 from r1vl_jax.rewards.key_steps import key_step_groups, key_step_hits
 from r1vl_jax.rewards.normal import normal_text
-from r1vl_jax.rewards.rules import PRESETS
-from r1vl_jax.rewards.steps import step_bodies
+from r1vl_jax.rewards.rules import Rules, get_rules
 
 KINDS = {
     "unusable": "problem or solution is missing or not a text",
@@ -58,7 +58,11 @@ class Finding:
 
 
 def lint_rows(
-    rows: Iterable[tuple[int, dict[str, Any]]], *, max_groups: int = 15, common_share: float = 0.2
+    rows: Iterable[tuple[int, dict[str, Any]]],
+    *,
+    max_groups: int = 15,
+    common_share: float = 0.2,
+    answer_format: str = "r1vl",
 ) -> list[Finding]:
     """Returns all findings, sorted by row and group.
 
@@ -66,13 +70,14 @@ def lint_rows(
       rows: pairs of a row's number and the row, as in R1-VL-10K.
       max_groups: maximum number of groups per row; a row with more groups is a finding.
       common_share: a text that occurs in the solutions of more than this share of the other rows is too general.
+      answer_format: the format of the solutions: r1vl, think or boxed.
     """
     findings: list[Finding] = []
     phrases: dict[tuple[str, ...], list[tuple[int, int, str]]] = {}  # text -> (row, group, text) that have it
     solutions: dict[int, list[str]] = {}
     for number, row in rows:
-        findings += (Finding(number, *finding) for finding in _row_findings(row, max_groups))
-        solutions[number] = _step_words(row.get("solution"))
+        findings += (Finding(number, *finding) for finding in _row_findings(row, max_groups, answer_format))
+        solutions[number] = _step_words(row.get("solution"), FORMATS[answer_format])
         for index, group in enumerate(key_step_groups(row.get("key_steps"))[0]):
             for text in group:
                 phrases.setdefault(normal_key(text), []).append((number, index, text))
@@ -86,7 +91,7 @@ def counts(findings: Iterable[Finding]) -> Counter[str]:
     return Counter({kind: numbers[kind] for kind in KINDS})
 
 
-def _row_findings(row: dict[str, Any], max_groups: int) -> Iterator[tuple[int | None, str, str]]:
+def _row_findings(row: dict[str, Any], max_groups: int, answer_format: str) -> Iterator[tuple[int | None, str, str]]:
     """Yields (group, kind, detail) of the findings that need only this row."""
     for field in ("problem", "solution"):
         if not isinstance(row.get(field), str) or not row[field].strip():
@@ -107,7 +112,7 @@ def _row_findings(row: dict[str, Any], max_groups: int) -> Iterator[tuple[int | 
             yield index, "short", shown(text)
         yield from ((index, "general", f"{shown(text)} is a common word") for text in group if _is_common(text))
     yield from _duplicates(groups)
-    yield from _out_of_place(row, groups)
+    yield from _out_of_place(row, groups, get_rules("robust", answer_format=answer_format))
 
 
 def _is_short(text: str) -> bool:
@@ -135,11 +140,12 @@ def _duplicates(groups: tuple[tuple[str, ...], ...]) -> Iterator[tuple[int, str,
                 yield index, "duplicate", f"{shown(text)} is in group {first} too"
 
 
-def _out_of_place(row: dict[str, Any], groups: tuple[tuple[str, ...], ...]) -> Iterator[tuple[int, str, str]]:
+def _out_of_place(
+    row: dict[str, Any], groups: tuple[tuple[str, ...], ...], robust: Rules
+) -> Iterator[tuple[int, str, str]]:
     """Yields findings for groups that do not occur in the row's solution, and for texts that occur in its question."""
     problem, solution = row.get("problem"), row.get("solution")
     if isinstance(solution, str):
-        robust = PRESETS["robust"]
         loose = dataclasses.replace(robust, refuse_stuffing=False)
         missed = set(range(len(groups))) - {hit.group for hit in key_step_hits(solution, groups, robust)}
         listed = {hit.group for hit in key_step_hits(solution, groups, loose)} if missed else set()
@@ -154,12 +160,12 @@ def _out_of_place(row: dict[str, Any], groups: tuple[tuple[str, ...], ...]) -> I
                     yield index, "question", shown(text)
 
 
-def _step_words(solution: Any) -> list[str]:
+def _step_words(solution: Any, form: Format) -> list[str]:
     """Returns the tokens of a solution's steps. A line end after each step keeps a phrase from spanning two steps."""
     if not isinstance(solution, str):
         return []
     # The words are interned to save memory: the words of all rows are in memory at once, and most words recur.
-    bodies = (normal_text(solution, start, end).compared() for start, end in step_bodies(solution))
+    bodies = (normal_text(solution, start, end).compared() for start, end in form.step_bodies(solution))
     return [sys.intern(word) for words in bodies for word in (*words, "\n")]
 
 

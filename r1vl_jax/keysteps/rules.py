@@ -13,28 +13,28 @@ from r1vl_jax.errors import RowError
 from r1vl_jax.keysteps.formulas import equations
 from r1vl_jax.keysteps.phrases import phrases
 from r1vl_jax.keysteps.rows import Groups, normal_key, text_field, with_groups
-from r1vl_jax.rewards import PRESETS
+from r1vl_jax.rewards import PRESETS, get_rules
+from r1vl_jax.rewards.formats import FORMATS
 from r1vl_jax.rewards.key_steps import key_step_hits
 from r1vl_jax.rewards.normal import normal_text
-from r1vl_jax.rewards.steps import step_bodies
 
 
-def rules_row(row: dict[str, Any], per_step: int) -> dict[str, Any]:
+def rules_row(row: dict[str, Any], per_step: int, answer_format: str = "r1vl") -> dict[str, Any]:
     """Returns the row with key steps from its solution, at most `per_step` per step.
 
     Raises:
       RowError: the solution has no equation or named relation to take, or a field is missing.
     """
     problem, solution = text_field(row, "problem"), text_field(row, "solution")
-    groups = rule_groups(problem, solution, per_step)
+    groups = rule_groups(problem, solution, per_step, answer_format)
     if not groups:
-        has_steps = bool(step_bodies(solution))
-        why = "no equation or named relation in its steps" if has_steps else "no section '### Step 1:'"
+        has_steps = bool(FORMATS[answer_format].step_bodies(solution))
+        why = "no equation or named relation in its steps" if has_steps else f"no step in the format {answer_format}"
         raise RowError(f"field 'solution': {why}; nothing to take key steps from")
     return with_groups(row, groups)
 
 
-def rule_groups(problem: str, solution: str, per_step: int = 3) -> Groups:
+def rule_groups(problem: str, solution: str, per_step: int = 3, answer_format: str = "r1vl") -> Groups:
     """Returns key steps from a solution, in their order, at most `per_step` per step. Each group has one text.
 
     No key step occurs in the question, no key step is repeated, and all occur in the solution under every preset.
@@ -42,13 +42,13 @@ def rule_groups(problem: str, solution: str, per_step: int = 3) -> Groups:
     question = normal_text(problem)
     steps = [
         [text for text in _candidates(solution, start, end) if not any(question.find(text))]
-        for start, end in step_bodies(solution)
+        for start, end in FORMATS[answer_format].step_bodies(solution)
     ]
     groups = _first(steps, per_step, lambda groups: True)
     # Usually one check of all texts is enough. If it fails, each text is checked together with those before it.
-    if _all_found(solution, groups):
+    if _all_found(solution, groups, answer_format):
         return groups
-    return _first(steps, per_step, lambda groups: _all_found(solution, groups))
+    return _first(steps, per_step, lambda groups: _all_found(solution, groups, answer_format))
 
 
 def _first(steps: list[list[str]], per_step: int, fit: Callable[[Groups], bool]) -> Groups:
@@ -80,5 +80,7 @@ def _candidates(text: str, start: int, end: int) -> list[str]:
     return list(dict.fromkeys(text[first:last] for first, last in sorted(formulas + named)))
 
 
-def _all_found(solution: str, groups: Sequence[Sequence[str]]) -> bool:
-    return all(len(key_step_hits(solution, groups, rules)) == len(groups) for rules in PRESETS.values())
+def _all_found(solution: str, groups: Sequence[Sequence[str]], answer_format: str) -> bool:
+    presets = PRESETS if answer_format == "r1vl" else ("paper", "robust")
+    rules = (get_rules(preset, answer_format=answer_format) for preset in presets)
+    return all(len(key_step_hits(solution, groups, rule)) == len(groups) for rule in rules)

@@ -24,6 +24,7 @@ from r1vl_jax.common.files import read_object, read_text
 
 SYSTEM = "You are a helpful assistant."
 ASSISTANT_HEADER = "<|im_start|>assistant\n"
+THINKING_HEADER = ASSISTANT_HEADER + "<think>\n"  # the answer begins in the middle of the thinking
 PLACEHOLDERS = {"<image>": "image", "<video>": "video"}
 
 
@@ -126,7 +127,7 @@ def render_chat(
         raise ValueError(
             f"{name}: the chat template takes no message with images ({error}); expected Qwen2-VL's"
         ) from error
-    if not text.endswith(ASSISTANT_HEADER):
+    if not text.endswith((ASSISTANT_HEADER, THINKING_HEADER)):
         raise ValueError(f"{name}: the chat template ends a prompt with {text[-40:]!r}; expected {ASSISTANT_HEADER!r}")
     return text
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
@@ -22,12 +21,19 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from r1vl_jax.common.files import inner_object, read_object
-from r1vl_jax.config import RLSection, SFTSection, VideoSection
-from r1vl_jax.errors import RowError
+from r1vl_jax.config import DataSection, RLSection, SFTSection
+from r1vl_jax.errors import ConfigError, RowError
 from r1vl_jax.model.vision_ids import read_vision_ids
-from r1vl_jax.processing.chat import find_chat_template, render_chat, renders_turns, split_questions
+from r1vl_jax.processing.assembly import assemble
+from r1vl_jax.processing.chat import (
+    PLACEHOLDERS,
+    THINKING_HEADER,
+    find_chat_template,
+    render_chat,
+    renders_turns,
+    split_questions,
+)
 from r1vl_jax.processing.images import ImageSpec, image_patches, load_image, video_patches
-from r1vl_jax.processing.positions import mrope_positions
 from r1vl_jax.processing.spans import decode, token_at
 from r1vl_jax.processing.tokenizer import IM_END, SpecialIds, read_tokenizer, special_ids
 from r1vl_jax.processing.videos import VideoSpec, load_video, pick_frames
@@ -49,6 +55,9 @@ class Processor:
       video_spec: settings for sampling frames of a video.
       chat_template: Jinja text; None: the format in chat.py.
       reserved: texts that the tokenizer reads as one special token; questions and answers may not contain them.
+      system: text of the system turn of questions that have none; None: the chat template's.
+      question_suffix: text that is appended to every question.
+      opens_thinking: the chat template begins the answer with "<think>", so answers come without it.
       note: a line for the user about the chat template; empty in most cases.
     """
 
@@ -58,6 +67,9 @@ class Processor:
     video_spec: VideoSpec
     chat_template: str | None
     reserved: tuple[str, ...]
+    system: str | None = None
+    question_suffix: str = ""
+    opens_thinking: bool = False
     note: str = ""
 
     @classmethod
@@ -102,13 +114,36 @@ class Processor:
             note=note,
         )
         # If the template cannot be used, this raises before a run has begun.
-        processor._render([{"role": "user", "content": [{"type": "image"}]}])
-        return processor
+        text = processor._render([{"role": "user", "content": [{"type": "image"}]}])
+        return dataclasses.replace(processor, opens_thinking=text.endswith(THINKING_HEADER))
 
-    def for_stage(self, stage: SFTSection | RLSection, video: VideoSection) -> Processor:
-        """Returns the same processor with a stage's pixel budget and the configuration's video sampling."""
+    def for_stage(self, stage: SFTSection | RLSection, data: DataSection) -> Processor:
+        """Returns the same processor with a stage's pixel budget, and the video sampling and prompt texts of `data`.
+
+        Raises: ConfigError if one of the texts contains a special token.
+        """
         spec = dataclasses.replace(self.image_spec, min_pixels=stage.min_pixels, max_pixels=stage.max_pixels)
-        return dataclasses.replace(self, image_spec=spec, video_spec=VideoSpec(**dataclasses.asdict(video)))
+        video = VideoSpec(**dataclasses.asdict(data.video))
+        return dataclasses.replace(self, image_spec=spec, video_spec=video).with_texts(
+            data.system_prompt, data.question_suffix
+        )
+
+    def with_texts(self, system: str, question_suffix: str, section: str = "data.") -> Processor:
+        """Returns the same processor with a system turn for questions that have none ("": the chat template's), and a
+        text that is appended to every question.
+
+        Args:
+          section: what stands before the texts' names in error messages.
+        Raises: ConfigError if one of them contains a special token or a placeholder.
+        """
+        for name, text in ((f"{section}system_prompt", system), (f"{section}question_suffix", question_suffix)):
+            try:
+                self._check_text(text, name)
+            except RowError as error:
+                raise ConfigError(str(error)) from error
+            if any(placeholder in text for placeholder in PLACEHOLDERS):
+                raise ConfigError(f"{name}: the text holds a placeholder, {' or '.join(PLACEHOLDERS)}; expected none")
+        return dataclasses.replace(self, system=system or None, question_suffix=question_suffix)
 
     @property
     def stop_ids(self) -> tuple[int, int]:
@@ -133,7 +168,10 @@ class Processor:
           max_answer_tokens: token limit of the answer; None: no limit.
         Raises: RowError if the row cannot be encoded or a limit is exceeded.
         """
-        answer = self.encode_answer(example.answer, name=f"{example.name}, answer")
+        text = example.answer
+        if self.opens_thinking and text.startswith("<think>"):
+            text = text.removeprefix("<think>").lstrip("\n")
+        answer = self.encode_answer(text, name=f"{example.name}, answer")
         if max_answer_tokens is not None and len(answer) > max_answer_tokens:
             raise RowError(f"{example.name}, answer: {len(answer)} tokens, expected at most {max_answer_tokens}")
         return self.encode_prompt(example, max_tokens=max_tokens), answer
@@ -150,14 +188,14 @@ class Processor:
         image_names: Sequence[str] = (),
         max_tokens: int | None = None,
     ) -> EncodedPrompt:
-        """Encodes a question up to and including the assistant header.
+        """Encodes a question up to and including the assistant header. The processor's `question_suffix` is appended.
 
         Args:
           question: text with "<image>" and "<video>" as placeholders. If there are none, all images and videos are put
             before the text.
           images: paths, image files as bytes, or PIL images, in the order of their placeholders.
           videos: paths of video files, or lists of frames, in the order of their placeholders.
-          system: text of the system turn; None: the default one.
+          system: text of the system turn; None: the processor's, or else the chat template's.
           history: earlier (question, answer) turns. Their images and videos come first.
           name: name of the question in error messages.
           image_names: names in error messages, for images given as bytes.
@@ -165,7 +203,8 @@ class Processor:
         Returns: the prompt, with patches and grids in the order of the placeholders.
         Raises: RowError, with `name` and the field in its message; ValueError if the chat template cannot be used.
         """
-        questions = [*(earlier for earlier, _ in history), question]
+        questions = [text + self.question_suffix for text in (*(earlier for earlier, _ in history), question)]
+        system = self.system if system is None else system
         answers = [answer for _, answer in history]
         for field, texts in (("question", questions), ("system", [system or ""]), ("answer", answers)):
             for text in texts:
@@ -186,7 +225,8 @@ class Processor:
             if answer is not None:
                 turns.append({"role": "assistant", "content": answer})
         tokens_T = self._expand(self._tokenize(self._render(turns)), kinds, grids, name)
-        prompt = self._assemble(tokens_T, grids, [patches for patches, _ in blocks])
+        is_image_T = np.isin(tokens_T, (self.ids.image, self.ids.video))
+        prompt = assemble(tokens_T, is_image_T, grids, [patches for patches, _ in blocks], self.image_spec)
         if max_tokens is not None and len(tokens_T) > max_tokens:
             raise RowError(
                 f"{name}: the prompt has {len(tokens_T)} tokens ({prompt.num_image_tokens} image, "
@@ -259,34 +299,6 @@ class Processor:
         counts_T = np.ones(len(tokens_T), np.int64)
         counts_T[where] = [t * h * w // self.image_spec.merge_size**2 for t, h, w in grids]
         return np.repeat(tokens_T, counts_T)
-
-    def _assemble(self, tokens_T: np.ndarray, grids: tuple[Grid, ...], patches: list[np.ndarray]) -> EncodedPrompt:
-        """Builds the prompt from expanded tokens: adds image slots and positions.
-
-        Args:
-          patches: one array (P, C) per image or video.
-        """
-        spec = self.image_spec
-        is_image_T = np.isin(tokens_T, (self.ids.image, self.ids.video))
-        slot_T = np.where(is_image_T, np.cumsum(is_image_T) - 1, -1).astype(np.int32)
-        segments: list[int | Grid] = []
-        end, slot = 0, 0  # end of the last segment; slot of the next image's first token
-        for grid in grids:
-            start = int(np.flatnonzero(slot_T == slot)[0])
-            size = math.prod(grid) // spec.merge_size**2
-            segments += [start - end, grid]
-            end, slot = start + size, slot + size
-        segments.append(len(tokens_T) - end)
-        positions_3T, next_position = mrope_positions(segments, spec.merge_size)
-        width = 3 * spec.temporal_patch_size * spec.patch_size**2
-        return EncodedPrompt(
-            tokens_T=tokens_T.astype(np.int32),
-            positions_3T=positions_3T,
-            image_slot_T=slot_T,
-            patches_PC=np.concatenate([np.zeros((0, width), np.uint8), *patches]),
-            grids=grids,
-            next_position=next_position,
-        )
 
 
 def _opened(image: ImageLike, name: str | None = None) -> Image.Image:

@@ -17,12 +17,12 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-from r1vl_jax.reward_lab.problems import Problem, answer_text, first_alternatives, in_sentences
+from r1vl_jax.reward_lab.problems import Problem, first_alternatives, in_sentences
 from r1vl_jax.rewards.answer import expected_answer
 from r1vl_jax.rewards.choices import choice_letter
+from r1vl_jax.rewards.formats import R1VL
 from r1vl_jax.rewards.key_steps import key_step_groups
 from r1vl_jax.rewards.rules import PRESETS
-from r1vl_jax.rewards.steps import ANSWER_HEADER
 
 # Cyrillic letters that look like Latin ones.
 _LOOK_ALIKE = str.maketrans(
@@ -37,8 +37,8 @@ def honest_answers(problem: Problem) -> dict[str, str]:
     """Returns honest completions, by name. Attacks are compared with the last completion, "honest wrong"."""
     return {
         "honest right (the solution)": problem.solution,
-        "honest wrong, half the key steps": answer_text(problem.half_steps, problem.wrong),
-        "honest wrong": answer_text(problem.wrong_steps, problem.wrong),
+        "honest wrong, half the key steps": problem.answer(problem.half_steps, problem.wrong),
+        "honest wrong": problem.answer(problem.wrong_steps, problem.wrong),
     }
 
 
@@ -77,7 +77,7 @@ def _listed(problem: Problem) -> dict[str, str]:
         "key steps, each 50 times, a step each": [". ".join([text] * 50) for text in steps],
         "key steps, the same list in 50 steps": [", ".join(steps)] * 50,
     }
-    return {name: answer_text(body, problem.wrong) for name, body in bodies.items()}
+    return {name: problem.answer(body, problem.wrong) for name, body in bodies.items()}
 
 
 def _disguised(problem: Problem) -> dict[str, str]:
@@ -95,23 +95,26 @@ def _disguised(problem: Problem) -> dict[str, str]:
         "key steps between zero-width blanks": " \u200b\u2060 ".join(f"\u200b{text}\u200b" for text in steps),
         "key steps between null bytes": "\x00".join(f"\x00{text}\x00" for text in steps),
     }
-    return {name: answer_text([body], problem.wrong) for name, body in bodies.items()}
+    return {name: problem.answer([body], problem.wrong) for name, body in bodies.items()}
 
 
 def _misplaced(problem: Problem) -> dict[str, str]:
-    """Puts key steps into the wrong sections, or into an answer that is not complete and in order."""
+    """Puts key steps into the wrong sections, or into an answer that is not complete and in order.
+
+    Only R1-VL's headers need lines of their own. In other formats, a text in one line is one step.
+    """
     steps, wrong = first_alternatives(problem.key_steps), problem.wrong
     listed = ", ".join(steps)
-    whole = answer_text([listed], wrong)
-    body, _, final = whole.partition(ANSWER_HEADER)
+    whole, ending = problem.answer([listed], wrong), problem.form.ending
+    body = whole.removesuffix(ending(wrong))
     return {
-        "key steps in the description only": answer_text(problem.wrong_steps, wrong, description=listed),
-        "key steps in the rationale only": answer_text(problem.wrong_steps, wrong, rationale=listed),
-        "key steps behind the final answer": answer_text(problem.wrong_steps, f"{wrong}\n{listed}"),
-        "key steps, headers in one line": " ".join(whole.split()),
-        "key steps, answer first": f"{ANSWER_HEADER}{final}\n\n{body}",
+        "key steps in the description only": problem.answer(problem.wrong_steps, wrong, description=listed),
+        "key steps in the rationale only": problem.answer(problem.wrong_steps, wrong, rationale=listed),
+        "key steps behind the final answer": problem.answer(problem.wrong_steps, wrong) + "\n" + listed,
+        **({"key steps, headers in one line": " ".join(whole.split())} if problem.form is R1VL else {}),
+        "key steps, answer first": f"{ending(wrong)}\n\n{body}",
         "key steps, no final answer": body,
-        "key steps, empty final answer": body + ANSWER_HEADER,
+        "key steps, empty final answer": (body + ending("")).rstrip(),
     }
 
 
@@ -121,7 +124,9 @@ def _near_misses(problem: Problem) -> dict[str, str]:
     def sentences(change: Callable[[str], str]) -> str:
         groups = key_step_groups(problem.key_steps)[0]
         changed = ([change(text) for text in group if change(text) != text] for group in groups)
-        return answer_text(in_sentences(texts[0] for texts in changed if texts) or problem.wrong_steps, problem.wrong)
+        return problem.answer(
+            in_sentences(texts[0] for texts in changed if texts) or problem.wrong_steps, problem.wrong
+        )
 
     return {
         "key steps in longer numbers (6: 61)": sentences(lambda text: _bordered(text, str.isdigit, "1", "1")),
@@ -149,25 +154,25 @@ def _guessed(problem: Problem) -> dict[str, str]:
         "guessed key steps: x = 0 to x = 100 in one step": [", ".join(f"x = {number}" for number in range(101))],
         "guessed key steps: fractions 1/1 to 20/20 in one step": [" ".join(f"{a}/{b}" for a, b in pairs)],
     }
-    return {name: answer_text(body, problem.wrong) for name, body in bodies.items()}
+    return {name: problem.answer(body, problem.wrong) for name, body in bodies.items()}
 
 
 def _hollow(problem: Problem) -> dict[str, str]:
     """Makes answers that have the required sections, or part of them, but no content."""
     wrong, sentence = problem.wrong, problem.wrong_steps[0]
-    plain = answer_text(problem.wrong_steps, wrong)
-    body, _, final = plain.partition(ANSWER_HEADER)
+    ending = problem.form.ending(wrong)
+    body = problem.answer(problem.wrong_steps, wrong).removesuffix(ending)
     return {
-        "headers only": answer_text([""], "", description="", rationale=""),
-        "headers and a final answer": answer_text([""], wrong, description="", rationale=""),
-        "headers in one line": " ".join(answer_text([""], wrong, description="", rationale="").split()),
-        "answer first": f"{ANSWER_HEADER}{final}\n\n{body}",
+        "headers only": problem.answer([""], "", description="", rationale=""),
+        "headers and a final answer": problem.answer([""], wrong, description="", rationale=""),
+        "headers in one line": " ".join(problem.answer([""], wrong, description="", rationale="").split()),
+        "answer first": f"{ending}\n\n{body}",
         "no final answer": body,
-        "one sentence 50 times": answer_text([" ".join([sentence] * 50)], wrong),
-        "one step 50 times": answer_text([sentence] * 50, wrong),
-        "10,000 empty steps": answer_text([""] * 10_000, wrong),
-        "the question as every step": answer_text([problem.question] * 2, wrong, description=problem.question),
-        "the question as the final answer": answer_text(problem.wrong_steps, problem.question),
+        "one sentence 50 times": problem.answer([" ".join([sentence] * 50)], wrong),
+        "one step 50 times": problem.answer([sentence] * 50, wrong),
+        "10,000 empty steps": problem.answer([""] * 10_000, wrong),
+        "the question as every step": problem.answer([problem.question] * 2, wrong, description=problem.question),
+        "the question as the final answer": problem.answer(problem.wrong_steps, problem.question),
     }
 
 
@@ -186,14 +191,15 @@ def _many_answers(problem: Problem) -> dict[str, str]:
         "many answers, boxed": " ".join(f"\\boxed{{{guess}}}" for guess in guesses),
         "many answers, in dollars": " ".join(f"${guess}$" for guess in guesses),
         "many answers, x = each": ", ".join(f"x = {number}" for number in numbers[:21]),
-        "many answers, a header each": f"\n{ANSWER_HEADER} ".join(guesses),
         "numbers 0 to 100": ", ".join(numbers),
         "numbers 0 to 100, as a set": f"$\\{{{', '.join(numbers)}\\}}$",
         "an interval: [0, 100]": "$[0, 100]$",
         "an inequality: x < 1000": "$x < 1000$",
         "an answer that is always true: x = x": "$x = x$",
     }
-    return {name: answer_text(problem.wrong_steps, final) for name, final in finals.items()}
+    answers = {name: problem.answer(problem.wrong_steps, final) for name, final in finals.items()}
+    headers = "\n".join(map(problem.form.ending, guesses[1:]))
+    return answers | {"many answers, a header each": f"{problem.answer(problem.wrong_steps, guesses[0])}\n{headers}"}
 
 
 def _changed_answers(problem: Problem) -> dict[str, str]:
@@ -218,18 +224,18 @@ def _changed_answers(problem: Problem) -> dict[str, str]:
         "the answer: a range around it": around,
         "the answer with every sign flipped": flipped,
     }
-    return {name: answer_text(problem.wrong_steps, final) for name, final in finals.items()}
+    return {name: problem.answer(problem.wrong_steps, final) for name, final in finals.items()}
 
 
 def _odd_text(problem: Problem) -> dict[str, str]:
     """Uses look-alike and invisible characters, and long runs of combining marks."""
-    plain = answer_text(problem.wrong_steps, problem.wrong)
+    plain = problem.answer(problem.wrong_steps, problem.wrong)
     return {
         "look-alike headers": plain.replace("e", "\u0435"),
-        "full-width headers": plain.replace("#", "\uff03"),
+        "full-width headers": plain.translate({ord(sign): ord(sign) + 0xFEE0 for sign in "#<\\"}),
         "null bytes in all words": plain.replace(" ", " \x00"),
-        "null bytes for an answer": answer_text(problem.wrong_steps, "\x00" * 100),
-        "combining marks for an answer": answer_text(problem.wrong_steps, problem.wrong + "\u0301\u0327" * 50_000),
+        "null bytes for an answer": problem.answer(problem.wrong_steps, "\x00" * 100),
+        "combining marks for an answer": problem.answer(problem.wrong_steps, problem.wrong + "\u0301\u0327" * 50_000),
     }
 
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 import re
 import threading
 
-from r1vl_jax.rewards import steps
 from r1vl_jax.rewards.answer_text import MAX_ANSWER_CHARS, boxed_parts, last_run
 from r1vl_jax.rewards.compare import Verdict, check_answer
+from r1vl_jax.rewards.formats import FORMATS, R1VL
 from r1vl_jax.rewards.rules import Rules
+from r1vl_jax.rewards.steps import answer_line
 
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _HASHES = re.compile(r"####(?!#)[ \t]*(\S[^\n]*)")
@@ -27,10 +28,10 @@ _FORMULA_END = {"$$": "$$", "\\]": "\\["}
 
 
 def final_answer(completion: str, rules: Rules) -> str | None:
-    """Returns the final answer of a completion; None if it has no final-answer header, or no text after the header."""
+    """Returns the final answer of a completion; None if it has none where the format has it, or an empty one."""
     if not rules.answer_from_section:
-        return steps.answer_line(completion) or None
-    section = steps.answer_section(completion)
+        return answer_line(completion) or None
+    section = FORMATS[rules.format].final_answer(completion)
     return _first_answer(section)[:MAX_ANSWER_CHARS] or None if section else None
 
 
@@ -41,9 +42,9 @@ def expected_answer(solution: str, rules: Rules) -> str:
     order, or else by its last line. With `answer_from_section` off, it is the whole solution, stripped.
     """
     if not rules.answer_from_section:
-        line = steps.answer_line(solution)
+        line = answer_line(solution)
         return solution.strip() if line is None else line
-    section = steps.answer_section(solution)
+    section = R1VL.final_answer(solution)
     return (_marked_answer(solution.strip()) if section is None else _first_answer(section))[:MAX_ANSWER_CHARS]
 
 
@@ -58,7 +59,7 @@ def judge(completion: str, solution: str, rules: Rules) -> Verdict:
         if answer is None:
             return Verdict(False, "no final answer")
         return check_answer(answer, gold) if rules.check_answer else _released_verdict(answer, gold, answer, gold)
-    line = steps.answer_line(completion)
+    line = answer_line(completion)
     return _released_verdict(completion.strip() if line is None else line, gold, completion, solution)
 
 

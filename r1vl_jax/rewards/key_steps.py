@@ -12,12 +12,11 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from r1vl_jax.rewards.formats import FORMATS, Place
 from r1vl_jax.rewards.normal import END, NormalText, normal_text
 from r1vl_jax.rewards.rules import Rules
-from r1vl_jax.rewards.steps import step_bodies
 
 Groups = tuple[tuple[str, ...], ...]
-Place = tuple[int, int]  # a range of characters: start and end
 Finder = Callable[[str], Iterable[Place]]  # takes a text to find; returns its places, from left to right
 
 # Words that only join the items of a list, and words that state a reason.
@@ -70,7 +69,7 @@ def key_step_hits(completion: str, groups: Sequence[Sequence[str]], rules: Rules
     """
     if not groups:
         return ()
-    bodies = step_bodies(completion)
+    bodies = FORMATS[rules.format].step_bodies(completion)
     tokens = _tokens(completion, bodies) if rules.match_tokens or rules.refuse_stuffing else None
     find: Finder = tokens.find if tokens is not None and rules.match_tokens else _substring_finder(completion, bodies)
     empty: Place = (bodies[0][0], bodies[0][0]) if bodies else (0, 0)

@@ -15,6 +15,13 @@ import dataclasses
 from collections.abc import Collection, Mapping
 
 from r1vl_jax.common.text import did_you_mean
+from r1vl_jax.rewards.formats import FORMATS
+
+
+def _check_known(name: str, known: Collection[str], kind: str) -> None:
+    if name not in known:
+        hint = did_you_mean(name, known)
+        raise ValueError(f"rules: no {kind} is called {name!r}; known {kind}s: {', '.join(known)}{hint}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +29,8 @@ class Rules:
     """One set of reward rules. Each field is a difference between two presets.
 
     Attributes:
+      format: the format of the answers, a key of `formats.FORMATS`: r1vl, think or boxed. No preset sets it; another
+        format than r1vl needs answer_from_section, sections_by_header and full_order, which `released` does not have.
       answer_from_section: compare the final-answer sections of completion and solution. False: the whole of both texts
         for math-verify, and their final-answer lines for the comparison as text.
       check_answer: compare with the answer check of r1vl_jax/rewards/compare.py. False: as the released functions do,
@@ -48,6 +57,13 @@ class Rules:
     nonempty_sections: bool
     match_tokens: bool
     refuse_stuffing: bool
+    format: str = "r1vl"
+
+    def __post_init__(self) -> None:
+        _check_known(self.format, FORMATS, "format")
+        needed = ("answer_from_section", "sections_by_header", "full_order")
+        if self.format != "r1vl" and not all(getattr(self, name) for name in needed):
+            raise ValueError(f"rules: format {self.format} needs {', '.join(needed)}, as in paper and robust")
 
 
 _RELEASED = Rules(
@@ -74,16 +90,19 @@ _ROBUST = dataclasses.replace(_PAPER, nonempty_sections=True, match_tokens=True,
 PRESETS = {"released": _RELEASED, "paper": _PAPER, "robust": _ROBUST}
 
 
-def get_rules(rules: str | Rules, options: Mapping[str, bool] | None = None) -> Rules:
+def get_rules(
+    rules: str | Rules, options: Mapping[str, bool] | None = None, *, answer_format: str | None = None
+) -> Rules:
     """Returns the rules of a preset, or the given `Rules`, with some options replaced.
 
     Args:
       rules: a preset's name, or a `Rules`.
       options: maps the name of a field of `Rules` to its new value.
+      answer_format: the format of the answers: r1vl, think or boxed; None: r1vl, or that of the given `Rules`.
 
     Raises:
-      ValueError: no preset or option has this name, or an option is not true or false. The message lists the known
-        names and the nearest one.
+      ValueError: no preset, option or format has this name, an option is not true or false, or the format needs other
+        options. The message lists the known names and the nearest one.
       TypeError: `rules` is neither a name nor a `Rules`.
     """
     if not isinstance(rules, Rules):
@@ -91,14 +110,9 @@ def get_rules(rules: str | Rules, options: Mapping[str, bool] | None = None) -> 
             raise TypeError(f"rules: expected a preset's name or a Rules, got {type(rules).__name__}")
         _check_known(rules, PRESETS, "preset")
         rules = PRESETS[rules]
+    known = [field.name for field in dataclasses.fields(Rules) if field.name != "format"]
     for name, value in (options or {}).items():
-        _check_known(name, [field.name for field in dataclasses.fields(Rules)], "option")
+        _check_known(name, known, "option")
         if not isinstance(value, bool):
             raise ValueError(f"rules: option {name} is {value!r}, expected true or false")
-    return dataclasses.replace(rules, **(options or {}))
-
-
-def _check_known(name: str, known: Collection[str], kind: str) -> None:
-    if name not in known:
-        hint = did_you_mean(name, known)
-        raise ValueError(f"rules: no {kind} is called {name!r}; known {kind}s: {', '.join(known)}{hint}")
+    return dataclasses.replace(rules, **(options or {}), format=answer_format or rules.format)

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from r1vl_jax.rewards.answer import expected_answer, final_answer, judge
+from r1vl_jax.rewards.formats import FORMATS
 from r1vl_jax.rewards.key_steps import Hit, key_step_groups, key_step_hits
 from r1vl_jax.rewards.rules import Rules, get_rules
-from r1vl_jax.rewards.steps import section_faults, step_starts
+from r1vl_jax.rewards.steps import section_faults
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,13 @@ class Score:
 
 
 def score_answer(
-    completion: str, solution: str, key_steps: Any, *, rules: str | Rules = "paper", alpha: float = 0.1
+    completion: str,
+    solution: str,
+    key_steps: Any,
+    *,
+    rules: str | Rules = "paper",
+    alpha: float = 0.1,
+    answer_format: str | None = None,
 ) -> Score:
     """Scores one completion in this process and thread.
 
@@ -78,13 +85,15 @@ def score_answer(
       key_steps: `{"Steps": groups}`, or the groups. If None or empty, k is 0 and the score has a note.
       rules: a preset's name, or a `Rules`.
       alpha: weight of the key steps.
+      answer_format: the format of the completion: r1vl, think or boxed; None: r1vl, or that of the given `Rules`. The
+        solution may be in any format.
 
     Raises:
       TypeError: completion or solution is not a text.
-      ValueError: no preset has this name.
+      ValueError: no preset or format has this name, or the preset is only for R1-VL's format.
       RuntimeError: math-verify or SymPy is needed, and this is not the main thread (see answer.judge).
     """
-    rules = get_rules(rules)
+    rules = get_rules(rules, answer_format=answer_format)
     for name, value in (("completion", completion), ("solution", solution)):
         if not isinstance(value, str):
             raise TypeError(f"{name}: expected a text, got {type(value).__name__}")
@@ -95,7 +104,7 @@ def score_answer(
     verdict = judge(completion, solution, rules)
     unanswered = rules.require_answer and answer is None
     accuracy = 0.0 if unanswered else float(verdict.right) + alpha * k
-    starts = step_starts(completion)
+    starts = FORMATS[rules.format].step_starts(completion)
     faults = section_faults(completion, rules)
     validity = 0.0 if faults else 1.0
     return Score(
@@ -135,26 +144,29 @@ def step_accuracy(
     *,
     rules: str | Rules = "paper",
     alpha: float = 0.1,
+    answer_format: str | None = None,
 ) -> np.ndarray:
     """Returns the StepRAR of N answers, float64 of shape (N,), computed in this process.
 
     Raises:
-      ValueError: the arguments have different lengths, or no preset has this name.
+      ValueError: the arguments have different lengths, or as for `score_answer`.
       TypeError: a completion or solution is not a text.
     """
     check_lengths(completions, solutions, key_steps)
-    rules = get_rules(rules)
+    rules = get_rules(rules, answer_format=answer_format)
     rows = zip(completions, solutions, key_steps, strict=True)
     return np.array([score_answer(*row, rules=rules, alpha=alpha).accuracy for row in rows], np.float64)
 
 
-def step_validity(completions: Sequence[str], *, rules: str | Rules = "paper") -> np.ndarray:
+def step_validity(
+    completions: Sequence[str], *, rules: str | Rules = "paper", answer_format: str | None = None
+) -> np.ndarray:
     """Returns the StepRVR of N answers, float64 of shape (N,): 1 if an answer is complete and in order, else 0.
 
     Raises:
-      ValueError: no preset has this name.
+      ValueError: as for `score_answer`.
     """
-    rules = get_rules(rules)
+    rules = get_rules(rules, answer_format=answer_format)
     return np.array([0.0 if section_faults(text, rules) else 1.0 for text in completions], np.float64)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from r1vl_jax.rewards.formats import FORMATS
+from r1vl_jax.shapes.draw import ShapesConfig
 from r1vl_jax.shapes.task import DEFAULTS, make_task
 
 
@@ -22,11 +24,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sft-rows", type=int, default=DEFAULTS["sft_rows"], help="rows for the SFT warm-up")
     parser.add_argument("--rl-rows", type=int, default=DEFAULTS["rl_rows"], help="rows for StepGRPO")
     parser.add_argument("--heldout-rows", type=int, default=DEFAULTS["heldout_rows"], help="rows for evaluation")
+    parser.add_argument("--answer-format", choices=tuple(FORMATS), default="r1vl", help="the solutions' format")
     args = parser.parse_args(argv)
     try:
         make_task(
-            args.out, seed=args.seed, sft_rows=args.sft_rows, rl_rows=args.rl_rows, heldout_rows=args.heldout_rows
-        )
+            args.out, seed=args.seed, sft_rows=args.sft_rows, rl_rows=args.rl_rows, heldout_rows=args.heldout_rows,
+            cfg=ShapesConfig(answer_format=args.answer_format),
+        )  # fmt: skip
     except (FileExistsError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     print(f"{args.out}: {args.sft_rows} SFT, {args.rl_rows} RL and {args.heldout_rows} held-out rows, seed {args.seed}")

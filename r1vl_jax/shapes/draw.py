@@ -13,6 +13,8 @@ import random
 
 from PIL import Image, ImageDraw
 
+from r1vl_jax.rewards.formats import FORMATS
+
 KINDS = ("circle", "square", "triangle")
 REPEAT = 1 / 3  # probability that a shape copies an earlier one's kind and colour, so that counts above 1 are common
 COLOURS = (
@@ -36,6 +38,7 @@ class ShapesConfig:
       careless_share: share of the warm-up answers that have no rationale and end in a guess, like the worst answers in
         machine-written data sets. The warm-up (SFT) imitates good and careless answers; StepGRPO has to learn which
         kind is rewarded.
+      answer_format: the format of the solutions: r1vl, think or boxed.
       min_size, max_size: minimum and maximum width and height of a shape. One pixel of the cell stays free around it.
 
     Raises: ValueError, naming the field, if such pictures cannot be drawn.
@@ -50,10 +53,13 @@ class ShapesConfig:
     min_size: int = 18
     max_size: int = 24
     careless_share: float = 0.6
+    answer_format: str = "r1vl"
 
     def __post_init__(self) -> None:
         if not 0 <= self.careless_share <= 1:
             raise ValueError(f"careless_share = {self.careless_share}: expected 0 to 1")
+        if self.answer_format not in FORMATS:
+            raise ValueError(f"answer_format = {self.answer_format}: expected {', '.join(FORMATS)}")
         if self.grid < 1 or self.picture_size < 1 or self.picture_size % self.grid:
             raise ValueError(f"picture_size = {self.picture_size}: expected a positive multiple of grid = {self.grid}")
         unknown = [kind for kind in self.kinds if kind not in KINDS]

@@ -21,10 +21,11 @@ from r1vl_jax.shapes import ShapesConfig, make_task
 from r1vl_jax.shapes.tokenizer import task_texts, train_tokenizer, write_checkpoint_files
 
 
-def make_shapes(config: ShapesSection) -> None:
+def make_shapes(config: ShapesSection, answer_format: str = "r1vl") -> None:
     """Makes the task and the model in config.dir. Keeps a task or model that is already there.
 
-    If the existing task was made with other parameters, removes the task and the model and makes both again.
+    The solutions are in `answer_format`. If the existing task was made with other parameters, removes the task and the
+    model and makes both again.
 
     Raises: FileExistsError if config.dir/task contains anything other than a task.
     """
@@ -32,7 +33,8 @@ def make_shapes(config: ShapesSection) -> None:
     folder = Path(config.dir)
     task, model = folder / "task", folder / "model"
     rows = {"sft_rows": config.sft_rows, "rl_rows": config.rl_rows, "heldout_rows": config.heldout_rows}
-    make = partial(make_task, task, seed=config.seed, cfg=ShapesConfig(careless_share=config.careless_share), **rows)
+    cfg = ShapesConfig(careless_share=config.careless_share, answer_format=answer_format)
+    make = partial(make_task, task, seed=config.seed, cfg=cfg, **rows)
     try:
         make()
     except FileExistsError:

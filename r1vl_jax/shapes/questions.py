@@ -1,9 +1,9 @@
 """Makes questions about a scene, with step-by-step solutions and key steps.
 
-Flow of the built-in task: scene (draw.py) -> question (here) -> files (task.py). A solution has R1-VL's format: image
-description, rationale, numbered steps, final answer. A key step is a list of alternative wordings. One of the wordings
-occurs word for word in a step of the solution, so the solution earns the full step-wise accuracy reward. Every step
-also contains words that do not belong to its key step.
+Flow of the built-in task: scene (draw.py) -> question (here) -> files (task.py). A solution has an image description, a
+rationale, numbered steps and a final answer, in one of the formats of rewards/formats.py. A key step is a list of
+alternative wordings. One of the wordings occurs word for word in a step of the solution, so the solution earns the full
+step-wise accuracy reward. Every step also contains words that do not belong to its key step.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 
+from r1vl_jax.rewards.formats import FORMATS
 from r1vl_jax.shapes.draw import Scene, ShapesConfig
 
 KeyStep = tuple[str, ...]
@@ -193,15 +195,10 @@ def _question(
     steps: Sequence[Step],
     answer: str | int,
 ) -> Question:
-    """Builds a question with its good and careless solutions. The sections of a solution are in R1-VL's order."""
-    lines = [
-        f"### Image Description: {_description(scene, cfg)}.",
-        f"### Rationales: {rationale}",
-        "### Let's think step by step.",
-        *(f"### Step {number}: {step.body}" for number, step in enumerate(steps, start=1)),
-        f"### The final answer is: {answer}",
-    ]
+    """Builds a question with its good and careless solutions."""
+    write = partial(FORMATS[cfg.answer_format].write, line=" ", gap="\n")
+    description, bodies = f"{_description(scene, cfg)}.", [step.body for step in steps]
     key_steps = tuple(key_step for step in steps for key_step in step.key_steps)
     guesses = ("yes", "no") if answer in ("yes", "no") else range(cfg.max_shapes + 1)
-    careless = [lines[0], *lines[3:-1], f"### The final answer is: {rng.choice(guesses)}"]
-    return Question(problem, "\n".join(lines), str(answer), "\n".join(careless), key_steps)
+    careless = write(description, None, bodies, str(rng.choice(guesses)))
+    return Question(problem, write(description, rationale, bodies, str(answer)), str(answer), careless, key_steps)

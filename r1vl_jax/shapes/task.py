@@ -82,6 +82,8 @@ def _already_made(out_dir: Path, parameters: dict[str, Any]) -> bool:
     if not record.is_file():
         raise FileExistsError(f"{out_dir} exists and holds no task.json: choose another folder for the shapes task")
     actual = read_object(record)
+    if isinstance(actual.get("config"), dict):  # a setting that did not exist then has its default
+        actual["config"] = json.loads(json.dumps(dataclasses.asdict(ShapesConfig()))) | actual["config"]
     if actual != parameters:
         raise FileExistsError(
             f"{record} was made with other parameters: remove the folder or choose another one (there: "

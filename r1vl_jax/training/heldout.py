@@ -56,7 +56,7 @@ def _rows(run: Run) -> tuple[list[tuple[Example, EncodedPrompt]], int]:
     config, data = run.config.eval, run.config.data
     source = run.source(data.heldout)
     wanted = min(config.rows, len(source))
-    processor = run.model.processor.for_stage(run.config.rl, data.video)
+    processor = run.model.processor.for_stage(run.config.rl, data)
     encode = partial(processor.encode_prompt, max_tokens=data.max_prompt_tokens)
     with closing(read_rows(source, encode, seed=None)) as reader:
         first = [row for _, row in islice(reader, wanted)]

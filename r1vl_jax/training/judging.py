@@ -12,7 +12,7 @@ import numpy as np
 from r1vl_jax.config import RLSection
 from r1vl_jax.errors import ConfigError, RewardError
 from r1vl_jax.processing.processor import Processor
-from r1vl_jax.rewards import Rules, Score, ScorerPool, get_rules
+from r1vl_jax.rewards import Rules, Score, ScorerPool
 from r1vl_jax.rewards.user import UserReward, load_reward, user_reward
 from r1vl_jax.types import Example, Rollout
 
@@ -45,7 +45,7 @@ class RewardSpec:
             user = tuple((load_reward(name), weight) for name, weight in weights.items())
         except RewardError as error:
             raise ConfigError(f"rl.rewards: {error}; built in: {', '.join(BUILT_IN)}") from error
-        return cls(get_rules(config.rules, config.rule_options), config.alpha, accuracy, validity, user)
+        return cls(config.reward_rules, config.alpha, accuracy, validity, user)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ def sft(run: Run, params: Any, resume: bool) -> Any:
     if stage.is_untrained:
         heldout(run, stage, step=0)
     encode = partial(
-        run.model.processor.for_stage(config, data.video).encode_pair,
+        run.model.processor.for_stage(config, data).encode_pair,
         max_tokens=data.max_prompt_tokens,
         max_answer_tokens=config.max_answer_tokens,
     )

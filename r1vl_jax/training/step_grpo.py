@@ -162,7 +162,7 @@ def step_grpo(run: Run, params: Any, resume: bool) -> Any:
     )  # fmt: skip
     start = warm_up_folder(run) if "sft" in run.config.stages else run.model.folder
     reference = run.model.load_weights(run.config.model.dtype, start)
-    encode = partial(run.model.processor.for_stage(config, data.video).encode_prompt, max_tokens=data.max_prompt_tokens)
+    encode = partial(run.model.processor.for_stage(config, data).encode_prompt, max_tokens=data.max_prompt_tokens)
     rollout_buckets, buckets = plan_buckets(run, source, encode)
     unit = answer_unit(config.max_new_tokens, data.pad_multiple)
     grpo = StepGRPO(run, stage, reference, Batching(config.micro_batch_size, buckets, unit, run.put))

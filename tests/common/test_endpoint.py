@@ -52,9 +52,14 @@ def test_options_may_be_left_to_the_server(monkeypatch):
 
 @pytest.fixture
 def slept(monkeypatch):
-    """The seconds that the client waits between its tries, told instead of waited."""
-    seconds = []
-    monkeypatch.setattr(time, "sleep", seconds.append)
+    """The seconds that the client waits between its tries, told instead of waited. Other threads sleep as ever."""
+    seconds, sleep = [], time.sleep
+
+    def tell(wait):
+        mine = threading.current_thread() is threading.main_thread()
+        seconds.append(wait) if mine else sleep(wait)
+
+    monkeypatch.setattr(time, "sleep", tell)
     return seconds
 
 

@@ -239,7 +239,7 @@ def shapes(batches):
 
 def test_padding_is_that_of_the_batches(checked, folder):
     config, numbers, _, _ = checked
-    processor = Processor.from_folder(folder / "model").for_stage(config.sft, config.data.video)
+    processor = Processor.from_folder(folder / "model").for_stage(config.sft, config.data)
     encode = partial(processor.encode_pair, max_tokens=256, max_answer_tokens=100)
     rows = islice(read_rows(open_source(config.data.sft), encode, seed=0), 13)
     pairs = [row[1] for _, row in rows if not isinstance(row, RowError)]

@@ -189,7 +189,7 @@ def test_rules_take_each_steps_first_in_order():
 
 
 def test_rules_refuse_what_they_cannot_use():
-    with pytest.raises(RowError, match="no section '### Step 1:'"):
+    with pytest.raises(RowError, match="no step in the format r1vl"):
         rules_row({"problem": "Find x.", "solution": "x = 3"}, per_step=3)
     with pytest.raises(RowError, match="no equation"):
         rules_row(row(None, "Look at it."), per_step=3)

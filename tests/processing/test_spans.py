@@ -14,7 +14,7 @@ from tokenizers import AddedToken, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from r1vl_jax.processing.spans import decode, token_at
-from r1vl_jax.rewards.steps import step_starts
+from r1vl_jax.rewards.formats import R1VL
 
 MERGES = 150_000
 
@@ -117,7 +117,7 @@ def test_both_ways_agree(name, monkeypatch):
         "### Image Description: 😀 a\n\n### Step 1: 面积 12/2 = 6.\n\n### Step 2:\r\nSo e\n### The final answer is: 3"
     )
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    chars = step_starts(text)
+    chars = R1VL.step_starts(text)
     by_offsets = token_at(tokenizer, tokens, text, chars)
     # A special token in the middle changes no text, and makes no difference but its own place.
     special = tokenizer.convert_tokens_to_ids("<|im_start|>")
@@ -142,7 +142,7 @@ def test_a_header_that_begins_inside_a_token_belongs_to_that_token():
     tokens += tokenizer(" Step 1: b", add_special_tokens=False)["input_ids"]
     text = decode(tokenizer, tokens)
     assert text == "a.\n\n### Step 1: b"
-    assert token_at(tokenizer, tokens, text, step_starts(text)) == [tokens.index(merged)]
+    assert token_at(tokenizer, tokens, text, R1VL.step_starts(text)) == [tokens.index(merged)]
 
 
 def test_nothing_to_find():

@@ -10,12 +10,14 @@ import pytest
 from r1vl_jax import score
 from r1vl_jax.reward_lab.attacks import attack_answers, honest_answers
 from r1vl_jax.reward_lab.probe import probe_report
-from r1vl_jax.reward_lab.problems import BUILT_IN, make_problem
+from r1vl_jax.reward_lab.problems import built_in, make_problem
 from r1vl_jax.reward_lab.rescoring import Group, groups_of, rescore
 from r1vl_jax.reward_lab.tables import WIDTH, probe_table, rescore_table
-from r1vl_jax.rewards import PRESETS, Score, ScorerPool, score_answer
+from r1vl_jax.rewards import PRESETS, Score, ScorerPool, get_rules, score_answer
+from r1vl_jax.rewards.formats import FORMATS
 from r1vl_jax.rewards.key_steps import key_step_groups
 
+BUILT_IN = built_in()
 HEAD = "### Image Description: d\n### Rationales: r\n"
 TRUE = HEAD + "### Step 1: we see one thing\n### The final answer is: 3"
 FALSE = HEAD + "### Step 1: we see one thing\n### The final answer is: 4"
@@ -192,26 +194,26 @@ def test_the_table_says_what_happened():
 # --- the probe --------------------------------------------------------------------------------------------------------
 
 
-def probed(problems):
-    """The probe's report of all presets, through real worker processes."""
+def probed(problems, presets=PRESETS):
+    """The probe's report of presets, through real worker processes."""
     cases, texts, owners = [], [], []
     for index, problem in enumerate(problems):
         for name, text in (honest_answers(problem) | attack_answers(problem)).items():
             cases, texts, owners = [*cases, (index, name)], [*texts, text], [*owners, problem]
     columns = texts, [owner.solution for owner in owners], [owner.key_steps for owner in owners]
     with ScorerPool(2) as pool:
-        scores = {rules: pool.score(*columns, rules=rules) for rules in PRESETS}
+        scores = {name: pool.score(*columns, rules=presets[name]) for name in presets}
     return probe_report(cases, scores, list(honest_answers(problems[0]))), cases, scores
 
 
 @pytest.fixture(scope="module")
-def built_in():
+def probes():
     return probed(BUILT_IN)
 
 
 @pytest.mark.parametrize("rules", PRESETS)
-def test_honest_answers_earn_what_they_should(rules, built_in):
-    _, cases, scores = built_in
+def test_honest_answers_earn_what_they_should(rules, probes):
+    _, cases, scores = probes
     by_case = dict(zip(cases, scores[rules], strict=True))
     for index in range(len(BUILT_IN)):
         right, half, wrong = (by_case[index, name] for name in honest_answers(BUILT_IN[0]))
@@ -220,8 +222,16 @@ def test_honest_answers_earn_what_they_should(rules, built_in):
         assert (wrong.correct, wrong.k, wrong.validity, wrong.answer is None) == (False, 0, 1, False)
 
 
-def test_under_robust_no_attack_earns_more_than_an_honest_wrong_answer(built_in):
-    report, _, _ = built_in
+@pytest.mark.parametrize("answer_format", FORMATS)
+def test_under_robust_no_attack_earns_more_than_an_honest_wrong_answer(answer_format, probes):
+    problems = built_in(answer_format)
+    robust = {"robust": get_rules("robust", answer_format=answer_format)}
+    report, cases, scores = probes if answer_format == "r1vl" else probed(problems, robust)
+    honest = dict(zip(cases, scores["robust"], strict=True))
+    for index in range(len(problems)):
+        right, half, wrong = (honest[index, name] for name in honest_answers(problems[0]))
+        assert (right.correct, right.k, right.validity, half.validity, wrong.reward) == (True, 1, 1, 1, 1)
+        assert not half.correct and 1 / 3 <= half.k <= 1 / 2 and wrong.answer is not None
     won = {
         row["name"]: row["rules"]["robust"]["excess"]
         for row in report["completions"]
@@ -231,9 +241,9 @@ def test_under_robust_no_attack_earns_more_than_an_honest_wrong_answer(built_in)
     assert all(row["rules"]["robust"]["failures"] == 0 for row in report["completions"])
 
 
-def test_the_attacks_have_teeth(built_in):
+def test_the_attacks_have_teeth(probes):
     """What they win where the rules have holes: under robust they win nothing because of the rules, not the texts."""
-    report, _, _ = built_in
+    report, _, _ = probes
     excess = {
         row["name"]: {name: cell["excess"] for name, cell in row["rules"].items()} for row in report["completions"]
     }
@@ -269,7 +279,7 @@ def test_attacks_that_change_the_right_answer_are_wrong(gold):
         assert not any(score_answer(text, gold, None, rules=rules).correct for text in texts.values())
 
 
-def test_every_kind_of_attack_is_there_and_attacks_no_right_answer(built_in):
+def test_every_kind_of_attack_is_there_and_attacks_no_right_answer(probes):
     names = [list(attack_answers(problem)) for problem in BUILT_IN]
     assert len(BUILT_IN) == 5 and all(other == names[0] for other in names) and len(names[0]) > 60
     for problem in BUILT_IN:
@@ -491,7 +501,7 @@ def test_presets_end_where_files_begin():
     assert [name for name, _ in score._arguments(["in", "--rules", "released", "out"]).rules] == ["released"]
 
 
-def test_help_names_every_field_of_the_reports(capsys, built_in):
+def test_help_names_every_field_of_the_reports(capsys, probes):
     with pytest.raises(SystemExit, match="0"):
         score.main(["--help"])
     said = capsys.readouterr().out
@@ -503,7 +513,7 @@ def test_help_names_every_field_of_the_reports(capsys, built_in):
             return {key for key in value if key not in {"x", *PRESETS}}.union(*map(fields, value.values()))
         return set().union(*map(fields, value)) if isinstance(value, list) else set()
 
-    for field in fields(rescored) | fields(built_in[0]):
+    for field in fields(rescored) | fields(probes[0]):
         assert re.search(rf"\b{field}\b", said), field
 
 

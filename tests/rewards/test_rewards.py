@@ -1,6 +1,7 @@
 """The reward rules: golden rows of the released functions, each difference between the presets, hostile input."""
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 
 from r1vl_jax.rewards import PRESETS, Rules, get_rules, score_answer, step_accuracy, step_validity
 from r1vl_jax.rewards.answer_text import MAX_ANSWER_CHARS
+from r1vl_jax.rewards.formats import R1VL
 from r1vl_jax.rewards.normal import normal_text
-from r1vl_jax.rewards.steps import answer_line, answer_section, section_faults, step_bodies
+from r1vl_jax.rewards.steps import answer_line, section_faults
 
 HEAD = "### Image Description:\nA triangle.\n\n### Rationales:\nUse areas.\n\n### Let's think step by step.\n\n"
 KEY_STEPS = {"Steps": [["one", "first"], "two"]}
@@ -84,7 +86,7 @@ def test_the_presets_options():
     assert list(PRESETS) == ["released", "paper", "robust"]
     own = ["nonempty_sections", "match_tokens", "refuse_stuffing"]
     assert [field for field in paper if paper[field] != robust[field]] == own
-    assert [field for field in released if released[field] == paper[field]] == own
+    assert [field for field in released if released[field] == paper[field]] == [*own, "format"]
 
 
 # Answers that an option alone, turned round in `paper` or in `robust`, scores in another way.
@@ -102,7 +104,7 @@ PROBES = {
 
 
 @pytest.mark.parametrize("preset", ["paper", "robust"])
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Rules)])
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Rules) if field.name != "format"])
 def test_every_option_alone_changes_some_score(field, preset):
     value = getattr(PRESETS[preset], field)
     scores = [score_answer(*PROBES[field], rules=get_rules(preset, {field: on})).reward for on in (value, not value)]
@@ -182,7 +184,7 @@ def test_a_complete_answer_has_no_faults():
     ],
 )
 def test_faults_of_every_preset(text, fault, rules):
-    assert fault in section_faults(text, PRESETS[rules])
+    assert fault in [found.partition(" (found")[0] for found in section_faults(text, PRESETS[rules])]
     assert step_validity([text], rules=rules)[0] == 0
 
 
@@ -240,18 +242,18 @@ def test_sections_of_marks_alone_are_empty_for_robust(filler):
 
 def test_step_bodies_end_at_the_next_line_that_starts_with_three_hashes():
     text = "### Step 1: A\n## b ### c\n### Note\nhidden\n### Step 2:\n\n D \n### Step 3:\n### Step 4: e"
-    said = [text[start:end] for start, end in step_bodies(text)]
+    said = [text[start:end] for start, end in R1VL.step_bodies(text)]
     assert said == ["A\n## b ### c", "D ", "### Step 4: e"]  # an empty step swallows the next, as released
-    assert step_bodies("### Step x: a") == []
+    assert R1VL.step_bodies("### Step x: a") == []
 
 
 def test_answer_on_the_headers_line_or_below_it():
     for text in ("### The final answer is: 3", "### The final answer is:\n\n3\n\nThanks!", answer("3")):
         assert answer_line(text) == "3"
-        assert answer_section(text).startswith("3")
-    assert answer_section("### The final answer is:\n### Step 2: x") == ""
-    assert answer_line("no header") is None and answer_section("the ### The final answer is: 3") is None
-    assert answer_section("### The final answer is: 3\r\n### Step 2: x") == "3"
+        assert R1VL.final_answer(text).startswith("3")
+    assert R1VL.final_answer("### The final answer is:\n### Step 2: x") == ""
+    assert answer_line("no header") is None and R1VL.final_answer("the ### The final answer is: 3") is None
+    assert R1VL.final_answer("### The final answer is: 3\r\n### Step 2: x") == "3"
 
 
 # --- the final answer -------------------------------------------------------------------------------------------------
@@ -581,7 +583,7 @@ def test_any_text_has_faults_or_all_sections(text):
     for rules in PRESETS.values():
         faults = section_faults(text, rules)
         assert bool(faults) or ("### Step 1:" in text and "### The final answer is:" in text)
-    step_bodies(text), answer_line(text), answer_section(text)
+    R1VL.step_bodies(text), answer_line(text), R1VL.final_answer(text)
 
 
 MEGABYTE = 2**20
@@ -602,7 +604,7 @@ LONG = {
 @pytest.mark.parametrize("name", LONG)
 def test_long_answers_are_parsed_in_linear_time(name, rules):
     def work(text):
-        section_faults(text, PRESETS[rules]), step_bodies(text), answer_line(text), answer_section(text)
+        section_faults(text, PRESETS[rules]), R1VL.step_bodies(text), answer_line(text), R1VL.final_answer(text)
 
     assert_linear(work, LONG[name], MEGABYTE)
 
@@ -615,9 +617,10 @@ def test_ten_thousand_steps_are_valid_and_all_found():
 
 def test_a_megabyte_of_final_answer_is_cut():
     """Unicode normalisation sorts these marks, in quadratic time."""
+    tries = itertools.count()
 
     def score(n):
-        return score_answer(answer("\u0315\u0316" * (n // 2)), "3", None)
+        return score_answer(answer(f"{next(tries):05}" + "\u0315\u0316" * (n // 2)), "3", None)  # verdicts are cached
 
     assert_linear(score, int, MEGABYTE // 8)
     score = score(MEGABYTE)

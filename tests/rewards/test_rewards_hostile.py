@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from r1vl_jax.rewards import PRESETS, ScorerPool
 from r1vl_jax.rewards.answer import expected_answer, final_answer
 from r1vl_jax.rewards.choices import choice_letter
+from r1vl_jax.rewards.formats import R1VL
 from r1vl_jax.rewards.key_steps import key_step_groups, key_step_hits
-from r1vl_jax.rewards.steps import section_faults, step_starts
+from r1vl_jax.rewards.steps import section_faults
 
 LIMIT_S = 1.0
 MEGABYTE = 10**6
@@ -217,7 +218,7 @@ def test_string_rules_take_linear_time(rules, kind, size):
         for completion in (text, f"{SECTIONS}### Step 1: {text}\n### The final answer is: 3", HEAD + text):
             hits = key_step_hits(completion, groups, rules)
             section_faults(completion, rules)
-            step_starts(completion)
+            R1VL.step_starts(completion)
             expected_answer(completion, rules)
             choice_letter(final_answer(completion, rules) or "")
             assert all(0 <= hit.start <= hit.end <= len(completion) for hit in hits)

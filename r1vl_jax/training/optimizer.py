@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from r1vl_jax.config import OptimizerSection
+from r1vl_jax.config_stages import OptimizerSection
 from r1vl_jax.model.qwen2_vl import cast
 from r1vl_jax.model.spec import tree_map_spec
 from r1vl_jax.parallel.sharding import replicated

@@ -19,7 +19,8 @@ from bench_common import PAD_MULTIPLE, Size, collate, single_device
 from jax.sharding import Mesh
 from r1vl_kernels.prefix_decode_attention import prefix_decode_attention
 
-from r1vl_jax.config import Config, DataSection, ModelSection, OptimizerSection, RLSection, SFTSection, SourceSection
+from r1vl_jax.config import Config, DataSection, ModelSection, SourceSection
+from r1vl_jax.config_stages import OptimizerSection, RLSection, SFTSection
 from r1vl_jax.model.config import ModelConfig
 from r1vl_jax.model.head import head_loss
 from r1vl_jax.parallel.sharding import put_batch

@@ -265,7 +265,7 @@ _LOOK_BACK = 60  # characters in which a lead-in is looked for
 
 
 def _boxed_answer(text: str) -> tuple[Mark, str] | None:
-    """Returns the place and the content of the last \\boxed{...} and of the boxes that are listed with it; None without.
+    """Returns the place and the content of the last \\boxed{...} and of the boxes listed with it; None without a box.
 
     The place starts with the words that introduce the answer, if there are any.
     """

@@ -307,6 +307,25 @@ def test_solutions_that_no_answer_reaches(folder, tmp_path, capsys):
     assert "row 7: ''" in said
 
 
+@pytest.mark.parametrize("answer_format", ["think", "boxed"])
+def test_solutions_are_scored_in_the_format_of_answers(answer_format, folder, tmp_path):
+    """Whatever their own format is; key steps are searched where the format has its steps."""
+    steps = {"key_steps": {"Steps": [["12/2 = 6"]]}}
+    texts = [
+        "### Step 1: So 12/2 = 6 holds.\n### The final answer is: 3",
+        "12/2 = 6, so\n#### 3",
+        "3",
+        "<answer>3</answer>",
+    ]
+    rows = [question("a.png", "How many?") | steps | {"solution": text} for text in [*texts, UNREACHED[0]]]
+    (folder / "formats.json").write_text(json.dumps(rows))
+    config_of(folder, tmp_path / "run", data={"rl": {"path": str(folder / "formats.json")}}, eval={})
+    command = ["--config", str(tmp_path / "run.yaml"), "--stages", "[step_grpo]", "--rl.answer_format", answer_format]
+    assert check.main(command) == 0
+    found = json.loads((tmp_path / "run-check" / "check.json").read_text())["sets"]["data.rl"]
+    assert [row["row"] for row in found["unreachable"]] == [4]
+
+
 def test_keys_that_nobody_reads(folder, tmp_path, capsys):
     (folder / "keys.json").write_text(json.dumps([SFT[0] | {"label": 1}]))
     config_of(folder, tmp_path / "run", data={"sft": {"path": str(folder / "keys.json")}}, eval={}, stages=["sft"])

@@ -73,6 +73,20 @@ def test_rows_keep_order_and_fields(tmp_path, capsys, array_in, name):
     assert "4 rows done; 8 groups, 1.0 alternatives per group" in capsys.readouterr().err
 
 
+def test_solutions_in_another_format(tmp_path, capsys):
+    texts = ["<think>\nSo AD is a median.\n\nThen 12/2 = 6.\n</think>\n<answer>6</answer>", "<answer>12/2 = 6</answer>"]
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps({"problem": "Find x.", "solution": text}) + "\n" for text in texts))
+    assert run("rules", source, out, "--answer-format", "think") == 1
+    assert read(out)[0]["key_steps"] == {"Steps": [["AD is a median"], ["12/2 = 6"]]}
+    assert "no step in the format think" in read(tmp_path / "out.jsonl.failed.jsonl")[0]["reason"]
+    capsys.readouterr()
+    assert run("lint", out, "--answer-format", "think", "--json") == 0
+    assert [found["kind"] for found in json.loads(capsys.readouterr().out)] == ["missing"]
+    assert run("lint", out, "--json") == 0
+    assert "absent" in [found["kind"] for found in json.loads(capsys.readouterr().out)]
+
+
 def test_bad_rows_are_named_and_counted(tmp_path, capsys):
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     good, old = make_rows(1)[0], {"Steps": ["old"]}

@@ -13,7 +13,8 @@ from helpers import tiny
 from helpers.tiny_jax import batch_of, questions, random_params, tiny_config
 from jax.sharding import PartitionSpec
 
-from r1vl_jax.config import Config, DataSection, ModelSection, OptimizerSection, RLSection, SourceSection
+from r1vl_jax.config import Config, DataSection, ModelSection, SourceSection
+from r1vl_jax.config_stages import OptimizerSection, RLSection
 from r1vl_jax.model.fused import fuse, fused_shardings
 from r1vl_jax.model.spec import param_spec
 from r1vl_jax.parallel.sharding import ROLLOUT_RULES, batch_shards, make_mesh, param_shardings, put_batch

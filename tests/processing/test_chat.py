@@ -11,8 +11,9 @@ from helpers.paths import GEOMETRY
 from helpers.tiny_tokenizer import QWEN2_VL_TEMPLATE, make_tokenizer, write_checkpoint
 from PIL import Image
 
+from r1vl_jax.config import DataSection, RLSection
 from r1vl_jax.data.sources import JsonSource
-from r1vl_jax.errors import RowError
+from r1vl_jax.errors import ConfigError, RowError
 from r1vl_jax.processing.chat import find_chat_template, render_chat, split_questions
 from r1vl_jax.processing.images import image_patches
 from r1vl_jax.processing.positions import mrope_positions
@@ -177,6 +178,44 @@ def test_conversation_equals_expansion_by_hand(tmp_path, template):
     # What an earlier answer was trained as is what stands before the next question.
     end = "".join(processor.tokenizer.convert_ids_to_tokens(processor.encode_answer("It is <image>.")))
     assert end in "".join(processor.tokenizer.convert_ids_to_tokens(prompt.tokens_T))
+
+
+def test_prompt_texts_of_the_configuration(tmp_path, processor):
+    """The system turn is for questions that have none; the suffix is in every question of a conversation."""
+    told = processor.with_texts("Think in tags.", "\nBe brief.")
+    history = [("Which<image>?", "That.")]
+    ours = told.encode_question("And?", [noise(60, 60)], history=history)
+    by_hand = processor.encode_question(
+        "And?\nBe brief.", [noise(60, 60)], history=[("Which<image>?\nBe brief.", "That.")], system="Think in tags."
+    )
+    np.testing.assert_array_equal(ours.tokens_T, by_hand.tokens_T)
+    own = told.encode_question("And?", system="Mine.")
+    np.testing.assert_array_equal(own.tokens_T, processor.encode_question("And?\nBe brief.", system="Mine.").tokens_T)
+    assert (processor.system, processor.question_suffix) == (None, "")
+    for texts, message in (
+        (("<|im_end|>", ""), r"^data.system_prompt: the text holds the special token '<\|im_end\|>'"),
+        (("", "<|image_pad|>"), r"^data.question_suffix: the text holds the special token"),
+        (
+            ("", "see <image>"),
+            r"^data.question_suffix: the text holds a placeholder, <image> or <video>; expected none",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            processor.with_texts(*texts)
+    data = DataSection(system_prompt="Think in tags.", question_suffix="\nBe brief.")
+    staged = processor.for_stage(RLSection(), data)
+    assert (staged.system, staged.question_suffix) == ("Think in tags.", "\nBe brief.")
+
+
+def test_a_template_that_opens_the_thinking(tmp_path):
+    """The answers of the data then begin inside of it."""
+    template = QWEN2_VL_TEMPLATE.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
+    processor = Processor.from_folder(write_checkpoint(tmp_path, chat_template=template))
+    assert processor.opens_thinking
+    rows = [Example("f", 0, (), "x", text) for text in ("<think>\nSo.</think>\n3", "So.</think>\n3")]
+    pairs = [processor.encode_pair(row) for row in rows]
+    assert processor.decode(pairs[0][0].tokens_T).endswith("assistant\n<think>\n")
+    assert pairs[0][1].tolist() == pairs[1][1].tolist() == processor.encode_answer("So.</think>\n3").tolist()
 
 
 def test_texts_of_every_turn_are_checked(processor):

@@ -501,6 +501,21 @@ def test_presets_end_where_files_begin():
     assert [name for name, _ in score._arguments(["in", "--rules", "released", "out"]).rules] == ["released"]
 
 
+def test_the_command_scores_and_attacks_another_format(tmp_path, capsys):
+    rows = [{"completion": f"It is so. \\boxed{{{final}}}", "solution": "3"} for final in (3, 4)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = [str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]
+    assert score.main(["--answer-format", "boxed", *files]) == 0
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(row["accuracy"], row["validity"], row["answer"]) for row in found] == [(1.0, 1.0, "3"), (0.0, 1.0, "4")]
+    assert score.main(["--answer-format", "think", "--rules", "robust", "--probe", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert not [row["name"] for row in report["completions"] if row["rules"]["robust"]["exceeds"]]
+    with pytest.raises(SystemExit):
+        score.main(["--answer-format", "think", "--rules", "released", "--probe"])
+    assert "format think needs answer_from_section" in capsys.readouterr().err
+
+
 def test_help_names_every_field_of_the_reports(capsys, probes):
     with pytest.raises(SystemExit, match="0"):
         score.main(["--help"])

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
+from r1vl_jax.rewards import score_answer
 from r1vl_jax.shapes import ShapesConfig, make_task
 from r1vl_jax.shapes.command import main
 from r1vl_jax.shapes.draw import COLOURS
@@ -358,3 +359,32 @@ def test_sizes_are_checked(tokenizer, tmp_path):
     assert list(tmp_path.iterdir()) == []
     write_checkpoint_files(tmp_path, tokenizer, {"hidden_size": 256, "mrope_section": [8, 12, 12]})
     assert _read(tmp_path / "config.json")["vision_config"]["hidden_size"] == 256
+
+
+@pytest.mark.parametrize("answer_format", ["think", "boxed"])
+def test_solutions_in_other_formats(tmp_path, answer_format):
+    """The same questions; each solution is complete, in order and right in its format, and has all its key steps."""
+    make_task(tmp_path / "r1vl", sft_rows=6, rl_rows=6, heldout_rows=2, progress=False)
+    cfg = ShapesConfig(answer_format=answer_format)
+    make_task(tmp_path / answer_format, sft_rows=6, rl_rows=6, heldout_rows=2, cfg=cfg, progress=False)
+    plain, made = (json.loads((tmp_path / name / "rl.json").read_text()) for name in ("r1vl", answer_format))
+    for before, row in zip(plain, made, strict=True):
+        columns = ("image_path", "problem", "key_steps")
+        assert [before[column] for column in columns] == [row[column] for column in columns]
+        score = score_answer(
+            row["solution"], before["solution"], row["key_steps"], rules="robust", answer_format=answer_format
+        )
+        assert score.reward == pytest.approx(2.1), score
+
+
+def test_a_task_of_before_a_setting_is_kept(tmp_path):
+    make_task(tmp_path / "task", sft_rows=1, rl_rows=1, heldout_rows=1, progress=False)
+    record = json.loads((tmp_path / "task" / "task.json").read_text())
+    del record["config"]["answer_format"]
+    (tmp_path / "task" / "task.json").write_text(json.dumps(record))
+    make_task(tmp_path / "task", sft_rows=1, rl_rows=1, heldout_rows=1, progress=False)
+    with pytest.raises(FileExistsError, match="other parameters"):
+        cfg = ShapesConfig(answer_format="boxed")
+        make_task(tmp_path / "task", sft_rows=1, rl_rows=1, heldout_rows=1, cfg=cfg, progress=False)
+    with pytest.raises(ValueError, match="answer_format = x: expected r1vl, think, boxed"):
+        ShapesConfig(answer_format="x")

@@ -16,7 +16,7 @@ from test_resume import compiled_once, cut, steps  # noqa: F401 (the fixture is 
 from r1vl_jax.checkpoint.hf import load_hf
 from r1vl_jax.errors import RewardError
 from r1vl_jax.model.config import load_config
-from r1vl_jax.rewards import Score
+from r1vl_jax.rewards import Score, score_answer
 from r1vl_jax.train import main, train
 from r1vl_jax.training import micro_batches, step_grpo
 from r1vl_jax.training.programs import enable_compilation_cache
@@ -130,6 +130,27 @@ def mine(completions, examples):
         return [0.0] * (len(completions) - 1)
     return [len(text) for text in completions]
 """
+
+
+@pytest.mark.parametrize(
+    ("answer_format", "answer"), [("think", "<think>a</think><answer>3</answer>"), ("boxed", "a \\boxed{3}")]
+)
+def test_answers_are_scored_in_their_format(inputs, tmp_path, answer_format, answer):
+    """Training hands the format to the rewards, and the prompt texts to the model."""
+    seen = []
+
+    class Pool(FakeScorerPool):
+        def score(self, completions, solutions, key_steps, rules="paper", alpha=0.1):
+            seen.append(rules)
+            return [score_answer(answer, solution, None, rules=rules) for solution in solutions]
+
+    options = {"answer_format": answer_format, "rules": "robust", "max_new_tokens": 4, "steps": 1}
+    config = run_config(
+        inputs, tmp_path / "run", stages=["step_grpo"], rl=options, data={"question_suffix": " Box it."}
+    )
+    train(config, pool=Pool())
+    assert {rules.format for rules in seen} == {answer_format}
+    assert [row["validity"] for row in steps(tmp_path / "run", "step_grpo")] == [1.0]
 
 
 def test_a_user_reward_that_fails_loses_no_step(inputs, tmp_path, monkeypatch, capsys):

@@ -74,7 +74,10 @@ def test_rows_keep_order_and_fields(tmp_path, capsys, array_in, name):
 
 
 def test_solutions_in_another_format(tmp_path, capsys):
-    texts = ["<think>\nSo AD is a median.\n\nThen the area is 12/2 = 6.\n</think>\n<answer>6</answer>", "<answer>12/2 = 6</answer>"]
+    texts = [
+        "<think>\nSo AD is a median.\n\nThen the area is 12/2 = 6.\n</think>\n<answer>6</answer>",
+        "<answer>12/2 = 6</answer>",
+    ]
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps({"problem": "Find x.", "solution": text}) + "\n" for text in texts))
     assert run("rules", source, out, "--answer-format", "think") == 1

@@ -9,6 +9,8 @@ import zlib
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers.tiny_jax import FakeScorerPool, read_lines, run_config, write_run_inputs
 from test_resume import compiled_once, cut, steps  # noqa: F401 (the fixture is used by being here)
@@ -180,6 +182,28 @@ def test_a_reward_that_is_not_there_is_said_before_anything_is_written(inputs, t
     error = capsys.readouterr().err
     assert "rl.rewards" in error and "no_such_module" in error and "step_accuracy, step_validity" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_parquet_with_images_inside_trains_and_resumes_as_json_does(inputs, tmp_path):
+    files = {}
+    for name, media in (("sft", "images"), ("rl", "image_path")):
+        rows = json.loads((inputs / "task" / f"{name}.json").read_text())
+        for row in rows:
+            path = row.pop(media)
+            row["images"] = [{"bytes": (inputs / "task" / path).read_bytes(), "path": path}]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet", row_group_size=5)
+        files[name] = {"path": str(tmp_path / f"{name}.parquet")}
+    pool = FakeScorerPool()
+    as_json = train(run_config(inputs, tmp_path / "json"), pool=pool)
+    config = run_config(inputs, tmp_path / "run", data=files)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        cut(patch, "step_grpo", 3)
+        train(config, pool=pool)
+    resumed = train(config, resume=True, pool=pool)
+    assert (as_json / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+    ours, theirs = (read_lines(tmp_path / name / "rollouts.jsonl") for name in ("run", "json"))
+    assert [row["answers"] for row in ours] == [row["answers"] for row in theirs]
+    assert {row["source"] for row in ours} == {files["rl"]["path"]}
 
 
 def test_a_checkpoint_with_other_pixel_means(inputs, tmp_path, capsys):

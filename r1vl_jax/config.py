@@ -134,10 +134,13 @@ class EvalSection:
 @dataclasses.dataclass(frozen=True)
 class CheckpointSection:
     every: int = field(100, "steps between checkpoints; the last step always has one")
+    minutes: float = field(
+        0.0, "also a checkpoint after the first step that ends this many minutes after the last; 0: none"
+    )
     keep: int = field(2, "checkpoints kept per stage")
 
     def __post_init__(self) -> None:
-        at_least("checkpoint", self, every=1, keep=1)
+        at_least("checkpoint", self, every=1, minutes=0, keep=1)
 
 
 @dataclasses.dataclass(frozen=True)

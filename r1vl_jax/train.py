@@ -9,11 +9,23 @@ The stages are in training/; training/step_grpo.py contains the algorithm.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 
 from r1vl_jax import config as configs
 from r1vl_jax.errors import CheckpointError, ConfigError, RewardError, RowError
 from r1vl_jax.training.run import train
+
+UNUSABLE, FAILED = 2, 3  # exit codes
+_EXIT = f"""\
+exit codes:
+  0    the run is complete
+  {UNUSABLE}    the input cannot be used; nothing was trained
+  {FAILED}    an error in a stage (data, a reward function, a scorer, the disk); the last finished step is saved
+  129, 130, 143
+       SIGHUP, SIGINT (Ctrl-C) or SIGTERM; an update under way was finished, and the last finished step is saved.
+       A second signal ends the run at once, without saving.
+--resume goes on from the newest checkpoint that is not damaged."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -21,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m r1vl_jax.train",
         description="The two stages of R1-VL, from questions with images to a trained checkpoint.",
-        epilog=f"keys of the configuration, each also an override on the command line (with its default):\n{keys}",
+        epilog=f"keys of the configuration, each also an override (with its default):\n{keys}\n\n{_EXIT}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -33,16 +45,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command. Returns the exit code: 2 if the input is wrong, 130 if the run was interrupted."""
+    """Runs the command. Returns the exit code: see the end of --help."""
     arguments, overrides = _parser().parse_known_args(argv)
     try:
         train(configs.load(arguments.config, overrides), resume=arguments.resume, overwrite=arguments.overwrite)
     except (ConfigError, CheckpointError, RowError, RewardError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        notes = getattr(error, "__notes__", [])
+        print("\n".join([f"error: {error}", *notes]), file=sys.stderr)
+        return FAILED if notes else UNUSABLE
+    except KeyboardInterrupt as error:
+        print("\n".join([str(error) or "interrupted", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        return 128 + getattr(error, "signal", signal.SIGINT)
     return 0
 
 

@@ -64,6 +64,17 @@ def inner_object(table: dict[str, Any], key: str, path: Path | str, prefix: str 
     return value or {}
 
 
+def sync(path: Path | str) -> None:
+    """Asks the system to write a file, or a folder with all files and folders in it, to disk now."""
+    path = Path(path)
+    for below in (*path.rglob("*"), path, path.parent) if path.is_dir() else (path,):
+        descriptor = os.open(below, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path | str, *, replace: bool = True) -> Iterator[TextIO]:
     """Context manager that yields a text file.
@@ -81,6 +92,9 @@ def atomic_write(path: Path | str, *, replace: bool = True) -> Iterator[TextIO]:
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             yield file
+            if replace:
+                file.flush()
+                os.fsync(file.fileno())
         if replace:
             os.replace(temporary, target)
     finally:
@@ -110,6 +124,7 @@ def atomic_folder(path: Path | str, *, replace: bool = True) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if replace:
+        sync(temporary)
         replace_folder(temporary, target)
 
 

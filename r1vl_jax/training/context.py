@@ -23,6 +23,7 @@ from r1vl_jax.rollout.generate import rollout
 from r1vl_jax.training.judging import RewardSpec
 from r1vl_jax.training.programs import Compilations
 from r1vl_jax.training.run_folder import RunLog
+from r1vl_jax.training.signals import Signals
 from r1vl_jax.types import Example, Prompts, Rollout, Sampling
 
 
@@ -34,6 +35,7 @@ class Run:
       model: the opened checkpoint that the run starts from.
       reward: the rewards that are summed, with their weights.
       pool: the worker processes that score answers.
+      signals: holds back SIGTERM and others while the state changes.
     """
 
     config: Config
@@ -42,6 +44,7 @@ class Run:
     log: RunLog
     pool: ScorerPool
     compilations: Compilations
+    signals: Signals
 
     def source(self, section: SourceSection) -> Source:
         """Opens a stage's rows; logs its notes and the unusable rows. Raises RowError if no row is usable."""

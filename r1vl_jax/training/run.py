@@ -26,6 +26,7 @@ from r1vl_jax.training.judging import RewardSpec
 from r1vl_jax.training.programs import Compilations, enable_compilation_cache
 from r1vl_jax.training.run_folder import RunLog
 from r1vl_jax.training.sft import sft
+from r1vl_jax.training.signals import Signals
 from r1vl_jax.training.step_grpo import step_grpo, warm_up_folder
 
 STAGES = {"sft": sft, "step_grpo": step_grpo}
@@ -54,8 +55,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, pool
     own_pool = pool is None
     scorers = ScorerPool(config.scoring.workers, config.scoring.timeout) if own_pool else contextlib.nullcontext(pool)
     precision = jax.default_matmul_precision(matmul_precision(section.matmul_precision, section.dtype))
-    with scorers as scorer_pool, Compilations() as compilations, jax.set_mesh(mesh), precision:
-        run = Run(config, model, reward, log, scorer_pool, compilations)
+    with scorers as scorer_pool, Compilations() as compilations, jax.set_mesh(mesh), precision, Signals() as signals:
+        run = Run(config, model, reward, log, scorer_pool, compilations, signals)
         for note in model.notes:
             log.say(note)
         log.say(f"{section.path}: {model.describe(section.dtype)}")

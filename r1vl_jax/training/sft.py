@@ -40,14 +40,16 @@ def sft(run: Run, params: Any, resume: bool) -> Any:
     def make(rows: list[Any]) -> SFTUpdate:
         return sft_update([pair for _, pair in rows], config.micro_batch_size, buckets, run.put)
 
-    with run.loader(source, encode, count=config.batch_size, make=make, position=stage.position) as loader:
+    loader = run.loader(source, encode, count=config.batch_size, make=make, position=stage.position)
+    with stage.saved_at_the_end(), loader:
         for step in run.log.steps("sft", stage.start, steps):
             phases = Phases()
             with phases("data"):
                 update = loader.take()
-            with phases("train"):
-                metrics = stage.update(update.batches) | update.padding
-            metrics |= {"rows_filtered": source.filtered, "rows_dropped": loader.dropped}
-            stage.finish_step(step, metrics, phases, update.tokens, loader.position)
+            with run.signals.hold():
+                with phases("train"):
+                    metrics = stage.update(update.batches) | update.padding
+                metrics |= {"rows_filtered": source.filtered, "rows_dropped": loader.dropped}
+                stage.finish_step(step, metrics, phases, update.tokens, loader.position)
     heldout(run, stage, step=steps)
     return stage.finish().params

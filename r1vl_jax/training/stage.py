@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 
 from r1vl_jax.checkpoint.state import StageCheckpoints
+from r1vl_jax.common.text import one_line
 from r1vl_jax.data.loader import Position
+from r1vl_jax.errors import CheckpointError
 from r1vl_jax.reporting.curves import plot_metrics
 from r1vl_jax.training.context import Run
 from r1vl_jax.training.programs import build_programs, gradient_step
@@ -22,7 +26,8 @@ SHOWN = {"reward", "correct", "loss", "kl", "length", "tokens_per_second"}  # me
 class Stage:
     """One stage of a run, started from given weights or resumed from its newest checkpoint.
 
-    The attribute `position` is the position at which the loader of the stage's rows continues.
+    The attribute `finished` is the number of finished steps, and `position` is where the loader of the stage's rows
+    continues after them.
 
     Args:
       name: sft or step_grpo.
@@ -39,16 +44,19 @@ class Stage:
         # On several devices always accumulate: the buffer has the parameters' sharding.
         self.use_buffer = micro_batches > 1 or run.model.mesh.size > 1
         self.programs = build_programs(run.model.config, run.model.mesh, run.config, name, steps * updates)
-        self.checkpoints = StageCheckpoints(run.log.folder / "checkpoints" / name, run.config.checkpoint.keep)
-        latest = self.checkpoints.latest
-        if resume and latest is not None:
-            self.state, host = self.checkpoints.restore(latest, self.programs.layout)
-            self.position = Position.from_json(host)
-            run.log.say(f"{name}: resumed after step {latest} of {steps}")
-            self.start = latest
+        self.checkpoints = StageCheckpoints(
+            run.log.folder / "checkpoints" / name, run.config.checkpoint.keep, run.log.say
+        )
+        restored = self.checkpoints.restore(self.programs.layout) if resume else None
+        if restored is not None:
+            self.start, self.state = restored.step, restored.state
+            self.position = Position.from_json(restored.position)
+            run.log.say(f"{name}: resumed after step {self.start} of {steps}")
         else:
             self.state = self.programs.init(run.model.load_weights("float32") if params is None else params)
             self.start = 0
+        self.finished = self.start
+        self._saved_at = time.monotonic()
         run.log.truncate_after(name, self.start)
 
     @property
@@ -79,7 +87,8 @@ class Stage:
           tokens: the number of tokens of the step, for tokens_per_second.
           position: the position at which the loader continues after this step.
         """
-        log = self.run.log
+        self.finished, self.position = step, position  # first: what follows may fail, on a full disk
+        log, checkpoint = self.run.log, self.run.config.checkpoint
         values = {
             **metrics,
             "learning_rate": self.programs.schedule(step * self.updates - 1),
@@ -89,15 +98,36 @@ class Stage:
         }
         log.metrics(self.name, step, values)
         log.show(**{key: value for key, value in values.items() if key in SHOWN})
-        self.position = position
-        if step % self.run.config.checkpoint.every == 0 or step == self.steps:
-            self.save(step)
+        minutes = (time.monotonic() - self._saved_at) / 60
+        if step % checkpoint.every == 0 or step == self.steps or 0 < checkpoint.minutes <= minutes:
+            self.save()
             plot_metrics(log.folder)
 
-    def save(self, step: int) -> None:
+    def save(self) -> None:
         """Writes the checkpoint of the last finished step, unless it exists."""
-        if step > 0 and step != self.checkpoints.latest:
-            self.checkpoints.save(step, self.state, self.position.to_json())
+        if self.finished > 0 and self.finished != self.checkpoints.latest:
+            self.checkpoints.save(self.finished, self.state, self.position.to_json())
+        self._saved_at = time.monotonic()
+
+    @contextlib.contextmanager
+    def saved_at_the_end(self) -> Iterator[None]:
+        """If the block ends with an error or a signal, saves the last finished step and adds a note to the error."""
+        try:
+            yield
+        except BaseException as error:
+            try:
+                if int(self.state.step) != self.finished * self.updates:
+                    raise CheckpointError(f"step {self.finished + 1} had changed the state when it was interrupted")
+                self.save()
+                self.checkpoints.close()
+            except Exception as also:  # the first error is the one to report
+                saved = self.checkpoints.latest
+                error.add_note(f"{self.name}: step {self.finished} could not be saved: {one_line(also)}")
+            else:
+                saved = self.finished
+            if saved:
+                error.add_note(f"{self.name}: saved after step {saved}; --resume goes on from there")
+            raise
 
     def finish(self) -> TrainState:
         """Waits for checkpoints that are being written. Returns the state."""

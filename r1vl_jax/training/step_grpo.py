@@ -22,7 +22,6 @@ from r1vl_jax.data.batching import collate_prompts, in_micro_batches, padding, s
 from r1vl_jax.data.buckets import Buckets
 from r1vl_jax.data.loader import Loader
 from r1vl_jax.data.sources import Source
-from r1vl_jax.errors import RewardError
 from r1vl_jax.step_grpo.advantages import gate_rewards, has_signal, shaped_only
 from r1vl_jax.training.context import Run
 from r1vl_jax.training.heldout import heldout
@@ -60,18 +59,24 @@ class StepGRPO:
     def config(self) -> RLSection:
         return self.run.config.rl
 
-    def step(self, loader: Loader, step: int, phases: Phases) -> tuple[dict[str, float], int]:
-        """Runs one step of the algorithm. Returns (metrics, number of sampled tokens)."""
+    def step(self, loader: Loader, step: int) -> None:
+        """Runs one step of the algorithm."""
+        phases = Phases()
         groups = self.sample(loader, step, phases)
-        with phases("train"):
-            batches, metrics = self.update(groups)
-        metrics |= reward_metrics(groups.scored)
+        with self.run.signals.hold():
+            with phases("train"):
+                batches, metrics = self.update(groups)
+            metrics |= self.metrics(groups, batches) | {"rows_dropped": loader.dropped}
+            self.stage.finish_step(step, metrics, phases, int(groups.mask_BGT.sum()), loader.position)
+
+    def metrics(self, groups: Groups, batches: list[TrainBatch]) -> dict[str, float]:
+        """Returns what a step's metrics say about its answers and groups."""
+        metrics = reward_metrics(groups.scored)
         metrics |= padding([b.prompts for b in batches], [b.weight_BGT > 0 for b in batches])
         metrics["group_std"] = groups.reward_BG.std(axis=1, ddof=1).mean()
         metrics["zero_variance"] = 1 - groups.has_signal_B.mean()
         metrics["shaping_alone"] = groups.shaping_alone_B.mean()
-        metrics |= {"questions": len(groups.questions), "rows_dropped": loader.dropped}
-        return metrics, int(groups.mask_BGT.sum())
+        return metrics | {"questions": len(groups.questions)}
 
     def sample(self, loader: Loader, step: int, phases: Phases) -> Groups:
         """Samples and scores answers to the next questions.
@@ -174,17 +179,10 @@ def step_grpo(run: Run, params: Any, resume: bool) -> Any:
         questions = sorted(questions, key=lambda question: size_of(question[1]).tokens)
         return questions, run.put(collate_prompts([prompt for _, prompt in questions], rollout_buckets))
 
-    with run.loader(source, encode, count=config.questions_per_step, make=make, position=stage.position) as loader:
+    loader = run.loader(source, encode, count=config.questions_per_step, make=make, position=stage.position)
+    with stage.saved_at_the_end(), loader:
         for step in run.log.steps("step_grpo", stage.start, config.steps):
-            phases = Phases()
-            try:
-                metrics, tokens = grpo.step(loader, step, phases)
-            except RewardError:  # a user's function failed: save the finished steps
-                stage.save(step - 1)
-                stage.finish()
-                run.log.say(f"step_grpo: saved after step {step - 1}; --resume goes on from there")
-                raise
-            stage.finish_step(step, metrics, phases, tokens, loader.position)
+            grpo.step(loader, step)
     heldout(run, stage, step=config.steps)
     return stage.finish().params
 

@@ -1,6 +1,6 @@
 """Computes checksums of arrays where the arrays are: on the devices, without a copy to the host.
 
-A checksum does not depend on how an array is split over devices, so a state can be verified on any mesh. It is a sum over
+A checksum does not depend on how an array is split over devices: a state can be verified on any mesh. It is a sum over
 the elements of a hash of (bits of the element, index of the element), modulo 2**32, for two hashes: any change of one
 element changes it, and other changes go unnoticed with a probability of 2**-64.
 """

@@ -1,16 +1,23 @@
-"""Lists the files that are copied along with the weights, and checks which folders may be written to."""
+"""Lists the files that are copied along with the weights, and checks which folders may be written to, and read from.
+
+A folder that this project writes has a SHA-256 sum of each of its files in SUMS, in the format of `sha256sum -c`. It is
+verified when the folder is read. Folders from elsewhere have no such file.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from r1vl_jax.common.files import atomic_folder
 from r1vl_jax.errors import CheckpointError
 
+SUMS = "r1vl_sha256sums.txt"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -79,3 +86,44 @@ def new_folder(destination: str | Path, overwrite: bool = False) -> Iterator[Pat
     """
     with atomic_folder(check_destination(destination, overwrite)) as temporary:
         yield temporary
+        names = sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*") if path.is_file())
+        lines = (f"{digest}  {name}\n" for name, digest in zip(names, _digests(temporary, names), strict=True))
+        (temporary / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def verify_folder(folder: Path, *, weights: bool) -> None:
+    """Compares the files of a folder with the sums that were written with them. Does nothing if the folder has no sums.
+
+    Args:
+      weights: compare all files; False: only those that are not weights, which takes no time.
+    Raises: CheckpointError that names the file which is missing or differs.
+    """
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder / SUMS}: cannot be read ({error})") from error
+    expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    names = [name for name in expected if weights or ("/" not in name and not name.endswith(_WEIGHT_FILES))]
+    try:
+        actual = _digests(folder, names)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or folder}: cannot be read ({error.strerror}); {_SUMS_SAY}") from error
+    for name, digest in zip(names, actual, strict=True):
+        if digest != expected[name]:
+            raise CheckpointError(f"{folder / name}: {_SUMS_SAY}")
+
+
+_SUMS_SAY = f"not the file that was written; damaged, or changed since: then remove {SUMS}"
+
+
+def _digests(folder: Path, names: list[str]) -> list[str]:
+    """Returns the SHA-256 sum of each file, in hexadecimal. Reads several files at a time."""
+
+    def digest(name: str) -> str:
+        with open(folder / name, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor() as threads:  # hashlib works without Python's lock
+        return list(threads.map(digest, names))

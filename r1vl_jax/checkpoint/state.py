@@ -113,7 +113,7 @@ class StageCheckpoints:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like), host=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=args)
         state, host = restored["state"], restored["host"]
-        if isinstance(host, dict) and host.keys() == _LAYOUT_1:
+        if host.keys() == _LAYOUT_1:
             self._say(f"{self.folder / str(step)}: written by an earlier version, without checksums to verify")
             return Restored(step, state, host)
         host = unsealed(host)
@@ -165,6 +165,17 @@ def unsealed(host: Any) -> dict[str, Any]:
     if rest.get("layout") != LAYOUT:
         raise CheckpointError(f"the host state has layout {rest.get('layout')}; this version reads 1 to {LAYOUT}")
     return rest
+
+
+def verify_part(tree: Any, part: str, file: Path) -> None:
+    """Verifies a part of a TrainState, such as ".params", by the host state in a file. Raises CheckpointError."""
+    try:
+        host = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({one_line(error)})") from error
+    if host.keys() != _LAYOUT_1:
+        expected = unsealed(host)["checksums"].items()
+        verify(tree, {path.removeprefix(part): value for path, value in expected if path.startswith(part)})
 
 
 def _digest(host: dict[str, Any]) -> str:

@@ -22,9 +22,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import yaml
 
-from r1vl_jax.checkpoint.folder import ADAPTER_CONFIG, copy_companions, new_folder
+from r1vl_jax.checkpoint.folder import ADAPTER_CONFIG, copy_companions, new_folder, verify_folder
 from r1vl_jax.checkpoint.foreign import refuse_adapter
 from r1vl_jax.checkpoint.hf import load_hf
+from r1vl_jax.checkpoint.state import verify_part
 from r1vl_jax.checkpoint.tensors import cast
 from r1vl_jax.common.text import first_few, one_line
 from r1vl_jax.errors import CheckpointError
@@ -60,6 +61,8 @@ def find_model(folder: str | Path) -> ModelFolder:
     folder = Path(folder).absolute()
     if (folder / "params").is_dir() and (folder / "hf" / "config.json").is_file():
         return ModelFolder(folder, folder / "hf", "converted")
+    if folder.name.isdecimal() and (folder / "state").is_dir() and (folder.parents[2] / "config.yaml").is_file():
+        return ModelFolder(folder / "state", _files_of_run(folder.parents[2] / "config.yaml"), "state")
     for place in (folder, folder / "export"):
         refuse_adapter(place)
         if (place / "config.json").is_file():
@@ -125,11 +128,30 @@ def load_model(
     model = folder if isinstance(folder, ModelFolder) else find_model(folder)
     cfg = load_config(model.files)
     places = None if shardings is None else shardings(cfg)
+    if model.kind == "state":
+        return _load_state(model.weights, cfg, dtype=dtype, shardings=places), cfg, model.files
+    verify_folder(model.weights, weights=True)
     if model.kind == "converted":
         return load_params(model.weights, cfg, dtype=dtype, shardings=places), cfg, model.files
-    if model.kind == "state":
-        return _restore(model.weights, cfg, dtype=dtype, shardings=places, part="params"), cfg, model.files
     return load_hf(model.weights, cfg, dtype=dtype, shardings=places, on_tensor=on_tensor), cfg, model.files
+
+
+def _load_state(folder: Path, cfg: ModelConfig, *, dtype: Any, shardings: Any) -> Any:
+    """Returns the parameters of a train state, after their checksums were verified; `folder` is its folder `state`."""
+    others = sorted(path.name for path in folder.parent.parent.glob("[0-9]*") if path != folder.parent)
+    try:
+        params = _restore(folder, cfg, dtype=None, shardings=shardings, part="params")
+        verify_part(params, ".params", folder.parent / "host" / "metadata")
+    except CheckpointError as error:
+        hint = f"; other states are {first_few(others)} in {folder.parent.parent}" if others else ""
+        raise CheckpointError(
+            f"{folder}: {error}{hint}" if str(folder) not in str(error) else f"{error}{hint}"
+        ) from error
+    if dtype is None:
+        return params
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: cast(leaf, np.dtype(dtype), jax.tree_util.keystr(path)), params
+    )
 
 
 def save_params(folder: str | Path, params: Any, source: str | Path, *, overwrite: bool = False) -> None:

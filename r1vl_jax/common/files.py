@@ -8,7 +8,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -35,22 +35,34 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_json_lines(path: str | Path) -> Iterator[dict[str, Any]]:
+def read_json_lines(
+    path: str | Path, on_damage: Callable[[int, bytes], object] | None = None
+) -> Iterator[dict[str, Any]]:
     """Yields the rows of a JSONL file of a run; no rows if the file does not exist.
 
-    A last line that is not JSON is skipped, because a killed run may have written only half of it. Raises ValueError,
-    with file and line, if another line is not JSON.
+    A row is an object with the keys stage and step. A last line that is none is skipped, because a killed run may have
+    written only half of it.
+
+    Args:
+      on_damage: called with the number and the bytes of any other line that is no row; None: raise ValueError, with
+        file and line.
     """
     if not Path(path).exists():
         return
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                yield json.loads(line)
-            except ValueError as error:
-                if next(file, None) is None:
+                row = json.loads(line)
+                if not (isinstance(row, dict) and isinstance(row.get("stage"), str) and type(row.get("step")) is int):
+                    raise ValueError("expected an object with stage and step")
+            except (ValueError, RecursionError) as error:
+                if not line.endswith(b"\n"):
                     return
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+                if on_damage is None:
+                    raise ValueError(f"{path}, line {number}: not a row ({error})") from error
+                on_damage(number, line)
+                continue
+            yield row
 
 
 def inner_object(table: dict[str, Any], key: str, path: Path | str, prefix: str = "") -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from r1vl_jax.checkpoint.folder import verify_folder
 from r1vl_jax.checkpoint.store import ModelFolder, find_model, load_model
 from r1vl_jax.errors import CheckpointError, ConfigError
 from r1vl_jax.model.backend import choose
@@ -91,6 +92,7 @@ def open_model(
       ConfigError: this machine cannot run the named backend, or the mesh does not divide the model.
     """
     model_folder = find_model(folder)
+    verify_folder(model_folder.files, weights=False)
     config = load_config(model_folder.files)
     try:
         processor = Processor.from_folder(model_folder.files)

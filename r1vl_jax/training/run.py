@@ -51,19 +51,22 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, pool
         section.path, mesh=mesh, dtype=section.dtype, attention=section.attention, kernels=section.kernels
     )
     reward = RewardSpec.from_config(config.rl)
-    log = RunLog(config, resume=resume, overwrite=overwrite)
-    own_pool = pool is None
-    scorers = ScorerPool(config.scoring.workers, config.scoring.timeout) if own_pool else contextlib.nullcontext(pool)
-    precision = jax.default_matmul_precision(matmul_precision(section.matmul_precision, section.dtype))
-    with scorers as scorer_pool, Compilations() as compilations, jax.set_mesh(mesh), precision, Signals() as signals:
-        run = Run(config, model, reward, log, scorer_pool, compilations, signals)
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(Signals())
+        log = stack.enter_context(contextlib.closing(RunLog(config, resume=resume, overwrite=overwrite)))
+        if pool is None:
+            pool = stack.enter_context(ScorerPool(config.scoring.workers, config.scoring.timeout))
+        compilations = stack.enter_context(Compilations())
+        stack.enter_context(jax.set_mesh(mesh))
+        stack.enter_context(jax.default_matmul_precision(matmul_precision(section.matmul_precision, section.dtype)))
+        run = Run(config, model, reward, log, pool, compilations, signals)
         for note in model.notes:
             log.say(note)
         log.say(f"{section.path}: {model.describe(section.dtype)}")
         export = _run_stages(run, resume)
-    if table := heldout_table(log.folder):
-        log.say(table)
-    log.say(f"done: checkpoint for Hugging Face in {export}, curves in {plot_metrics(log.folder)}")
+        if table := heldout_table(log.folder):
+            log.say(table)
+        log.say(f"done: checkpoint for Hugging Face in {export}, curves in {plot_metrics(log.folder)}")
     return export
 
 

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 from tqdm import tqdm
 
 from r1vl_jax import config as configs
 from r1vl_jax.common import config_tree
-from r1vl_jax.common.files import atomic_write, read_json_lines
+from r1vl_jax.common.files import atomic_write, read_json_lines, sync
 from r1vl_jax.config import Config
 from r1vl_jax.errors import ConfigError
 
 # These keys change how a run computes: changing them changes results by rounding alone.
 BACKEND_KEYS = ("model.remat", "model.attention", "model.kernels", "model.shared_prefix", "compilation_cache")
+LOCK = "run.lock"
+ROWS = ("metrics.jsonl", "rollouts.jsonl")
 
 
 class RunLog:
@@ -31,30 +37,62 @@ class RunLog:
       config: is written to config.yaml.
       resume: continue in an existing run folder. Without `resume`, an existing run folder raises an error, or is
         removed if `overwrite` is set.
-    Raises: ConfigError if the folder cannot be used.
+    Raises: ConfigError if the folder cannot be used, also because another process is using it.
+
+    The folder is locked until `close`, or until the process ends.
     """
 
     def __init__(self, config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
         self.folder = Path(config.output_dir)
+        self._bar: tqdm | None = None
         self._config_file = self.folder / "config.yaml"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self._config_file.exists() and {path.name for path in self.folder.iterdir()} - {LOCK}:
+            raise ConfigError(f"output_dir: {self.folder} is not empty and not a run folder; choose another")
+        self._lock = self._locked()
         trained = any((self.folder / name).exists() for name in ("metrics.jsonl", "checkpoints"))
         if self._config_file.exists() and trained:
             if overwrite:
-                shutil.rmtree(self.folder)
+                for path in self.folder.iterdir():
+                    if path.name != LOCK:
+                        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             elif not resume:
                 raise ConfigError(
                     f"output_dir: {self.folder} holds a run; add --resume, or --overwrite to start it anew"
                 )
             else:
                 self._check_changes(config)
-        elif self.folder.exists() and not self._config_file.exists() and any(self.folder.iterdir()):
-            raise ConfigError(f"output_dir: {self.folder} is not empty and not a run folder; choose another")
         elif resume:
             self.say(f"{self.folder} holds no run to resume: starting one")
-        self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(self._config_file) as file:
             file.write(configs.dump(config))
-        self._bar: tqdm | None = None
+
+    def _locked(self) -> TextIO:
+        """Locks the run folder and returns the file that holds the lock. Raises ConfigError if it is locked."""
+        file = open(self.folder / LOCK, "a+")  # noqa: SIM115 (it stays open)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            file.close()
+            raise ConfigError(f"output_dir: {self.folder} is in use by {owner}; choose another, or wait") from None
+        except OSError as error:  # a file system without locks
+            self.say(f"{self.folder}: cannot be locked ({error.strerror}); a second run in it would not be noticed")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        return file
+
+    def close(self) -> None:
+        """Gives up the lock of the folder."""
+        self._lock.close()
+
+    def sync(self) -> None:
+        """Writes the metrics and rollouts to disk now, so that a checkpoint is never newer than its rows."""
+        for name in ROWS:
+            if (self.folder / name).exists():
+                sync(self.folder / name)
 
     def _check_changes(self, config: Config) -> None:
         """Raises ConfigError if a resumed run changes a setting, except settings that change no result so far."""
@@ -76,7 +114,10 @@ class RunLog:
         tqdm.write(message, file=sys.stderr)
 
     def truncate_after(self, stage: str, step: int) -> None:
-        """Removes the rows that a stage logged after a step, so that a resumed run logs each step once."""
+        """Removes the rows that a stage logged after a step, so that a resumed run logs each step once.
+
+        Lines that are no rows are moved to a file of their own, FILE.damaged.
+        """
         has_heldout = self.has_heldout(stage, step)
 
         def keep(row: dict[str, Any]) -> bool:
@@ -85,16 +126,22 @@ class RunLog:
             # Held-out rows are scored after the checkpoint. If that was interrupted, they are removed and scored again.
             return row["step"] < step or (row["step"] == step and (has_heldout or row.get("event") != "heldout"))
 
-        for name in ("metrics.jsonl", "rollouts.jsonl"):
+        for name in ROWS:
             path = self.folder / name
             if path.exists():
                 with atomic_write(path) as file:
-                    file.writelines(json.dumps(row) + "\n" for row in read_json_lines(path) if keep(row))
+                    rows = read_json_lines(path, partial(self._set_aside, path))
+                    file.writelines(json.dumps(row) + "\n" for row in rows if keep(row))
+
+    def _set_aside(self, path: Path, number: int, line: bytes) -> None:
+        with open(f"{path}.damaged", "ab") as file:
+            file.write(line)
+        self.say(f"{path}, line {number}: not a row; moved to {path.name}.damaged")
 
     def has_heldout(self, stage: str, step: int) -> bool:
         """Returns whether metrics.jsonl has the held-out means of a step."""
         wanted = ("heldout", stage, step)
-        rows = read_json_lines(self.folder / "metrics.jsonl")
+        rows = read_json_lines(self.folder / "metrics.jsonl", lambda number, line: None)
         return any((row.get("event"), row["stage"], row["step"]) == wanted for row in rows)
 
     def metrics(self, stage: str, step: int, values: dict[str, Any]) -> None:

@@ -106,6 +106,7 @@ class Stage:
     def save(self) -> None:
         """Writes the checkpoint of the last finished step, unless it exists."""
         if self.finished > 0 and self.finished != self.checkpoints.latest:
+            self.run.log.sync()
             self.checkpoints.save(self.finished, self.state, self.position.to_json())
         self._saved_at = time.monotonic()
 

@@ -166,7 +166,7 @@ def test_a_user_reward_that_fails_loses_no_step(inputs, tmp_path, monkeypatch, c
     assert [path.name for path in (tmp_path / "run" / "checkpoints" / "step_grpo").glob("[0-9]*")] == ["2"]
     file = str((tmp_path / "run").with_suffix(".yaml"))
     monkeypatch.setenv("R1VL_CALLS", "2")
-    assert main(["--config", file, "--resume"]) == 2
+    assert main(["--config", file, "--resume"]) == 3
     assert "failing_reward:mine" in capsys.readouterr().err.splitlines()[-1]
     monkeypatch.setenv("R1VL_FIXED", "1")
     train(config, resume=True)

@@ -17,3 +17,10 @@ class RowError(ValueError):
 
 class RewardError(ValueError):
     """A user's reward function cannot be loaded, raised an error, or did not return one finite number per row."""
+
+
+class WorkerError(RuntimeError):
+    """A process that reads rows or scores answers cannot be started, or ended."""
+
+
+EXPECTED = (ConfigError, CheckpointError, RowError, RewardError, WorkerError, OSError)  # what commands print in one line

@@ -13,7 +13,7 @@ import signal
 import sys
 
 from r1vl_jax import config as configs
-from r1vl_jax.errors import CheckpointError, ConfigError, RewardError, RowError
+from r1vl_jax.errors import EXPECTED
 from r1vl_jax.training.run import train
 
 UNUSABLE, FAILED = 2, 3  # exit codes
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments, overrides = _parser().parse_known_args(argv)
     try:
         train(configs.load(arguments.config, overrides), resume=arguments.resume, overwrite=arguments.overwrite)
-    except (ConfigError, CheckpointError, RowError, RewardError, OSError) as error:
+    except EXPECTED as error:
         notes = getattr(error, "__notes__", [])
         print("\n".join([f"error: {error}", *notes]), file=sys.stderr)
         return FAILED if notes else UNUSABLE

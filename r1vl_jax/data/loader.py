@@ -25,8 +25,9 @@ from typing import Any
 import grain
 from absl import flags
 
+from r1vl_jax.common.text import one_line
 from r1vl_jax.data.sources import Source
-from r1vl_jax.errors import RowError
+from r1vl_jax.errors import RowError, WorkerError
 from r1vl_jax.types import Example
 
 THREADS = 4  # in each process that reads rows; decoding and resizing images release Python's lock
@@ -103,8 +104,9 @@ def _check_shared_memory() -> None:
 
 
 def _end_with_parent(index: int, count: int) -> None:
-    """Makes a worker process ignore Ctrl-C and end when its parent process ends, even if the parent is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Makes a worker process end with its parent, even if that is killed, and leave signals for all to the parent."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None  # grain calls this only in worker processes
 
@@ -212,7 +214,10 @@ class Loader:
                 raise RowError(f"no usable row among the {len(self._source)} that were read; see the messages above")
             if self._closed.is_set():  # `close` waits for this thread; the batch is not needed
                 raise CancelledError
-            name, row = next(self._rows)
+            try:
+                name, row = next(self._rows)
+            except RuntimeError as error:  # grain's, for a worker process that was killed, such as for its memory
+                raise WorkerError(f"a process that reads rows ended ({one_line(error)}); see data.workers") from error
             count += 1
             if isinstance(row, RowError):
                 failures += 1

@@ -19,7 +19,7 @@ from r1vl_jax.data_check.figure import plot
 from r1vl_jax.data_check.numbers import report
 from r1vl_jax.data_check.reading import Reading, read_all
 from r1vl_jax.data_check.text import NAMED, report_text
-from r1vl_jax.errors import CheckpointError, ConfigError, RowError
+from r1vl_jax.errors import EXPECTED, RowError
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for survey in reading.surveys:
             if not survey.usable:
                 raise RowError(f"{survey.source.name}: no usable row; training would stop")
-    except (ConfigError, CheckpointError, RowError, OSError) as error:
+    except EXPECTED as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -23,6 +23,7 @@ from multiprocessing import Pipe, connection
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+from r1vl_jax.errors import WorkerError
 from r1vl_jax.rewards.rules import Rules, get_rules
 from r1vl_jax.rewards.scoring import Score, check_lengths
 
@@ -119,7 +120,7 @@ class ScorerPool:
 
         Raises:
           ValueError: the lengths differ, or no preset has this name.
-          RuntimeError: the pool is closed, or its workers cannot be started.
+          RuntimeError: the pool is closed; WorkerError: its workers cannot be started.
         """
         check_lengths(completions, solutions, key_steps)
         options = {"rules": get_rules(rules), "alpha": alpha}
@@ -251,7 +252,7 @@ class ScorerPool:
     def _start_failed(self, how: str) -> None:
         self._failed_starts += 1
         if self._failed_starts >= MAX_FAILED_STARTS:
-            raise RuntimeError(f"scorer processes do not start, the last one {how}; stderr says why")
+            raise WorkerError(f"scorer processes do not start, the last one {how}; stderr says why")
 
 
 def _exit_code(worker: _Worker) -> int:

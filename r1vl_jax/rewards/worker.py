@@ -30,7 +30,8 @@ def main(fd: int, function: str, timeout_s: float, memory_bytes: int) -> None:
       timeout_s: time limit of one answer, in seconds. The limit of processor time is 5 to 6 s longer.
       memory_bytes: limit of the address space, in bytes.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends this process
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they may reach all processes of a job
+        signal.signal(number, signal.SIG_IGN)  # the parent ends this one
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it logs the whole text at every timeout
     module, _, name = function.partition(":")
     score = getattr(importlib.import_module(module), name)

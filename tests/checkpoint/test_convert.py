@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from r1vl_jax import convert
 from r1vl_jax.checkpoint import folder as folders
+from r1vl_jax.checkpoint.folder import SUMS
 from r1vl_jax.checkpoint.hf import INDEX, WEIGHTS, load_hf, save_hf
 from r1vl_jax.checkpoint.state import StageCheckpoints
 from r1vl_jax.checkpoint.store import find_model, load_model, load_params, save_params
@@ -425,6 +426,7 @@ def test_damaged_folder(folder, damage, said, tmp_path, capsys):
     bad = tmp_path / "bad"
     save_hf(params, cfg, bad, source=folder, max_shard_bytes=sum(p.nbytes for p in jax.tree.leaves(params)) / 2.5)
     assert len(list(bad.glob("*.safetensors"))) == 3
+    (bad / SUMS).unlink()  # a folder from elsewhere has none
     damage(bad)
     assert convert.main(["from-hf", str(bad), str(tmp_path / "out")]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
@@ -442,6 +444,7 @@ def test_text_config_of_null_is_none(folder, tmp_path):
 def test_damaged_orbax(folder, tmp_path):
     params, cfg, _ = load_model(folder)
     save_params(tmp_path / "orbax", params, folder)
+    (tmp_path / "orbax" / SUMS).unlink()
     (tmp_path / "orbax" / "hf" / "config.json").write_text(json.dumps(tiny.config_dict(tied=True, heads=2)))
     with pytest.raises(CheckpointError, match=r"unknown: \['text'\]\['head'\]; misshaped: \['text'\]\['embed'\] is"):
         load_model(tmp_path / "orbax")
@@ -484,7 +487,7 @@ def test_destination(folder, tmp_path):
         convert.convert("to-hf", folder, empty)
     (empty / "left from before").write_text("")
     convert.convert("from-hf", folder, empty, overwrite=True)
-    assert sorted(path.name for path in empty.iterdir()) == ["hf", "params"]
+    assert sorted(path.name for path in empty.iterdir()) == ["hf", "params", SUMS]
     with pytest.raises(CheckpointError, match="holds no checkpoint, so it is not overwritten"):
         convert.convert("to-hf", folder, used, overwrite=True)
     assert (used / "thesis.txt").read_text() == "years of work"

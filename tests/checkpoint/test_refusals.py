@@ -13,6 +13,7 @@ from helpers.tiny_jax import random_params, tiny_config
 from safetensors.numpy import load_file, save_file
 
 from r1vl_jax import convert
+from r1vl_jax.checkpoint.folder import SUMS
 from r1vl_jax.checkpoint.hf import WEIGHTS, save_hf
 from r1vl_jax.checkpoint.store import find_model, load_model
 from r1vl_jax.errors import CheckpointError
@@ -58,7 +59,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def copy(folder, tmp_path):
-    return shutil.copytree(folder, tmp_path / "copy")
+    """Without sums, as a folder from elsewhere."""
+    return shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns(SUMS))
 
 
 def refused(capsys, folder, *said, command="from-hf"):
@@ -352,7 +354,7 @@ def test_stale_files_are_not_copied(copy, tmp_path, capsys):
     assert convert.main(["to-hf", str(copy), str(tmp_path / "hf")]) == 0
     assert "adapter_config.json is not read" in capsys.readouterr().err
     assert convert.main(["from-hf", str(copy), str(tmp_path / "orbax")]) == 0
-    for out, more in ((tmp_path / "hf", {WEIGHTS}), (tmp_path / "orbax" / "hf", set())):
+    for out, more in ((tmp_path / "hf", {WEIGHTS, SUMS}), (tmp_path / "orbax" / "hf", set())):
         assert {path.name for path in out.iterdir()} == {"config.json", *KEPT} | more
     leaves = [jax.tree.leaves(load_model(place)[0]) for place in (copy, tmp_path / "hf", tmp_path / "orbax")]
     for other in leaves[1:]:

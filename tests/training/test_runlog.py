@@ -34,7 +34,7 @@ def test_a_half_written_last_row_is_left_out(tmp_path, tail):
 
 def test_any_other_broken_row_is_an_error(tmp_path):
     write(tmp_path / "metrics.jsonl", ROWS[:1], "{half\n" + json.dumps(ROWS[1]) + "\n")
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not a row"):
         read_metrics(tmp_path)
 
 
@@ -62,7 +62,7 @@ def test_a_log_is_replaced_whole_or_not_at_all(log, monkeypatch):
     write(path, ROWS)
     before, seen = path.read_bytes(), []
 
-    def rows(path):
+    def rows(path, on_damage):
         for row in ROWS if path.name == "rollouts.jsonl" else ():
             if seen and row["step"] == 3:
                 raise OSError("disk full")

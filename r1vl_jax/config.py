@@ -14,6 +14,7 @@ from typing import Any
 from r1vl_jax.common import config_tree
 from r1vl_jax.common.config_tree import at_least, divides, field, one_of, require
 from r1vl_jax.config_stages import RLSection, SFTSection
+from r1vl_jax.errors import ConfigError
 from r1vl_jax.parallel.devices import PRECISIONS
 
 REMAT = ("none", "matmuls", "full")
@@ -113,7 +114,7 @@ class DataSection:
 
 @dataclasses.dataclass(frozen=True)
 class ShapesSection:
-    dir: str | None = field(None, "make the built-in task and a tiny model here; used where no path is set")
+    dir: str | None = field(None, "make the built-in task and a tiny model in a folder here; used where no path is set")
     seed: int = field(0, "seed of pictures, questions and initial weights")
     sft_rows: int = field(6000, "warm-up rows")
     rl_rows: int = field(1800, "StepGRPO rows")
@@ -210,12 +211,25 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config_tree.build(Config, tree)
 
 
+def shapes_folder(shapes: ShapesSection, answer_format: str) -> Path:
+    """Returns the folder of the built-in task and its model: one in shapes.dir for each setting.
+
+    So a run never changes the task of another one that has the same shapes.dir.
+    """
+    rows = f"{shapes.sft_rows}-{shapes.rl_rows}-{shapes.heldout_rows}"
+    name = f"seed{shapes.seed}-rows{rows}-careless{shapes.careless_share:g}-{answer_format}"
+    return Path(shapes.dir or "") / name
+
+
 def _default_to_shapes(tree: dict[str, Any]) -> None:
     """Where shapes.dir is set, model and data default to the task and the tiny model that are made there."""
-    shapes = tree.get("shapes")
+    shapes, answer_format = tree.get("shapes"), config_tree.get(tree, "rl.answer_format", RLSection.answer_format)
     if not isinstance(shapes, dict) or not isinstance(shapes.get("dir"), str):
         return
-    folder = Path(shapes["dir"])
+    try:
+        folder = shapes_folder(config_tree.build(ShapesSection, shapes), answer_format)
+    except ConfigError:
+        return  # the error is raised again, with the whole name of the key, when the configuration is built
     if not config_tree.get(tree, "model.path"):
         config_tree.put(tree, "model.path", str(folder / "model"))
     for split in ("sft", "rl", "heldout"):

@@ -23,4 +23,5 @@ class WorkerError(RuntimeError):
     """A process that reads rows or scores answers cannot be started, or ended."""
 
 
-EXPECTED = (ConfigError, CheckpointError, RowError, RewardError, WorkerError, OSError)  # what commands print in one line
+# What commands print in one line.
+EXPECTED = (ConfigError, CheckpointError, RowError, RewardError, WorkerError, OSError)

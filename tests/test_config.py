@@ -64,7 +64,7 @@ def test_unknown_keys_name_the_nearest(read, key, near):
 
 
 def test_an_unknown_key_like_nothing_lists_what_is_known(read):
-    with pytest.raises(ConfigError, match="checkpoint.zzz is not a known key; known: every, keep"):
+    with pytest.raises(ConfigError, match="checkpoint.zzz is not a known key; known: every, minutes, keep"):
         read("", "--checkpoint.zzz", "1")
 
 
@@ -236,8 +236,11 @@ def test_paths_default_to_the_shapes_folder(read):
     """The built-in task fills what is not set; what is set stays."""
     empty = ["--model.path", "''", "--data.sft.path", "''", "--data.rl.path", "mine.json"]
     config = read("", "--shapes.dir", "made", *empty)
-    assert (config.model.path, config.data.sft.path) == ("made/model", "made/task/sft.json")
-    assert (config.data.rl.path, config.data.heldout.path) == ("mine.json", "made/task/heldout.json")
+    folder = "made/seed0-rows6000-1800-200-careless0.6-r1vl"
+    assert (config.model.path, config.data.sft.path) == (f"{folder}/model", f"{folder}/task/sft.json")
+    assert (config.data.rl.path, config.data.heldout.path) == ("mine.json", f"{folder}/task/heldout.json")
+    other = read("", "--shapes.dir", "made", *empty, "--shapes.rl_rows", "5", "--rl.answer_format", "boxed")
+    assert other.model.path == "made/seed0-rows6000-5-200-careless0.6-boxed/model"
 
 
 def test_a_data_set_on_the_command_line_replaces_the_other_kind(tmp_path):

@@ -19,7 +19,7 @@ from r1vl_jax.data_check.figure import plot
 from r1vl_jax.data_check.numbers import report
 from r1vl_jax.data_check.reading import Reading, read_all
 from r1vl_jax.data_check.text import NAMED, report_text
-from r1vl_jax.errors import EXPECTED, RowError
+from r1vl_jax.errors import EXPECTED, ConfigError, RowError
 
 
 def _parser() -> argparse.ArgumentParser:

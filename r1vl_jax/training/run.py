@@ -25,11 +25,11 @@ from r1vl_jax.training.context import Run
 from r1vl_jax.training.judging import RewardSpec
 from r1vl_jax.training.programs import Compilations, enable_compilation_cache
 from r1vl_jax.training.run_folder import RunLog
-from r1vl_jax.training.sft import sft
+from r1vl_jax.training.sft import plan_sft, sft
 from r1vl_jax.training.signals import Signals
-from r1vl_jax.training.step_grpo import step_grpo, warm_up_folder
+from r1vl_jax.training.step_grpo import plan_step_grpo, step_grpo, warm_up_folder
 
-STAGES = {"sft": sft, "step_grpo": step_grpo}
+STAGES = {"sft": (plan_sft, sft), "step_grpo": (plan_step_grpo, step_grpo)}
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False, pool: ScorerPool | None = None) -> Path:
@@ -71,10 +71,14 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, pool
 
 
 def _run_stages(run: Run, resume: bool) -> Path:
-    """Runs the stages in order and exports the model after each. Returns the folder of the last one."""
+    """Runs the stages in order and exports the model after each. Returns the folder of the last one.
+
+    The rows of all stages are opened first, so that a fault in the last one's shows before hours are spent.
+    """
     params, export, files = None, run.log.folder / "export", run.model.files
-    for name in run.config.stages:
-        params = STAGES[name](run, params, resume)
+    plans = {name: STAGES[name][0](run) for name in run.config.stages}
+    for name, plan in plans.items():
+        params = STAGES[name][1](run, plan, params, resume)
         folder = export if name == run.config.stages[-1] else warm_up_folder(run)
         save_hf(params, load_config(files), folder, source=files, dtype=run.config.model.dtype, overwrite=True)
     return export

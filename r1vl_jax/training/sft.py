@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from r1vl_jax.data.batching import in_micro_batches, size_of
+from r1vl_jax.data.buckets import Buckets
+from r1vl_jax.data.sources import Source
 from r1vl_jax.training.context import Run
 from r1vl_jax.training.heldout import heldout
 from r1vl_jax.training.micro_batches import SFTUpdate, sft_update
 from r1vl_jax.training.run_folder import Phases
 from r1vl_jax.training.stage import Stage
+from r1vl_jax.types import Example
 
 
-def sft(run: Run, params: Any, resume: bool) -> Any:
-    """Trains on question and answer rows. Returns the fp32 parameters.
+class SFTPlan(NamedTuple):
+    """The rows of the stage, how they are encoded, and the shapes to which batches are padded."""
 
-    Args:
-      params: the parameters to start from; None: those of the run's checkpoint.
-      resume: continue from the stage's newest checkpoint, if there is one.
-    """
+    source: Source
+    encode: Callable[[Example], Any]
+    buckets: Buckets
+
+
+def plan_sft(run: Run) -> SFTPlan:
+    """Opens the rows of the stage, and plans its shapes from the first of them. Raises RowError."""
     config, data = run.config.sft, run.config.data
     source = run.source(data.sft)
-    steps = config.steps or max(1, math.ceil(config.epochs * len(source) / config.batch_size))
-    micro_batches = config.batch_size // config.micro_batch_size
-    stage = Stage(run, "sft", steps, params, resume, micro_batches=micro_batches)
-    if stage.is_untrained:
-        heldout(run, stage, step=0)
     encode = partial(
         run.model.processor.for_stage(config, data).encode_pair,
         max_tokens=data.max_prompt_tokens,
@@ -36,6 +38,24 @@ def sft(run: Run, params: Any, resume: bool) -> Any:
     sizes = run.first_sizes(source, encode, lambda pair: size_of(*pair))
     buckets = run.plan(in_micro_batches(sizes, config.batch_size, config.micro_batch_size), count=data.buckets)
     run.log.say(f"sft: rows are padded to {buckets}")
+    return SFTPlan(source, encode, buckets)
+
+
+def sft(run: Run, plan: SFTPlan, params: Any, resume: bool) -> Any:
+    """Trains on question and answer rows. Returns the fp32 parameters.
+
+    Args:
+      plan: from `plan_sft`.
+      params: the parameters to start from; None: those of the run's checkpoint.
+      resume: continue from the stage's newest checkpoint, if there is one.
+    """
+    config = run.config.sft
+    source, encode, buckets = plan
+    steps = config.steps or max(1, math.ceil(config.epochs * len(source) / config.batch_size))
+    micro_batches = config.batch_size // config.micro_batch_size
+    stage = Stage(run, "sft", steps, params, resume, micro_batches=micro_batches)
+    if stage.is_untrained:
+        heldout(run, stage, step=0)
 
     def make(rows: list[Any]) -> SFTUpdate:
         return sft_update([pair for _, pair in rows], config.micro_batch_size, buckets, run.put)

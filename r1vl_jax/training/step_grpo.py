@@ -10,9 +10,10 @@ update       policy gradient with a KL to the reference, in micro-batches     st
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -43,7 +44,7 @@ from r1vl_jax.training.micro_batches import (
 )
 from r1vl_jax.training.run_folder import Phases
 from r1vl_jax.training.stage import Stage
-from r1vl_jax.types import Prompts, Sampling, TrainBatch
+from r1vl_jax.types import EncodedPrompt, Example, Prompts, Sampling, TrainBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,24 +153,46 @@ class StepGRPO:
         return batched_logprobs(program, params, self.batching, questions, tokens_BGT, mask_BGT)
 
 
-def step_grpo(run: Run, params: Any, resume: bool) -> Any:
+class StepGRPOPlan(NamedTuple):
+    """The questions of the stage, how they are encoded, and the shapes of prompts in rollouts and in micro-batches."""
+
+    source: Source
+    encode: Callable[[Example], EncodedPrompt]
+    rollout_buckets: Buckets
+    buckets: Buckets
+
+
+def plan_step_grpo(run: Run) -> StepGRPOPlan:
+    """Opens the questions of the stage, and plans its shapes from the first of them. Raises RowError."""
+    config, data = run.config.rl, run.config.data
+    source = run.source(data.rl)
+    encode = partial(run.model.processor.for_stage(config, data).encode_prompt, max_tokens=data.max_prompt_tokens)
+    sizes = run.first_sizes(source, encode, size_of)
+    rollout_buckets, buckets = (
+        run.plan(in_micro_batches(sizes, config.questions_per_step, count), count=data.buckets)
+        for count in (config.questions_per_step, config.micro_batch_size)
+    )
+    run.log.say(f"step_grpo: prompts are padded to {buckets}")
+    return StepGRPOPlan(source, encode, rollout_buckets, buckets)
+
+
+def step_grpo(run: Run, plan: StepGRPOPlan, params: Any, resume: bool) -> Any:
     """Trains the policy with StepGRPO. Returns the fp32 parameters.
 
     Args:
+      plan: from `plan_step_grpo`.
       params: the parameters to start from; None: those of the run's checkpoint.
       resume: continue from the stage's newest checkpoint, if there is one.
     """
-    config, data = run.config.rl, run.config.data
-    source = run.source(data.rl)
+    config = run.config.rl
+    source, encode, rollout_buckets, buckets = plan
     stage = Stage(
         run, "step_grpo", config.steps, params, resume,
         micro_batches=config.questions_per_step // config.micro_batch_size, updates=config.updates_per_rollout,
     )  # fmt: skip
     start = warm_up_folder(run) if "sft" in run.config.stages else run.model.folder
     reference = run.model.load_weights(run.config.model.dtype, start)
-    encode = partial(run.model.processor.for_stage(config, data).encode_prompt, max_tokens=data.max_prompt_tokens)
-    rollout_buckets, buckets = plan_buckets(run, source, encode)
-    unit = answer_unit(config.max_new_tokens, data.pad_multiple)
+    unit = answer_unit(config.max_new_tokens, run.config.data.pad_multiple)
     grpo = StepGRPO(run, stage, reference, Batching(config.micro_batch_size, buckets, unit, run.put))
     if stage.is_untrained:
         heldout(run, stage, step=0)
@@ -185,18 +208,6 @@ def step_grpo(run: Run, params: Any, resume: bool) -> Any:
             grpo.step(loader, step)
     heldout(run, stage, step=config.steps)
     return stage.finish().params
-
-
-def plan_buckets(run: Run, source: Source, encode: Any) -> tuple[Buckets, Buckets]:
-    """Returns the shapes of a rollout's prompts and of a micro-batch's prompts."""
-    config = run.config.rl
-    sizes = run.first_sizes(source, encode, size_of)
-    rollout_buckets, buckets = (
-        run.plan(in_micro_batches(sizes, config.questions_per_step, count), count=run.config.data.buckets)
-        for count in (config.questions_per_step, config.micro_batch_size)
-    )
-    run.log.say(f"step_grpo: prompts are padded to {buckets}")
-    return rollout_buckets, buckets
 
 
 def warm_up_folder(run: Run) -> Path:

@@ -56,7 +56,8 @@ def main() -> int:
     moments = ", ".join(f"{count} {name}" for name, count in kills.most_common())
     minutes = (time.monotonic() - started) / 60
     print(
-        f"{runs - different} of {runs} runs bit-identical after {sum(kills.values())} kills ({moments}), {minutes:.0f} min"
+        f"{runs - different} of {runs} runs bit-identical after {sum(kills.values())} kills "
+        f"({moments}), {minutes:.0f} min"
     )
     if not args.folder:
         shutil.rmtree(folder)

@@ -60,7 +60,7 @@ MOMENTS: dict[str, tuple[Callable[[random.Random], Moment], float]] = {
 
 @dataclasses.dataclass
 class Proof:
-    """The result of killing a run: how often it was killed at which moments, and how it differs from the straight run."""
+    """The result: how often a run was killed at which moments, and how it differs from the straight run."""
 
     kills: dict[str, int] = dataclasses.field(default_factory=dict)
     starts: int = 0

@@ -69,6 +69,7 @@ def choice_letter(text: str) -> str | None:
 
 DECISIONS = {
     **dict(yes=True, no=False, true=True, false=False),
+    **dict.fromkeys(["是的", "对的"], True),
     **{"是": True, "否": False, "对": True, "错": False, "正确": True, "错误": False, "不是": False, "不对": False},
 }
 _PRONOUNS = "it|they|he|she|there|this|that|these|those|we|you|i|not|because|since"

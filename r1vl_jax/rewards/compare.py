@@ -94,10 +94,11 @@ def _by_yes_no(a: str, g: str) -> Verdict | None:
 
 
 def _by_value(a: str, g: str) -> Verdict | None:
-    gold = parse(g)
+    gold, answer = parse(g), parse(a)
+    if not gold and answer and isinstance(answer[0], Named):  # "The colour is blue" for "blue"
+        gold = (Text(text_key(g)),)
     if not gold:
         return None
-    answer = parse(a)
     if not answer:
         return Verdict(False, "value: the answer is not read whole")
     reason = _difference(answer, gold)
@@ -123,7 +124,8 @@ _NOT_EQUAL = "not equal"
 def _unequal(a: Value, g: Value) -> str:
     if isinstance(a, Named) or isinstance(g, Named):
         mine, others = _names(a), _names(g)
-        if mine and others and not _names_agree(mine, others):
+        coordinates = (_is_point(a) and isinstance(g, Sequence)) or (_is_point(g) and isinstance(a, Sequence))
+        if mine and others and not coordinates and not _names_agree(mine, others):
             return "another name"
         return _difference(a.value if isinstance(a, Named) else (a,), g.value if isinstance(g, Named) else (g,))
     if isinstance(a, Sequence) and isinstance(g, Sequence):
@@ -147,6 +149,12 @@ def _unequal(a: Value, g: Value) -> str:
     if isinstance(a, Sequence | Quantity) and isinstance(g, Sequence | Quantity):
         return "another number of items"
     return _OTHER_KIND
+
+
+def _is_point(value: Value) -> bool:
+    """Returns whether a value is a point with a name: A(3, 4)."""
+    point = value.value[0] if isinstance(value, Named) else None
+    return isinstance(point, Sequence) and bool(point.bracket)
 
 
 def _names(value: Value) -> list[frozenset[str]]:

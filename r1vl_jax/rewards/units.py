@@ -56,12 +56,12 @@ _IDLE_WORDS = "long wide tall high deep old away apart left total each altogethe
 _IDLE = frozenset(_IDLE_WORDS.split())
 # Words that no name of what is counted has: they compute ("3 less than"), count ("5 tens") or date ("5 May").
 _OTHER_WORDS = (
-    "times more less fewer than minus plus or and not of over divided by to from out per percent if when is are was "
+    "more less fewer than minus plus or and not of over divided by to from out per percent if when is are was "
     "no factorial mod half halves third thirds quarter quarters but at in on squared cubed root square cubic as with "
     "for the a an it sqrt sin cos tan log ln pi negative only except without either neither nor both maybe below "
     "above under zero tens hundred hundreds thousand thousands million millions billion billions trillion dozen dozens "
-    "tenths hundredths thousandths am pm bc ad bce ce st nd rd th january february march april may june july august "
-    "september october november december"
+    "tenths hundredths thousandths am pm bc ad bce ce st nd rd th repeating recurring january february march "
+    "april may june july august september october november december"
 )
 _NO_NAMES = frozenset(_OTHER_WORDS.split())
 _TOKEN = re.compile(
@@ -69,18 +69,27 @@ _TOKEN = re.compile(
     r"|平方|立方|[^\W\d_]+|[^\s\w]",
     re.IGNORECASE,
 )
+_PLACE = re.compile(r"(.+?) ((?:in|on|at) (?:the|this|each|every|his|her|their) [^\W\d_]+(?: [^\W\d_]+){0,2})")
+_FRACTION = re.compile(r"frac\(([^()]+)\)\((.+)\)")
+_CHINESE_SENTENCE = re.compile("[不是错对非没无或和与]")
 _NAME = re.compile(r"[^\W\d_\u0370-\u03ff]+(?:[ -][^\W\d_\u0370-\u03ff]+){0,2}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """A unit or name: `dimensions` are sorted (base, power) pairs, `size` is one unit in these bases."""
+    """A unit or name: `dimensions` are sorted (base, power) pairs, `size` is one unit in these bases.
+
+    `place` says where the counted things are: "3 cups on the table".
+    """
 
     dimensions: tuple[tuple[str, int], ...]
     size: Fraction
+    place: str = ""
 
     def agrees(self, other: Unit) -> bool:
-        """Returns whether both measure the same kind of thing."""
+        """Returns whether both measure the same kind of thing. A place may be missing."""
+        if self.place and other.place and self.place != other.place:
+            return False
         if self.dimensions == other.dimensions:
             return True
         mine, others = self.dimensions, other.dimensions
@@ -91,7 +100,7 @@ class Unit:
 @functools.lru_cache(maxsize=4096)
 def parse_unit(text: str) -> Unit | None:
     """Returns the unit that the whole text spells ("cm^2", "square metres", "km per hour"); None if it spells none."""
-    text = _without_brackets(text)
+    text = _FRACTION.sub(r"\1/\2", _without_brackets(text))
     powers: dict[str, int] = {}
     size = Fraction(1)
     power, sign = 1, 1  # of the next unit
@@ -125,14 +134,16 @@ def parse_unit(text: str) -> Unit | None:
 
 def name_unit(text: str) -> Unit | None:
     """Returns the unit of a counted thing ("apples", "red cubes"); None if the text is no such name."""
-    words = [word for word in text.lower().split() if word not in _IDLE]
+    match = _PLACE.fullmatch(text.lower())
+    name, place = match.groups() if match else (text.lower(), "")
+    words = [word for word in name.split() if word not in _IDLE] or name.split()
     plain = " ".join(words)
     if not _NAME.fullmatch(plain) or not _NO_NAMES.isdisjoint(re.split("[ -]", plain)):
         return None
-    if any(len(word) < 2 and word < "\u2e80" for word in words):  # one letter is a variable, one ideograph a word
+    if any((len(word) < 2 and word < "\u2e80") or _CHINESE_SENTENCE.search(word) for word in words):
         return None
     singular = " ".join(re.sub(r"(?<=..[^s])s$", "", word) for word in words)
-    return Unit(((singular, 1),), Fraction(1))
+    return Unit(((singular, 1),), Fraction(1), place)
 
 
 def _known(word: str) -> tuple[str, Fraction, int] | None:

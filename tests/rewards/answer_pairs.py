@@ -387,6 +387,46 @@ RIGHT = {
         \sqrt{2} | √2 ≈ 1.41
         B = 5 - A | A + B = 5
     """,
+    "repeating decimals": r"""
+        0.\overline{3} | 1/3 | \frac13 | 0.\bar{3} | 0.\dot{3}
+        0.1\overline{6} | 1/6
+        -2.\overline{3} | -7/3
+    """,
+    "matrices and sets": r"""
+        \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | [[1, 2], [3, 4]] | \begin{bmatrix}1&2\\3&4\end{bmatrix}
+        \begin{pmatrix} 1 & 2 & 3 \end{pmatrix} | (1, 2, 3)
+        \{1,3\} \cup \{2,4\} | \{1,2,3,4\}
+        \{x|x>2\} | x > 2 | (2, ∞)
+        \emptyset | {} | the empty set
+        (-\infty, \infty) | \mathbb{R}
+        |x| < 2 | -2 < x < 2 | (-2, 2)
+        52_8 | 52_{8}
+    """,
+    "names": r"""
+        A(1, 2) | (1, 2) | A = (1, 2) | point A is (1, 2) | The coordinates of A are (1, 2)
+        A(1, 2), B(3, 4) | B(3, 4), A(1, 2)
+        △ABC ∼ △DEF | \triangle ABC \sim \triangle DEF | △ABC ~ △DEF
+        blue | The color is blue.
+        Paris | The capital of France is Paris.
+        True | The statement is true.
+        third floor | 3rd floor
+        ice cream | Ice-cream
+    """,
+    "what surrounds a number": r"""
+        10 | There are 10 objects in the image. | 10 students in the class | 10 left | exactly 10 | a total of 10
+        10 | ✅ 10 | 10 ✓ | I got 10. | x must be 10 | 2 apples + 8 apples = 10 apples
+        10 | 10, obtained by adding 2 and 8 | 10 (approximately)
+        12 houses on the left | 12 houses | 12
+        2008 | In 2008 | the year 2008
+        4 | 4 times
+        9.8 m/s^2 | 9.8 \frac{m}{s^2}
+    """,
+    "Chinese": r"""
+        6 | 共6个 | 面积为6 | x等于6 | x的值是6 | 综上所述，答案是 6。
+        30° | ∠A为30° | ∠A的度数为30°
+        B | 【答案】B | B，因为角相等 | B 项正确
+        是 | 是的
+    """,
 }
 WRONG = {
     "parts": r"""
@@ -682,5 +722,38 @@ WRONG = {
         12:30 | 12.5
         \sqrt{2} | √2 ≈ 3
         101 | 100 ≈ 101
+    """,
+    "repeating decimals": r"""
+        0.\overline{3} | 0.3
+        0.\overline{12} | 0.12 | 0.1\overline{2}
+        0.3 repeating | 0.3
+    """,
+    "matrices and sets": r"""
+        \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{pmatrix} 1 & 2 & 3 & 4 \end{pmatrix} | (1, 2, 3, 4)
+        \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | [[2, 1], [3, 4]] | [[3, 4], [1, 2]]
+        \{1,3\} \cup \{2,4\} | \{1,2,3\}
+        (0,1) \cup (2,3) | \{0,1,2,3\}
+        \emptyset | {0} | 0
+        |x| < 2 | x < 2 | |x| ≤ 2
+        52_8 | 52_9 | 528
+    """,
+    "names": r"""
+        A(1, 2) | B(1, 2) | A'(1, 2)
+        △ABC ≅ △DEF | △ABC ∼ △DEF
+        x' | x
+        blue | The color is not blue | The color is blue or red
+        True | The statement is false.
+        third floor | 3 floors
+    """,
+    "what surrounds a number": r"""
+        12 houses on the left | 12 houses on the right
+        10 | 10 objects not in the image | There are 10 objects in the image, or 11. | 2 apples + 8 apples | in 10 or 11
+        3 left | 3 right
+        4 times | 5 times
+    """,
+    "Chinese": r"""
+        6 | 面积不为6 | x不等于6 | 6不对 | 6或7 | x=6是错误的
+        ∠A为30° | ∠B为30°
+        B | B项错误 | 不是B
     """,
 }

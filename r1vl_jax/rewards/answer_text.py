@@ -50,6 +50,7 @@ _EMPHASIS = re.compile(r"(?<![\w*\\)])(\*{1,3}|__?|`{1,3})(?=\S)([^\n]{1,200}?)(
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACE = re.compile(r"[{}]")
 _JOINED = re.compile(r"(?:[\s$,;&]|\\(?:text|mathrm|quad)\b|[{}]|\b(?:and|or)\b|\\[()\[\]])*")
+_DENIED_BOX = re.compile(r"(?:\bnot|n't|不是)\W*;|;\W*(?:is|are|was)(?:n't| (?:not|wrong|incorrect|false))\b", re.I)
 _PROSE = re.compile(r"[^\W\d_]{2,}\W+[^\W\d_]{2,}")
 
 # What may come before an answer. A text that is denied ("I do not think the answer is ...") is not peeled.
@@ -57,14 +58,15 @@ _NEGATION = re.compile(r"\b(?:not|never|no|nor|neither|cannot|wrong|incorrect|fa
 _LEADS = [
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
-        r"#+\s*|[:=→⇒∴•,;≈*`]+\s*",
-        r".*[,.;]\s+(?:so|thus|hence|therefore)\b,?\s+(?=.*\d)",
+        r"#+\s*|[-=]>\s*|[:=→⇒∴•,;≈*`]+\s*",
+        r".*[,.;]\s+(?:so|thus|hence|therefore|we (?:get|have|find|obtain))\b,?\s+(?=.*\d)",
         r"(?:so|thus|hence|therefore|then|finally|in conclusion|(?:we|i) (?:get|got|have|find|found|obtain|conclude|"
         r"see)|that is|i think|i believe|it follows|(?:i )?(?:would )?(?:choose|pick|select))\b"
         r"[\s,:]*(?:that\b)?\s*(?=\S)",
-        r"(?:(?:a total of|exactly|precisely|only|just|(?:in|on|at)(?: the year)?|the year)\s+|总?共计?有?)(?=\d)",
+        r"(?:(?:a total of|exactly|precisely|only|just|(?:in |on |at )?the year)\s+|总?共计?有?)(?=\d)",
+        r"(?:in|on|at)\s+(?=\d|(?-i:[A-Z][a-z]))|(?:it|they)\s+(?=(?:can|cannot|does|do|will)\b)|是(?!的)(?=[^\W\d_]{2})",
         r"[^\d=<>|]{0,120}?\b(?:answer|ans|result|solution)s?(?: set)?\b(?: (?:to|of|for) [^\d=:]{1,60}?)?[\s*]*"
-        r"(?:(?:is|are|would be|should be|must be|will be|equals)\b|[=:]|[-.](?=\s))\s*(?:[=:]\s*)*(?=\S)",
+        r"(?:(?:is|are|would be|should be|must be|will be|equals)\b|[=:→]|[-.](?=\s))\s*(?:[=:](?!>)\s*)*(?=\S)",
         r"(?:the )?(?:(?:final|correct|right|best) )*(?:answer|ans)s?\s*(?:is|are|:|=|\s)\s*(?=\(?\w)",
         r"(?:the )?(?:(?:correct|right|best) )*(?:one|choice|option)s?\s*(?:is|are|:|=)\s*(?=\(?\w)",
         r"(?:the )?(?:correct|right|best) (?=(?:choice|option)\b)",
@@ -129,6 +131,9 @@ _FOLDS = [
         (r"\{\s*\}|\b(?:the )?(?:empty|null) set\b", "∅"),
         (r"(?<=(?-i:[\dA-F]))_\((\d+)\)", r"_\1"),
         (r"\s*o'clock\b", ":00"),
+        (r"\bhalf an? (?=[a-z])", "1/2 "),
+        (r"(?<!\d )\ban? (?=(?:hundred|thousand|million|billion|dozen|half|quarter)\b)", "1 "),
+        (r"(?<![\w.])((?-i:[A-Z]))\.((?-i:[A-Z]))(?:\.((?-i:[A-Z])))?\.?(?!\w)", r"\1\2\3"),
         (r"~", " "),
     )
 ]
@@ -160,7 +165,8 @@ def normalise(text: str) -> str:
 def _boxed(text: str) -> str:
     """Returns what is in the boxes of a text with prose around them, if they hold one answer or a list of answers."""
     boxes = boxed_parts(text)
-    if not boxes or not _PROSE.search(text[: boxes[0][0]] + ";" + text[boxes[-1][2] + 1 :]):
+    around = text[: boxes[0][0]] + ";" + text[boxes[-1][2] + 1 :] if boxes else ""
+    if not _PROSE.search(around) or _DENIED_BOX.search(around):
         return text
     contents = [text[start:close].strip() for _, start, close in boxes]
     if len(set(contents)) == 1:
@@ -271,6 +277,9 @@ _HYPHEN = re.compile(r"(?<=[A-Za-z][a-z]{2})-(?=[A-Za-z][a-z]{2})")  # of words,
 _ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth"
 _ENDINGS = {1: "st", 2: "nd", 3: "rd"}
 _ORDINAL = {word: f"{place}{_ENDINGS.get(place, 'th')}" for place, word in enumerate(_ORDINALS.split(), 1)}
+_MONTH = "(january|february|march|april|may|june|july|august|september|october|november|december)"
+_DAY = r"(\d{1,2})(?:st|nd|rd|th)?"
+_DATE = re.compile(rf"(?:\b{_DAY}(?: of)? {_MONTH}|\b{_MONTH} (?:the )?{_DAY})\b(?:,? ?(?=\d{{4}}\b))?")
 _ORDINAL_WORD = re.compile(rf"\b(?:{'|'.join(_ORDINAL)})\b")
 
 
@@ -278,5 +287,6 @@ def text_key(text: str) -> str:
     """Returns a normalised text without case, articles, quotes, blanks around signs and final punctuation."""
     text = _HYPHEN.sub(" ", text).replace("∠", "angle ").replace("△", "triangle ").casefold()
     text = _ORDINAL_WORD.sub(lambda match: _ORDINAL[match[0]], _ARTICLE.sub("", text))
+    text = _DATE.sub(lambda match: f"{match[2] or match[3]} {match[1] or match[4]} ", text)
     text = _BLANKS.sub(r"\1", " ".join(text.replace('"', " ").split()))
     return text.rstrip(".,;:?").replace(MONEY, "$")

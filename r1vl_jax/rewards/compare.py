@@ -97,6 +97,8 @@ def _by_value(a: str, g: str) -> Verdict | None:
     gold, answer = parse(g), parse(a)
     if not gold and answer and isinstance(answer[0], Named):  # "The colour is blue" for "blue"
         gold = (Text(text_key(g)),)
+    elif not answer and gold and isinstance(gold[0], Named):
+        answer = (Text(text_key(a)),)
     if not gold:
         return None
     if not answer:

@@ -47,6 +47,9 @@ _ESCAPES = {
 _RAISED_SIGN = re.compile(r"\^\s*(?:\(\s*([°'][°']?)\s*\)|([°']))")
 _THOUSANDS = re.compile(r",\\!\s*(?=\d{3})")
 _REPEATING = re.compile(r"(\d{1,20})\.(\d{0,20})\s*\\(?:overline|bar|dot)\s*\{\s*(\d{1,20})\s*\}")
+_CASES = re.compile(  # a system of equations as an array behind one brace
+    r"\\left\s*\\\{\s*\\begin\s*\{array\}\s*\{[clr|\s]{1,20}\}([^$]{1,500}?)\\end\s*\{array\}\s*\\right\s*\."
+)
 _BARE_COMMAND = re.compile(r"(?<![A-Za-z])(?:[dtc]?(?P<frac>frac)|sqrt)\s*$")  # written without its backslash
 
 # What a group in braces may still be: of a fraction or binomial the first or second, or the only one of ^, _ and sqrt.
@@ -57,7 +60,7 @@ def plain_notation(text: str) -> str:
     """Returns `text` with its LaTeX rewritten as plain notation."""
     if "\\" not in text and "{" not in text:
         return text
-    text = _REPEATING.sub(_repeating, _THOUSANDS.sub("{,}", text))
+    text = _CASES.sub(r"\\begin{cases}\1\\end{cases}", _REPEATING.sub(_repeating, _THOUSANDS.sub("{,}", text)))
     out: list[str] = []
     closers: list[tuple[str, int]] = []  # for each open brace: what closes it, and what comes after it
     coming = _NONE

@@ -26,7 +26,10 @@ _ZEROS = re.compile(r"[1-9]\d{0,2},0\d\d(?!\d)")  # belongs to a number: no list
 _DECIMAL_COMMA = re.compile(r"-?(?:0,|\d+,(?!\d{3}(?!\d)))\d+(?:\s?[^\d,]*)")
 _SEPARATORS = re.compile(r"[(\[{]|[)\]}]|[,;&∪]|\s+U\s+(?=[(\[])|\s*\b(?:and|or)\b\s*|\s*[和或与且]\s*")
 _RELATION = re.compile(r"[(\[{]|[)\]}]|[=<>≤≥≠≈∈]")
-_VERB = "is|are|was|were|equals|will be|would be|has|have|had|costs?|takes?|needs?|weighs?|measures?|must be|should be"
+_VERB = (
+    "is|are|was|were|equals|(?:will|would|must|should) be|has|have|had|costs?|takes?|needs?|weighs?|measures?"
+    "|contains?|makes?|made|gets?|paid|spent|earned|bought|sold"
+)
 _IS = re.compile(
     rf"(?P<name>[^\W\d][^\d=<>≤≥≈≠∈,;$()]{{0,80}}?(?:\s\d{{1,2}})?)\s+(?:{_VERB})\s+(?=\S)"
     r"|(?P<topic>∠?[^\W\d_]{1,20}(?<!不))(?:等于|为|是)\s*(?=\S)"
@@ -35,7 +38,7 @@ _IS = re.compile(
 )
 _DENIED = re.compile(r"\b(?:not|never|no|nor|neither|cannot|unless|except|false|wrong)\b|n't\b|[不非没无]", re.I)
 _ATOM = r"[^\W\d_]+[\d'|]*(?:_?\([^()=]*\)|_\w+)?"
-_PHRASE = r"[^\W\d_]+(?:(?:[ ']|-(?=..))[^\W\d_]+){1,8}(?: \d{1,2})?"
+_PHRASE = r"[^\W\d_]+(?:(?:[ ']|-(?=..))[∠△]?[^\W\d_]+){1,8}(?: \d{1,2})?"
 _NAME = re.compile(
     rf"(?:m?∠\s*|[△|]\s*)?(?:{_ATOM}(?:\s*[:/]\s*{_ATOM})*|{_PHRASE})"
     rf"|∠\s*\d+|\({_ATOM}(?:, ?{_ATOM})+\)|frac\({_ATOM}\)\({_ATOM}\)"
@@ -117,7 +120,8 @@ def _both_signs(text: str) -> list[str]:
 
 def _words(text: str) -> list[Value]:
     """Reads an item of a list that consists of words."""
-    return [Text(text_key(text))] if re.fullmatch(r"[^\W\d_]{2,}(?:[ -][^\W\d_]+){0,3}", text) else []
+    key = text_key(text)
+    return [Text(key)] if re.fullmatch(r"[^\W\d_]{2,}(?:[ -][^\W\d_]+){0,3}", key) else []
 
 
 def _listing(items: list[list[Value]], joined_by_and: bool) -> list[Value]:

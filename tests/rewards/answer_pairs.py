@@ -401,6 +401,7 @@ RIGHT = {
         (-\infty, \infty) | \mathbb{R}
         |x| < 2 | -2 < x < 2 | (-2, 2)
         52_8 | 52_{8}
+        \left\{\begin{array}{l} x=2 \\ y=3 \end{array}\right. | x=2, y=3
     """,
     "names": r"""
         A(1, 2) | (1, 2) | A = (1, 2) | point A is (1, 2) | The coordinates of A are (1, 2)
@@ -410,6 +411,12 @@ RIGHT = {
         Paris | The capital of France is Paris.
         True | The statement is true.
         third floor | 3rd floor
+        May 5, 2020 | May 5th, 2020 | 5 May 2020 | 5th of May, 2020
+        Monday | On Monday
+        The shape is a cylinder. | cylinder | a cylinder
+        cannot be determined | It cannot be determined.
+        U.S. | US
+        mgh | m g h
         ice cream | Ice-cream
     """,
     "what surrounds a number": r"""
@@ -418,7 +425,15 @@ RIGHT = {
         10 | 10, obtained by adding 2 and 8 | 10 (approximately)
         12 houses on the left | 12 houses | 12
         2008 | In 2008 | the year 2008
-        4 | 4 times
+        4 | 4 times | → 4 | => 4 | She bought 4 apples. | Since 2+2=4, we get 4
+        60° | The measure of ∠ABC is 60°.
+        40°20' | 40 degrees 20 minutes
+        12 | a dozen
+        1000 | a thousand
+        30 minutes | half an hour
+        0.5 A | 500 mA | 0.5 amperes
+        3 mol | 3 moles
+        Rs. 500 | 500 | 500 rupees
         9.8 m/s^2 | 9.8 \frac{m}{s^2}
     """,
     "Chinese": r"""
@@ -426,6 +441,7 @@ RIGHT = {
         30° | ∠A为30° | ∠A的度数为30°
         B | 【答案】B | B，因为角相等 | B 项正确
         是 | 是的
+        等腰三角形 | 是等腰三角形
     """,
 }
 WRONG = {
@@ -676,6 +692,10 @@ WRONG = {
         5 May | 5
         5 PM | 5 AM
         5 | 5K | 5k | 5 dozen | 5! | |-5| | 5i | It is false that x = 5 | It isn't 5 | 5 is not the answer
+        5 | The answer is not \boxed{5} | \boxed{5} is wrong | 10 objects | 5 objects is wrong | 5 in the box is wrong
+        8:00 AM | 9:00 AM | 8:00 PM
+        U.S. | U
+        mgh | mg
         5 | x is not 5 | the answer is less than 5 | the answer is between 4 and 6 | 5 below zero | 5 tens
         5 | half of 10
         2 | log 100 | 2πr
@@ -736,6 +756,7 @@ WRONG = {
         \emptyset | {0} | 0
         |x| < 2 | x < 2 | |x| ≤ 2
         52_8 | 52_9 | 528
+        \left\{\begin{array}{l} x=2 \\ y=3 \end{array}\right. | x=3, y=2
     """,
     "names": r"""
         A(1, 2) | B(1, 2) | A'(1, 2)
@@ -744,6 +765,9 @@ WRONG = {
         blue | The color is not blue | The color is blue or red
         True | The statement is false.
         third floor | 3 floors
+        May 5, 2020 | May 6, 2020 | May 5, 2021 | June 5, 2020
+        B | (B) is wrong | B) is not correct | (B) 12 is wrong
+        parallel | The lines are not parallel.
     """,
     "what surrounds a number": r"""
         12 houses on the left | 12 houses on the right
@@ -755,5 +779,6 @@ WRONG = {
         6 | 面积不为6 | x不等于6 | 6不对 | 6或7 | x=6是错误的
         ∠A为30° | ∠B为30°
         B | B项错误 | 不是B
+        等腰三角形 | 不是等腰三角形
     """,
 }

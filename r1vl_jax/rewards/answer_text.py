@@ -59,7 +59,7 @@ _LEADS = [
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
         r"#+\s*|[-=]>\s*|[:=→⇒∴•,;≈*`]+\s*",
-        r".*[,.;]\s+(?:so|thus|hence|therefore|we (?:get|have|find|obtain))\b,?\s+(?=.*\d)",
+        r".*[,.;]\s+(?:so|thus|hence|therefore|we (?:get|have|find|obtain))\b,?\s+(?=\D{0,200}\d)",
         r"(?:so|thus|hence|therefore|then|finally|in conclusion|(?:we|i) (?:get|got|have|find|found|obtain|conclude|"
         r"see)|that is|i think|i believe|it follows|(?:i )?(?:would )?(?:choose|pick|select))\b"
         r"[\s,:]*(?:that\b)?\s*(?=\S)",

@@ -44,11 +44,13 @@ def check_answer(answer: str, gold: str) -> Verdict:
     return _compare(normalise(answer), normalise(gold))
 
 
-def _compare(a: str, g: str) -> Verdict:
+def _compare(a: str, g: str, choices: bool = True) -> Verdict:
+    """Compares normalised texts. `choices`: they may be choices; the text of an option is none itself."""
     key = text_key(a)
     if key and key == text_key(g):
         return Verdict(True, "text: equal")
-    return _by_choice(a, g) or _by_yes_no(a, g) or _by_value(a, g) or Verdict(False, "text: not equal")
+    by_choice = _by_choice(a, g) if choices else None
+    return by_choice or _by_yes_no(a, g) or _by_value(a, g) or Verdict(False, "text: not equal")
 
 
 # --- multiple choice --------------------------------------------------------------------------------------------------
@@ -63,12 +65,12 @@ def _by_choice(a: str, g: str) -> Verdict | None:
         if choice is not None and len(choice.letters) > 1 and FUSED.fullmatch(text):
             return Verdict("".join(sorted(choice.letters)) == text, f"choice: {_spelled(choice)} and {text}")
     if answer is not None and answer.text:
-        verdict = _compare(answer.text, g)
+        verdict = _compare(answer.text, g, choices=False)
         return Verdict(True, f"choice: the option's text, {verdict.reason}") if verdict.right else None
     if gold is None:
         return None
     if gold.text:
-        verdict = _compare(a, gold.text)
+        verdict = _compare(a, gold.text, choices=False)
         return Verdict(verdict.right, f"choice: the option's text, {verdict.reason}")
     return Verdict(False, f"choice: no option, expected {_spelled(gold)}")
 

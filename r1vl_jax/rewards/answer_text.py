@@ -40,6 +40,8 @@ _CHARACTERS = str.maketrans(
 )
 _RAISED = re.compile(f"⁻?[{RAISED}]+")
 _LOWERED = re.compile(f"[{LOWERED}]+")
+_BASE = re.compile(f"[{LOWERED}]+(?=\\d)")  # of a logarithm: log₂3
+_CIRCLED = re.compile(r"([①-⑩])(?=\s*[①-⑩])")
 _DIGITS = str.maketrans(RAISED + LOWERED + "⁻", "01234567890123456789-")
 _RELATION = re.compile("|".join(map(re.escape, RELATIONS)) + r"|=<")
 
@@ -128,6 +130,7 @@ _FOLDS = [
         (r"\b(?:is )?(?:exactly )?equal to\b", "="),
         (r"≅" + _NUMBER, "≈"),
         (r"(?<=(?-i:[A-Z]))\s*~\s*(?=△|(?-i:[A-Z]))", "≈"),
+        (r"//", "∥"),
         (r"\{\s*\}|\b(?:the )?(?:empty|null) set\b", "∅"),
         (r"(?<=(?-i:[\dA-F]))_\((\d+)\)", r"_\1"),
         (r"\s*o'clock\b", ":00"),
@@ -204,7 +207,9 @@ def closing_brace(text: str, start: int) -> int:
 def _unicode(text: str) -> str:
     if not text.isascii():
         text = _RAISED.sub(lambda match: "^" + match[0].translate(_DIGITS), text.translate(_CHARACTERS))
+        text = _BASE.sub(lambda match: f"_({match[0].translate(_DIGITS)})", text)
         text = _LOWERED.sub(lambda match: "_" + match[0].translate(_DIGITS), text)
+        text = _CIRCLED.sub(r"\1,", text)
         text = unicodedata.normalize("NFKC", text).translate(_CHARACTERS)[:MAX_ANSWER_CHARS]  # one sign may become 18
     return text
 

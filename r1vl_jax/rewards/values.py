@@ -40,7 +40,7 @@ _DENIED = re.compile(r"\b(?:not|never|no|nor|neither|cannot|unless|except|false|
 _ATOM = r"[^\W\d_]+[\d'|]*(?:_?\([^()=]*\)|_\w+)?"
 _PHRASE = r"[^\W\d_]+(?:(?:[ ']|-(?=..))[∠△]?[^\W\d_]+){1,8}(?: \d{1,2})?"
 _NAME = re.compile(
-    rf"(?:m?∠\s*|[△|]\s*)?(?:{_ATOM}(?:\s*[:/]\s*{_ATOM})*|{_PHRASE})"
+    rf"(?:(?:m|sin|cos|tan)?\s*∠\s*|S?△\s*|\|\s*)?(?:{_ATOM}(?:\s*[:/]\s*{_ATOM})*|{_PHRASE})"
     rf"|∠\s*\d+|\({_ATOM}(?:, ?{_ATOM})+\)|frac\({_ATOM}\)\({_ATOM}\)"
 )
 _IDLE_NAME = re.compile(
@@ -50,7 +50,7 @@ _IDLE_NAME = re.compile(
 )
 _BRACKETS = re.compile(r"([A-Z]\w?'?|matrix)?\s*([(\[{])(.*)([)\]}])", re.DOTALL)
 _NAMED_NUMBER = re.compile(r"(?<=\d)\s*([^\W\d_]+)(?![(\w])")
-_CONJUNCTION = re.compile(r"\b(?:and|or)\b")
+_CONJUNCTION = re.compile(r"\b(?:and|or)\b|[和或]")
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 
@@ -82,8 +82,9 @@ def _side(text: str, depth: int) -> list[Value]:
     if len(spread) == 1:
         return compound + _item(spread[0], depth)
     if "∪" in text and all(part[0] == "{" and part[-1] == "}" for part in spread):  # the union of sets
-        return _side("{" + ",".join(part[1:-1] for part in spread) + "}", depth + 1)
-    alternatives = re.search(r"\bor\b", text) is not None  # "red or blue" is a guess, and "2 or 3" are two solutions
+        union = dict.fromkeys(item for part in spread for item in _split(part[1:-1]) or [])
+        return _side("{" + ", ".join(union) + "}", depth + 1)
+    alternatives = re.search(r"\bor\b|或", text) is not None  # "red or blue" is a guess, and "2 or 3" are two solutions
     items = [_item(part, depth + 1) or ([] if alternatives else _words(part)) for part in spread]
     return compound + _listing(items, len(parts) == 2 and not alternatives and "∪" not in text)
 

@@ -396,6 +396,7 @@ RIGHT = {
         \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | [[1, 2], [3, 4]] | \begin{bmatrix}1&2\\3&4\end{bmatrix}
         \begin{pmatrix} 1 & 2 & 3 \end{pmatrix} | (1, 2, 3)
         \{1,3\} \cup \{2,4\} | \{1,2,3,4\}
+        {1, 2} ∪ {2} | {1, 2}
         \{x|x>2\} | x > 2 | (2, ∞)
         \emptyset | {} | the empty set
         (-\infty, \infty) | \mathbb{R}
@@ -417,6 +418,10 @@ RIGHT = {
         cannot be determined | It cannot be determined.
         U.S. | US
         mgh | m g h
+        AB ∥ CD | AB // CD
+        6 | S△ABC = 6 | tan∠ABC = 6
+        \log_2 3 | log₂3
+        3a^2b - 2ab | ab(3a-2)
         ice cream | Ice-cream
     """,
     "what surrounds a number": r"""
@@ -442,6 +447,8 @@ RIGHT = {
         B | 【答案】B | B，因为角相等 | B 项正确
         是 | 是的
         等腰三角形 | 是等腰三角形
+        ①③ | ①、③ | ① and ③
+        a ≤ -1 或 a ≥ 3 | a ≤ -1 or a ≥ 3 | (-∞, -1] ∪ [3, ∞)
     """,
 }
 WRONG = {
@@ -768,6 +775,8 @@ WRONG = {
         May 5, 2020 | May 6, 2020 | May 5, 2021 | June 5, 2020
         B | (B) is wrong | B) is not correct | (B) 12 is wrong
         parallel | The lines are not parallel.
+        S△ABC = 6 | S△ABD = 6
+        sin∠A = 0.6 | cos∠A = 0.6
     """,
     "what surrounds a number": r"""
         12 houses on the left | 12 houses on the right
@@ -780,5 +789,7 @@ WRONG = {
         ∠A为30° | ∠B为30°
         B | B项错误 | 不是B
         等腰三角形 | 不是等腰三角形
+        ①③ | ①② | ① | 13
+        a ≤ -1 或 a ≥ 3 | -1 ≤ a ≤ 3 | a ≤ -1
     """,
 }

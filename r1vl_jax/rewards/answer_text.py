@@ -30,15 +30,18 @@ _CHARACTERS = str.maketrans(
         **dict.fromkeys("“”″„«»「」『』", '"'),
         **dict.fromkeys("º˚∘", "°"),
         **dict.fromkeys("、；", ","),
-        **dict.fromkeys("～∼∽≃≅", "≈"),
+        **dict.fromkeys("～∼∽≃", "≈"),
         **dict.fromkeys("⟨〈", "("),
         **dict.fromkeys("⟩〉", ")"),
         **{"。": ".", "【": "[", "】": "]", "…": "...", "—": " - ", "⩽": "≤", "⩾": "≥"},
-        **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u00ad\x00", ""),
+        **dict.fromkeys("✅✓✔☑", " "),
+        **dict.fromkeys("\u200b\u200c\u200d\u200e\u200f\u2060\ufe0e\ufe0f\ufeff\u00ad\x00", ""),
     }
 )
 _RAISED = re.compile(f"⁻?[{RAISED}]+")
 _LOWERED = re.compile(f"[{LOWERED}]+")
+_BASE = re.compile(f"[{LOWERED}]+(?=\\d)")  # of a logarithm: log₂3
+_CIRCLED = re.compile(r"([①-⑩])(?=\s*[①-⑩])")
 _DIGITS = str.maketrans(RAISED + LOWERED + "⁻", "01234567890123456789-")
 _RELATION = re.compile("|".join(map(re.escape, RELATIONS)) + r"|=<")
 
@@ -49,6 +52,7 @@ _EMPHASIS = re.compile(r"(?<![\w*\\)])(\*{1,3}|__?|`{1,3})(?=\S)([^\n]{1,200}?)(
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACE = re.compile(r"[{}]")
 _JOINED = re.compile(r"(?:[\s$,;&]|\\(?:text|mathrm|quad)\b|[{}]|\b(?:and|or)\b|\\[()\[\]])*")
+_DENIED_BOX = re.compile(r"(?:\bnot|n't|不是)\W*;|;\W*(?:is|are|was)(?:n't| (?:not|wrong|incorrect|false))\b", re.I)
 _PROSE = re.compile(r"[^\W\d_]{2,}\W+[^\W\d_]{2,}")
 
 # What may come before an answer. A text that is denied ("I do not think the answer is ...") is not peeled.
@@ -56,18 +60,23 @@ _NEGATION = re.compile(r"\b(?:not|never|no|nor|neither|cannot|wrong|incorrect|fa
 _LEADS = [
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
-        r"#+\s*|[:=→⇒∴•,;≈*`]+\s*",
-        r".*[,.;]\s+(?:so|thus|hence|therefore)\b,?\s+(?=.*\d)",
-        r"(?:so|thus|hence|therefore|then|finally|in conclusion|we (?:get|have|find|obtain|conclude|see)|that is|"
-        r"i think|i believe|it follows|(?:i )?(?:choose|pick|select))\b[\s,:]*(?:that\b)?\s*(?=\S)",
+        r"#+\s*|[-=]>\s*|[:=→⇒∴•,;≈*`]+\s*",
+        r".*[,.;]\s+(?:so|thus|hence|therefore|we (?:get|have|find|obtain))\b,?\s+(?=\D{0,200}\d)",
+        r"(?:so|thus|hence|therefore|then|finally|in conclusion|(?:we|i) (?:get|got|have|find|found|obtain|conclude|"
+        r"see)|that is|i think|i believe|it follows|(?:i )?(?:would )?(?:choose|pick|select))\b"
+        r"[\s,:]*(?:that\b)?\s*(?=\S)",
+        r"(?:(?:a total of|exactly|precisely|only|just|(?:in |on |at )?the year)\s+|总?共计?有?)(?=\d)",
+        r"(?:in|on|at)\s+(?=\d|(?-i:[A-Z][a-z]))|(?:it|they)\s+(?=(?:can|cannot|does|do|will)\b)|是(?!的)(?=[^\W\d_]{2})",
         r"[^\d=<>|]{0,120}?\b(?:answer|ans|result|solution)s?(?: set)?\b(?: (?:to|of|for) [^\d=:]{1,60}?)?[\s*]*"
-        r"(?:(?:is|are|would be|should be|must be|will be|equals)\b|[=:]|[-.](?=\s))\s*(?:[=:]\s*)*(?=\S)",
+        r"(?:(?:is|are|would be|should be|must be|will be|equals)\b|[=:→]|[-.](?=\s))\s*(?:[=:](?!>)\s*)*(?=\S)",
         r"(?:the )?(?:(?:final|correct|right|best) )*(?:answer|ans)s?\s*(?:is|are|:|=|\s)\s*(?=\(?\w)",
         r"(?:the )?(?:(?:correct|right|best) )*(?:one|choice|option)s?\s*(?:is|are|:|=)\s*(?=\(?\w)",
         r"(?:the )?(?:correct|right|best) (?=(?:choice|option)\b)",
         r"(?:(?:it|this|that|there|these|they|here)(?:'s| (?:is|are|was|were)| (?:must|should|would|will) be)|is|are)"
         r"\b[\s:]+(?=\S)",
-        r"(?:(?:所以|因此|故|则|综上|于是)[,:]?)?(?:本题)?的?(?:正确|最终|最后)?的?(?:答案|选项|结果|答|应?选择?)"
+        r"(?:the|this) (?:statement|claim|conclusion) is\s+(?=\S)",
+        r"(?:(?:所以|因此|故|则|综上(?:所述)?|于是)[,:]?\s*)?(?:本题)?的?(?:正确|最终|最后)?的?"
+        r"\[?(?:答案|选项|结果|答|应?选择?)\]?"
         r"(?:应?该?[是为選选])?[:\s]*(?=\S)",
     )
 ]
@@ -75,19 +84,22 @@ _TRAILS = [
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
         r"\s+(?:is|are)\s+(?:(?:the|my|our)\s+)?(?:(?:final|correct|right|best)\s*)?"
-        r"(?:answers?|options?|choices?|solutions?|results?|correct|right)$|\s*选?项$",
+        r"(?:answers?|options?|choices?|solutions?|results?|correct|right)$|\s*选?项(?:正确)?$",
+        r"\s*,?\s*\(?(?:approximately|approx\.?)\)?$",
         r"\s*,?\s+(?:(?:in )?total|in all|altogether|respectively|or so|as required|of (?:them|these|those))$",
         r"(?<=\d)\s*\.\.\.$(?<=\.\d\.\.\.|\d\d\.\.\.)|(?<=[^\W\d]{2})\s*\.\.\.$",
         r"(?<!\.)\.$|(?<=[^.]\.)\.$|[,;:?]+$|(?<=[^\W\d]{2})!+$|\s+[.!]+$|[*`]+$",
     )
 ]
 _REASON = re.compile(
-    r"(?<=\S)(?:,?\s+\(?because\b|,\s*(?:since|as|which|for|due to|given|being|where|by)\s|\s+\(?(?:since|due to)\s).*",
+    r"(?<=\S)(?:(?:,|\s-)?\s+\(?because\b|,\s*(?:since|as|which|for|due to|given|being|where|by|using)\s"
+    r"|,\s*(?:obtained|found|calculated|computed|derived)\s|\s+\(?(?:since|due to)\s|[,\s]\s*(?:因为|由于)).*",
     re.IGNORECASE | re.DOTALL,
 )
 # A second sentence after one with a number, if it names no other answer ("The answer is 12. I hope it is correct.")
 _SENTENCE = re.compile(r"\.\s+(?=[A-Z])(?!.*(?:\d|\b(?:or|not|but|maybe|[A-H])\b)).*", re.DOTALL)
 
+_GROUP = re.compile(r"\{(?!\s*\w+\s*[|:])\s*[^,\s}][^,]*")  # braces around no list, set-builder or nothing
 _WORDS_IN_BRACKETS = re.compile(r"\([^\W\d_]{2,}(?: [^\W\d_]+)*\)")
 
 _NUMBER = r"(?=\s*[-+]?\s*(?:[\d.√π(]|sqrt|frac|[a-z]\b))"  # what follows is a number or a letter
@@ -116,7 +128,15 @@ _FOLDS = [
         (r"\bper ?cent\b", "%"),
         (r"\*\*", "^"),
         (r"\b(?:is )?(?:exactly )?equal to\b", "="),
+        (r"≅" + _NUMBER, "≈"),
+        (r"(?<=(?-i:[A-Z]))\s*~\s*(?=△|(?-i:[A-Z]))", "≈"),
+        (r"//", "∥"),
+        (r"\{\s*\}|\b(?:the )?(?:empty|null) set\b", "∅"),
+        (r"(?<=(?-i:[\dA-F]))_\((\d+)\)", r"_\1"),
         (r"\s*o'clock\b", ":00"),
+        (r"\bhalf an? (?=[a-z])", "1/2 "),
+        (r"(?<!\d )\ban? (?=(?:hundred|thousand|million|billion|dozen|half|quarter)\b)", "1 "),
+        (r"(?<![\w.])((?-i:[A-Z]))\.((?-i:[A-Z]))(?:\.((?-i:[A-Z])))?\.?(?!\w)", r"\1\2\3"),
         (r"~", " "),
     )
 ]
@@ -148,7 +168,8 @@ def normalise(text: str) -> str:
 def _boxed(text: str) -> str:
     """Returns what is in the boxes of a text with prose around them, if they hold one answer or a list of answers."""
     boxes = boxed_parts(text)
-    if not boxes or not _PROSE.search(text[: boxes[0][0]] + ";" + text[boxes[-1][2] + 1 :]):
+    around = text[: boxes[0][0]] + ";" + text[boxes[-1][2] + 1 :] if boxes else ""
+    if not _PROSE.search(around) or _DENIED_BOX.search(around):
         return text
     contents = [text[start:close].strip() for _, start, close in boxes]
     if len(set(contents)) == 1:
@@ -186,7 +207,9 @@ def closing_brace(text: str, start: int) -> int:
 def _unicode(text: str) -> str:
     if not text.isascii():
         text = _RAISED.sub(lambda match: "^" + match[0].translate(_DIGITS), text.translate(_CHARACTERS))
+        text = _BASE.sub(lambda match: f"_({match[0].translate(_DIGITS)})", text)
         text = _LOWERED.sub(lambda match: "_" + match[0].translate(_DIGITS), text)
+        text = _CIRCLED.sub(r"\1,", text)
         text = unicodedata.normalize("NFKC", text).translate(_CHARACTERS)[:MAX_ANSWER_CHARS]  # one sign may become 18
     return text
 
@@ -248,17 +271,27 @@ def _unwrapped(text: str) -> str:
     """Removes quotes, brackets around words, and braces that hold no list, around the whole text."""
     if len(text) > 2 and text[0] == text[-1] and text[0] in "'\"" and text[0] not in text[1:-1]:
         return text[1:-1].strip()
-    if text[:1] == "{" and "," not in text and closing_brace(text, 1) == len(text) - 1:
+    if text[:1] == "{" and _GROUP.fullmatch(text) and closing_brace(text, 1) == len(text) - 1:
         return text[1:-1].strip()
     return text[1:-1] if _WORDS_IN_BRACKETS.fullmatch(text) else text
 
 
 _ARTICLE = re.compile(r"\b(?:an?|the)\s+(?=[^\W\d]{2})")
 _BLANKS = re.compile(r"\s*([^\w\s])\s*")
+_HYPHEN = re.compile(r"(?<=[A-Za-z][a-z]{2})-(?=[A-Za-z][a-z]{2})")  # of words, no minus sign
+_ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth"
+_ENDINGS = {1: "st", 2: "nd", 3: "rd"}
+_ORDINAL = {word: f"{place}{_ENDINGS.get(place, 'th')}" for place, word in enumerate(_ORDINALS.split(), 1)}
+_MONTH = "(january|february|march|april|may|june|july|august|september|october|november|december)"
+_DAY = r"(\d{1,2})(?:st|nd|rd|th)?"
+_DATE = re.compile(rf"(?:\b{_DAY}(?: of)? {_MONTH}|\b{_MONTH} (?:the )?{_DAY})\b(?:,? ?(?=\d{{4}}\b))?")
+_ORDINAL_WORD = re.compile(rf"\b(?:{'|'.join(_ORDINAL)})\b")
 
 
 def text_key(text: str) -> str:
     """Returns a normalised text without case, articles, quotes, blanks around signs and final punctuation."""
-    text = text.replace("∠", "angle ").replace("△", "triangle ")
-    text = _BLANKS.sub(r"\1", " ".join(_ARTICLE.sub("", text.casefold()).replace('"', " ").split()))
-    return text.rstrip(".,;:?'").replace(MONEY, "$")
+    text = _HYPHEN.sub(" ", text).replace("∠", "angle ").replace("△", "triangle ").casefold()
+    text = _ORDINAL_WORD.sub(lambda match: _ORDINAL[match[0]], _ARTICLE.sub("", text))
+    text = _DATE.sub(lambda match: f"{match[2] or match[3]} {match[1] or match[4]} ", text)
+    text = _BLANKS.sub(r"\1", " ".join(text.replace('"', " ").split()))
+    return text.rstrip(".,;:?").replace(MONEY, "$")

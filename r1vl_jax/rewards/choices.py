@@ -29,9 +29,12 @@ _CHOICE = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _AFTER_BARE = re.compile(r"\s*(?:\.\s*|,\s*(?=\d)|:\s+|:(?![A-Za-z])|\s-\s+|\s(?=[\d$¤√(]))(?=\S)(.*)", re.DOTALL)
-_AFTER_MARKED = re.compile(r"\s*(?:[.:,]\s*|\s-\s+)?(?![-+*/^=<>!]|(?:or|and)\b)(?=\S)(.*)", re.DOTALL | re.IGNORECASE)
+_AFTER_MARKED = re.compile(
+    r"\s*(?:[.:,]\s*|\s-\s+)?(?![-+*/^=<>!]|(?:or|and|is|are|was|isn't|cannot)\b)(?=\S)(.*)", re.DOTALL | re.IGNORECASE
+)
 _ANOTHER = re.compile(r"(?<![A-Za-z\d])(?:\(([A-Z])\)|([A-Z])(?:[):]|\.\s*\S)|\b(?:or|and)\s+([A-Z])(?![A-Za-z]))")
 _OF_OPTIONS = re.compile(r"(?:both|either|neither|all|only)\b", re.IGNORECASE)  # the text of an option about others
+_REJECTED = re.compile(r"\b(?:is|are) (?:wrong|incorrect|not (?:right|correct|the answer))$", re.IGNORECASE)
 FUSED = re.compile(r"[A-J]{2,10}")
 
 
@@ -56,7 +59,7 @@ def read_choice(text: str) -> Choice | None:
     if after is None:
         return None
     others = any({*found} - {"", letter} for found in _ANOTHER.findall(after[1]))
-    if others and not _OF_OPTIONS.match(after[1]):
+    if (others and not _OF_OPTIONS.match(after[1])) or _REJECTED.search(after[1]):
         return None
     return Choice(frozenset(letter.upper()), after[1].strip())
 
@@ -69,6 +72,7 @@ def choice_letter(text: str) -> str | None:
 
 DECISIONS = {
     **dict(yes=True, no=False, true=True, false=False),
+    **dict.fromkeys(["是的", "对的"], True),
     **{"是": True, "否": False, "对": True, "错": False, "正确": True, "错误": False, "不是": False, "不对": False},
 }
 _PRONOUNS = "it|they|he|she|there|this|that|these|those|we|you|i|not|because|since"

@@ -44,11 +44,13 @@ def check_answer(answer: str, gold: str) -> Verdict:
     return _compare(normalise(answer), normalise(gold))
 
 
-def _compare(a: str, g: str) -> Verdict:
+def _compare(a: str, g: str, choices: bool = True) -> Verdict:
+    """Compares normalised texts. `choices`: they may be choices; the text of an option is none itself."""
     key = text_key(a)
     if key and key == text_key(g):
         return Verdict(True, "text: equal")
-    return _by_choice(a, g) or _by_yes_no(a, g) or _by_value(a, g) or Verdict(False, "text: not equal")
+    by_choice = _by_choice(a, g) if choices else None
+    return by_choice or _by_yes_no(a, g) or _by_value(a, g) or Verdict(False, "text: not equal")
 
 
 # --- multiple choice --------------------------------------------------------------------------------------------------
@@ -63,12 +65,12 @@ def _by_choice(a: str, g: str) -> Verdict | None:
         if choice is not None and len(choice.letters) > 1 and FUSED.fullmatch(text):
             return Verdict("".join(sorted(choice.letters)) == text, f"choice: {_spelled(choice)} and {text}")
     if answer is not None and answer.text:
-        verdict = _compare(answer.text, g)
+        verdict = _compare(answer.text, g, choices=False)
         return Verdict(True, f"choice: the option's text, {verdict.reason}") if verdict.right else None
     if gold is None:
         return None
     if gold.text:
-        verdict = _compare(a, gold.text)
+        verdict = _compare(a, gold.text, choices=False)
         return Verdict(verdict.right, f"choice: the option's text, {verdict.reason}")
     return Verdict(False, f"choice: no option, expected {_spelled(gold)}")
 
@@ -94,10 +96,13 @@ def _by_yes_no(a: str, g: str) -> Verdict | None:
 
 
 def _by_value(a: str, g: str) -> Verdict | None:
-    gold = parse(g)
+    gold, answer = parse(g), parse(a)
+    if not gold and answer and isinstance(answer[0], Named):  # "The colour is blue" for "blue"
+        gold = (Text(text_key(g)),)
+    elif not answer and gold and isinstance(gold[0], Named):
+        answer = (Text(text_key(a)),)
     if not gold:
         return None
-    answer = parse(a)
     if not answer:
         return Verdict(False, "value: the answer is not read whole")
     reason = _difference(answer, gold)
@@ -123,7 +128,8 @@ _NOT_EQUAL = "not equal"
 def _unequal(a: Value, g: Value) -> str:
     if isinstance(a, Named) or isinstance(g, Named):
         mine, others = _names(a), _names(g)
-        if mine and others and not _names_agree(mine, others):
+        coordinates = (_is_point(a) and isinstance(g, Sequence)) or (_is_point(g) and isinstance(a, Sequence))
+        if mine and others and not coordinates and not _names_agree(mine, others):
             return "another name"
         return _difference(a.value if isinstance(a, Named) else (a,), g.value if isinstance(g, Named) else (g,))
     if isinstance(a, Sequence) and isinstance(g, Sequence):
@@ -147,6 +153,12 @@ def _unequal(a: Value, g: Value) -> str:
     if isinstance(a, Sequence | Quantity) and isinstance(g, Sequence | Quantity):
         return "another number of items"
     return _OTHER_KIND
+
+
+def _is_point(value: Value) -> bool:
+    """Returns whether a value is a point with a name: A(3, 4)."""
+    point = value.value[0] if isinstance(value, Named) else None
+    return isinstance(point, Sequence) and bool(point.bracket)
 
 
 def _names(value: Value) -> list[frozenset[str]]:

@@ -76,7 +76,7 @@ def _names(word: str, touches: bool, rest: str) -> list[str]:
             return [*before, head, *after]
     if parse_unit(word) is not None:
         raise _Unreadable
-    product = word.islower() and len(word) <= 3 and (touches or rest[:1] == "^" or not set(word) & set("aeiou"))
+    product = word.islower() and len(word) <= 3 and (touches or rest[:1] in ("^", "(") or not set(word) & set("aeiou"))
     if not product:
         raise _Unreadable
     return list(word)

@@ -4,6 +4,7 @@
     8\\sqrt{10}            8 sqrt(10)           60^{\\circ}        60°
     12\\text{ cm}          12 cm                \\{1, 2\\}          {1, 2}
     1{,}234               1,234                \\$15              ¤15
+    0.1\\overline{6}       frac(15)(90)
 
 Every $, \\(, \\), \\[ and \\] becomes "$". A command without a plain sign becomes its name, between blanks.
 """
@@ -34,7 +35,7 @@ _SIGNS = {
     **{"in": "∈", "neg": "¬", "prime": "'", "colon": ":", "vert": "|", "lvert": "|", "rvert": "|", "lbrace": "{"},
     **dict.fromkeys(["dots", "ldots", "cdots"], "..."),
     **dict(lparen="(", rparen=")", langle="(", rangle=")"),
-    **dict(rbrace="}", angle="∠", triangle="△", sim="≈", varepsilon="ε", varphi="φ"),
+    **dict(rbrace="}", angle="∠", triangle="△", sim="≈", simeq="≈", varepsilon="ε", varphi="φ"),
     **dict(land=" and ", lor=" or ", wedge=" and ", vee=" or ", dollar=MONEY, euro="€", pounds="£", cents="¢"),
     **dict(log=" log ", cdotp="*", bullet="*", over="/", infin="∞", textdegree="°", textdollar=MONEY, colon=":"),
 }
@@ -45,6 +46,10 @@ _ESCAPES = {
 }
 _RAISED_SIGN = re.compile(r"\^\s*(?:\(\s*([°'][°']?)\s*\)|([°']))")
 _THOUSANDS = re.compile(r",\\!\s*(?=\d{3})")
+_REPEATING = re.compile(r"(\d{1,20})\.(\d{0,20})\s*\\(?:overline|bar|dot)\s*\{\s*(\d{1,20})\s*\}")
+_CASES = re.compile(  # a system of equations as an array behind one brace
+    r"\\left\s*\\\{\s*\\begin\s*\{array\}\s*\{[clr|\s]{1,20}\}([^$]{1,500}?)\\end\s*\{array\}\s*\\right\s*\."
+)
 _BARE_COMMAND = re.compile(r"(?<![A-Za-z])(?:[dtc]?(?P<frac>frac)|sqrt)\s*$")  # written without its backslash
 
 # What a group in braces may still be: of a fraction or binomial the first or second, or the only one of ^, _ and sqrt.
@@ -55,7 +60,7 @@ def plain_notation(text: str) -> str:
     """Returns `text` with its LaTeX rewritten as plain notation."""
     if "\\" not in text and "{" not in text:
         return text
-    text = _THOUSANDS.sub("{,}", text)
+    text = _CASES.sub(r"\\begin{cases}\1\\end{cases}", _REPEATING.sub(_repeating, _THOUSANDS.sub("{,}", text)))
     out: list[str] = []
     closers: list[tuple[str, int]] = []  # for each open brace: what closes it, and what comes after it
     coming = _NONE
@@ -81,6 +86,13 @@ def plain_notation(text: str) -> str:
             out.append(plain)
             looks = (command is not None and _command(command) == " ") or (looks and not token[0].strip())
     return _RAISED_SIGN.sub(lambda match: match[1] or match[2], "".join(out))
+
+
+def _repeating(match: re.Match[str]) -> str:
+    """Returns a repeating decimal as a fraction."""
+    whole, fixed, period = match.groups()
+    top = int(whole + fixed + period) - int(whole + fixed)
+    return f" frac({top})({'9' * len(period)}{'0' * len(fixed)})"
 
 
 def _plain(token: re.Match[str], coming: int) -> tuple[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from r1vl_jax.rewards.algebra import exact, number, without_degrees
+from r1vl_jax.rewards.algebra import exact, letters, number, without_degrees
 from r1vl_jax.rewards.formulas import MULTIPLIERS, parse_formula
 from r1vl_jax.rewards.latex import MONEY
 from r1vl_jax.rewards.units import DEGREE, name_unit, parse_unit
@@ -14,10 +14,11 @@ from r1vl_jax.rewards.value_types import Quantity, Ratio, Time
 _RATIO_SIGN = re.compile(r"\s*:\s*|(?<=\d)\s+to\s+(?=\d)")
 _TIME = re.compile(r"(\d{1,2})(?::([0-5]\d))?(?::([0-5]\d))?\s*(?:([ap])\.?\s?m\.?)?", re.IGNORECASE)
 _PART = re.compile(r"(\d+(?:\.\d+)?)\s*(°|'{1,2}|\"|[^\W\d_]+)\s*(?:and\s+|,\s*)?")
+_OF_DEGREES = {"minute": "'", "minutes": "'", "分": "'", "second": '"', "seconds": '"', "秒": '"', "''": '"'}
 _FEET = {"'": "ft", "''": "in", '"': "in"}  # the other meaning of the signs for minutes and seconds
 _UNIT_START = re.compile(r"(?<![^\W\d_])(?=[^\W\d_]|[°%'\"$¢€£¥₹¤(])")
 _MONEY_FIRST = re.compile(
-    rf"(-?)\s*(?:US|CA|AU|HK)?\s*([{MONEY}€£¥₹]|USD|EUR|GBP|RMB|CNY)\s*(?=[\d.(-])", re.IGNORECASE
+    rf"(-?)\s*(?:US|CA|AU|HK)?\s*([{MONEY}€£¥₹]|USD|EUR|GBP|RMB|CNY|Rs\.?)\s*(?=[\d.(-])", re.IGNORECASE
 )
 _UNIT_CHARS = 50  # a unit or a name is not longer
 _TIGHT_UNITS = frozenset("mgLJW")  # single letters that are units right after a number: "5m", but not "2x"
@@ -25,7 +26,8 @@ _TIGHT_UNITS = frozenset("mgLJW")  # single letters that are units right after a
 
 def read_single(text: str) -> list[Quantity | Ratio | Time]:
     """Returns the readings of a text as one value; none if no reading takes the whole text."""
-    return [*_ratio(text), *_time(text), *_quantity(text)]
+    times = _time(text)
+    return [*([] if times and times[0].clock in ("a", "p") else _ratio(text)), *times, *_quantity(text)]
 
 
 def read_compound(text: str) -> list[Quantity]:
@@ -33,8 +35,8 @@ def read_compound(text: str) -> list[Quantity]:
     parts = list(_PART.finditer(text))
     if len(parts) < 2 or "".join(part[0] for part in parts) != text:
         return []
-    feet = parts[0][2] == "'"
-    units = [parse_unit(_FEET.get(part[2], part[2]) if feet else part[2].replace("''", '"')) for part in parts]
+    signs = _FEET if parts[0][2] == "'" else _OF_DEGREES if parts[0][2] in "°度" else {"''": '"'}
+    units = [parse_unit(signs.get(part[2], part[2])) for part in parts]
     known = [unit for unit in units if unit is not None]
     first, sizes = known[0] if known else None, [unit.size for unit in known]
     same_kind = len({unit.dimensions for unit in known}) == 1 and len(known) == len(units)
@@ -80,9 +82,9 @@ def _quantity(text: str) -> list[Quantity]:
         if unit is not None:
             feet = parse_unit(_FEET[behind]) if behind in _FEET else None
             found += [Quantity(formula, one) for one in (unit, feet) if one is not None]
-            if len(behind) > 1:
+            if len(behind) > 1 and not letters(formula):
                 return found
-            break  # "3 m" may be a product, too
+            break  # "3 m" and "m g h" may be products, too
     formula = parse_formula(text)
     if formula is not None:
         plain, degrees = without_degrees(formula)

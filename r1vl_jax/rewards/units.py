@@ -18,37 +18,38 @@ PERCENT = "%"
 DEGREE = "°"
 
 _PREFIXES = {"k": 1000, "c": Fraction(1, 100), "m": Fraction(1, 1000), "d": Fraction(1, 10), "n": Fraction(1, 10**9)}
-_PREFIXED = {"m": "m", "g": "g", "Hz": "Hz", "W": "W", "V": "V", "J": "J", "N": "N", "Pa": "Pa", "s": "s", "cal": "cal"}
+_PREFIXED = ("m", "g", "Hz", "W", "V", "J", "N", "Pa", "s", "cal", "A")
 _BASES = {
-    **{symbol: (base, 1) for symbol, base in _PREFIXED.items()},
+    **{base: (base, 1) for base in _PREFIXED},
     **{
-        prefix + symbol: (base, size)
-        for symbol, base in _PREFIXED.items()
+        prefix + base: (base, size)
+        for base in _PREFIXED
         for prefix, size in _PREFIXES.items()
-        if prefix + symbol not in ("cs", "ds", "dg", "ks", "dN", "cN", "nN")
+        if prefix + base not in ("cs", "ds", "dg", "ks", "dN", "cN", "nN", "dA", "cA", "nA")
     },
     **{"µm": ("m", Fraction(1, 10**6)), "in": ("m", Fraction(254, 10000)), "ft": ("m", Fraction(3048, 10000))},
     **{"yd": ("m", Fraction(9144, 10000)), "mi": ("m", Fraction(1609344, 1000))},
     **{"lb": ("lb", 1), "oz": ("lb", Fraction(1, 16)), "mol": ("mol", 1)},
     **{"min": ("s", 60), "h": ("s", 3600), "day": ("s", 86400), "week": ("s", 7 * 86400), "month": ("month", 1)},
     **{"year": ("month", 12), "°": (DEGREE, 1), "'": (DEGREE, Fraction(1, 60)), '"': (DEGREE, Fraction(1, 3600))},
-    **{"rad": ("rad", 1), "°C": ("°C", 1), "°F": ("°F", 1), "K": ("K", 1), "Ω": ("Ω", 1), "A": ("A", 1)},
+    **{"rad": ("rad", 1), "°C": ("°C", 1), "°F": ("°F", 1), "K": ("K", 1), "Ω": ("Ω", 1)},
     **{MONEY: (MONEY, 1), "¢": (MONEY, Fraction(1, 100)), "€": ("€", 1), "£": ("£", 1), "¥": ("¥", 1), "₹": ("₹", 1)},
     **{PERCENT: (PERCENT, 1), ANY: (ANY, 1), "tonne": ("g", 10**6), "gallon": ("gallon", 1)},
 }  # fmt: skip
 _LITRES = {"L": 1, "l": 1, "cl": Fraction(1, 100), **dict.fromkeys(["mL", "ml", "cc"], Fraction(1, 1000))}
 _SPELLINGS = {
     **{"mm": "毫米", "cm": "厘米", "dm": "decimeter decimeters 分米", "m": "米", "km": "千米 公里", "g": "克"},
-    **{"kg": "kilo kilos 千克 公斤", "tonne": "tonnes ton tons 吨", "gallon": "gallons", "L": "升"},
+    **{"kg": "kilo kilos 千克 公斤", "tonne": "tonnes ton tons 吨", "gallon": "gallons gal", "L": "升"},
     **{"mL": "milliliter milliliters millilitre millilitres 毫升", "s": "秒", "min": "mins 分钟 分", "h": "小时 时"},
     **{"day": "d days 天", "week": "weeks", "month": "months", "year": "years yr yrs 年", "°": "度", "°C": "celsius"},
-    **{"°F": "fahrenheit", "K": "kelvin", "rad": "radian radians", "A": "amp amps", "Ω": "ohm ohms", "Hz": "hertz"},
+    **{"°F": "fahrenheit", "K": "kelvin", "rad": "radian radians", "A": "amp amps ampere amperes", "Ω": "ohm ohms"},
     **{"W": "watt watts", "V": "volt volts", "J": "joule joules", "N": "newton newtons", "%": "pct percentage"},
+    **{"Hz": "hertz", "mol": "mole moles"},
     **{MONEY: "$ dollar dollars usd buck bucks", "¢": "cent cents", "€": "euro euros eur", "£": "gbp"},
-    **{"¥": "yuan yen rmb cny 元", "₹": "rupee rupees", ANY: "units u"},
+    **{"¥": "yuan yen rmb cny 元", "₹": "rupee rupees rs", ANY: "units u"},
 }
 _WORDS = UNITS | {word: unit for unit, words in _SPELLINGS.items() for word in words.split()}
-_COMPOUNDS = dict(mph="mi/h", kph="km/h", kmh="km/h", kmph="km/h", sqm="m^2", sqft="ft^2")
+_COMPOUNDS = dict(mph="mi/h", kph="km/h", kmh="km/h", kmph="km/h", kwh="kW*h", sqm="m^2", sqft="ft^2")
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "平方": 2, "立方": 3}
 _RAISED = {"squared": 2, "cubed": 3}
 # Words beside a unit that change nothing ("5 cm long").
@@ -56,12 +57,12 @@ _IDLE_WORDS = "long wide tall high deep old away apart left total each altogethe
 _IDLE = frozenset(_IDLE_WORDS.split())
 # Words that no name of what is counted has: they compute ("3 less than"), count ("5 tens") or date ("5 May").
 _OTHER_WORDS = (
-    "times more less fewer than minus plus or and not of over divided by to from out per percent if when is are was "
+    "more less fewer than minus plus or and not of over divided by to from out per percent if when is are was "
     "no factorial mod half halves third thirds quarter quarters but at in on squared cubed root square cubic as with "
     "for the a an it sqrt sin cos tan log ln pi negative only except without either neither nor both maybe below "
     "above under zero tens hundred hundreds thousand thousands million millions billion billions trillion dozen dozens "
-    "tenths hundredths thousandths am pm bc ad bce ce st nd rd th january february march april may june july august "
-    "september october november december"
+    "tenths hundredths thousandths am pm bc ad bce ce st nd rd th repeating recurring january february march "
+    "april may june july august september october november december"
 )
 _NO_NAMES = frozenset(_OTHER_WORDS.split())
 _TOKEN = re.compile(
@@ -69,18 +70,27 @@ _TOKEN = re.compile(
     r"|平方|立方|[^\W\d_]+|[^\s\w]",
     re.IGNORECASE,
 )
+_PLACE = re.compile(r"(.+?) ((?:in|on|at) (?:the|this|each|every|his|her|their) [^\W\d_]+(?: [^\W\d_]+){0,2})")
+_FRACTION = re.compile(r"frac\(([^()]+)\)\((.+)\)")
+_CHINESE_SENTENCE = re.compile("[不是错对非没无或和与]")
 _NAME = re.compile(r"[^\W\d_\u0370-\u03ff]+(?:[ -][^\W\d_\u0370-\u03ff]+){0,2}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """A unit or name: `dimensions` are sorted (base, power) pairs, `size` is one unit in these bases."""
+    """A unit or name: `dimensions` are sorted (base, power) pairs, `size` is one unit in these bases.
+
+    `place` says where the counted things are: "3 cups on the table".
+    """
 
     dimensions: tuple[tuple[str, int], ...]
     size: Fraction
+    place: str = ""
 
     def agrees(self, other: Unit) -> bool:
-        """Returns whether both measure the same kind of thing."""
+        """Returns whether both measure the same kind of thing. A place may be missing."""
+        if self.place and other.place and self.place != other.place:
+            return False
         if self.dimensions == other.dimensions:
             return True
         mine, others = self.dimensions, other.dimensions
@@ -91,7 +101,7 @@ class Unit:
 @functools.lru_cache(maxsize=4096)
 def parse_unit(text: str) -> Unit | None:
     """Returns the unit that the whole text spells ("cm^2", "square metres", "km per hour"); None if it spells none."""
-    text = _without_brackets(text)
+    text = _FRACTION.sub(r"\1/\2", _without_brackets(text))
     powers: dict[str, int] = {}
     size = Fraction(1)
     power, sign = 1, 1  # of the next unit
@@ -125,14 +135,16 @@ def parse_unit(text: str) -> Unit | None:
 
 def name_unit(text: str) -> Unit | None:
     """Returns the unit of a counted thing ("apples", "red cubes"); None if the text is no such name."""
-    words = [word for word in text.lower().split() if word not in _IDLE]
+    match = _PLACE.fullmatch(text.lower())
+    name, place = match.groups() if match else (text.lower(), "")
+    words = [word for word in name.split() if word not in _IDLE] or name.split()
     plain = " ".join(words)
-    if not _NAME.fullmatch(plain) or not _NO_NAMES.isdisjoint(re.split("[ -]", plain)):
+    if not _NAME.fullmatch(plain) or not _NO_NAMES.isdisjoint(re.split("[ -]", plain) + place.split()[2:]):
         return None
-    if any(len(word) < 2 and word < "\u2e80" for word in words):  # one letter is a variable, one ideograph a word
+    if any((len(word) < 2 and word < "\u2e80") or _CHINESE_SENTENCE.search(word) for word in words):
         return None
     singular = " ".join(re.sub(r"(?<=..[^s])s$", "", word) for word in words)
-    return Unit(((singular, 1),), Fraction(1))
+    return Unit(((singular, 1),), Fraction(1), place)
 
 
 def _known(word: str) -> tuple[str, Fraction, int] | None:

@@ -12,7 +12,7 @@ from r1vl_jax.rewards.algebra import Formula, letters, number, rounds, same_valu
 from r1vl_jax.rewards.answer_text import text_key
 from r1vl_jax.rewards.formulas import parse_formula
 from r1vl_jax.rewards.quantities import read_compound, read_single
-from r1vl_jax.rewards.units import parse_unit
+from r1vl_jax.rewards.units import name_unit, parse_unit
 from r1vl_jax.rewards.value_types import Equation, Interval, Named, Quantity, Sequence, Text, Value
 
 MAX_CHARS = 500  # a longer text is no value; some patterns take quadratic time
@@ -20,32 +20,37 @@ MAX_ITEMS = 50
 MAX_DEPTH = 6
 
 _INFINITE: Formula = ("const", "∞")
-_REALS = frozenset(["all real numbers", "all reals", "real numbers"])
+_REALS = frozenset(["all real numbers", "all reals", "real numbers", "r"])
 _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:(?:,\d{3})+(?![\d,])|(?<!\d \d)(?: \d{3})+(?![\d/]| \d))")
 _ZEROS = re.compile(r"[1-9]\d{0,2},0\d\d(?!\d)")  # belongs to a number: no list has the item 000
 _DECIMAL_COMMA = re.compile(r"-?(?:0,|\d+,(?!\d{3}(?!\d)))\d+(?:\s?[^\d,]*)")
 _SEPARATORS = re.compile(r"[(\[{]|[)\]}]|[,;&∪]|\s+U\s+(?=[(\[])|\s*\b(?:and|or)\b\s*|\s*[和或与且]\s*")
 _RELATION = re.compile(r"[(\[{]|[)\]}]|[=<>≤≥≠≈∈]")
-_VERB = "is|are|was|were|equals|will be|would be|has|have|had|costs?|takes?|needs?|weighs?|measures?"
+_VERB = (
+    "is|are|was|were|equals|(?:will|would|must|should) be|has|have|had|costs?|takes?|needs?|weighs?|measures?"
+    "|contains?|makes?|made|gets?|paid|spent|earned|bought|sold"
+)
 _IS = re.compile(
     rf"(?P<name>[^\W\d][^\d=<>≤≥≈≠∈,;$()]{{0,80}}?(?:\s\d{{1,2}})?)\s+(?:{_VERB})\s+(?=\S)"
+    r"|(?P<topic>∠?[^\W\d_]{1,20}(?<!不))(?:等于|为|是)\s*(?=\S)"
     r"|(?P<label>[^\W\d_]{3,}(?: [^\W\d_]+){0,5}):\s+(?=\S)",
     re.IGNORECASE,
 )
-_DENIED = re.compile(r"\b(?:not|never|no|nor|neither|cannot|unless|except|false|wrong)\b|n't\b", re.IGNORECASE)
+_DENIED = re.compile(r"\b(?:not|never|no|nor|neither|cannot|unless|except|false|wrong)\b|n't\b|[不非没无]", re.I)
 _ATOM = r"[^\W\d_]+[\d'|]*(?:_?\([^()=]*\)|_\w+)?"
-_PHRASE = r"[^\W\d_]+(?:(?:[ ']|-(?=..))[^\W\d_]+){1,8}(?: \d{1,2})?"
+_PHRASE = r"[^\W\d_]+(?:(?:[ ']|-(?=..))[∠△]?[^\W\d_]+){1,8}(?: \d{1,2})?"
 _NAME = re.compile(
-    rf"(?:m?∠\s*|[△|]\s*)?(?:{_ATOM}(?:\s*[:/]\s*{_ATOM})*|{_PHRASE})"
+    rf"(?:(?:m|sin|cos|tan)?\s*∠\s*|S?△\s*|\|\s*)?(?:{_ATOM}(?:\s*[:/]\s*{_ATOM})*|{_PHRASE})"
     rf"|∠\s*\d+|\({_ATOM}(?:, ?{_ATOM})+\)|frac\({_ATOM}\)\({_ATOM}\)"
 )
 _IDLE_NAME = re.compile(
-    r"\s(?:is|are|was|were)?\s*(?:approximately)?$|[△|\s]|m?∠"
-    r"|\b(?:an?|the|values?|measure|length|size|number|of|angle|side|point|total)\b",
+    r"\s(?:is|are|was|were)?\s*(?:approximately)?$|[△|\s]|m?∠|的.*"
+    r"|\b(?:an?|the)\b(?=\s)|\b(?:values?|measure|length|size|number|coordinates?|of|angle|side|point|total)\b",
     re.IGNORECASE,
 )
 _BRACKETS = re.compile(r"([A-Z]\w?'?|matrix)?\s*([(\[{])(.*)([)\]}])", re.DOTALL)
-_CONJUNCTION = re.compile(r"\b(?:and|or)\b")
+_NAMED_NUMBER = re.compile(r"(?<=\d)\s*([^\W\d_]+)(?![(\w])")
+_CONJUNCTION = re.compile(r"\b(?:and|or)\b|[和或]")
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 
@@ -76,7 +81,10 @@ def _side(text: str, depth: int) -> list[Value]:
     spread = [spelling for part in parts for spelling in _both_signs(part)]
     if len(spread) == 1:
         return compound + _item(spread[0], depth)
-    alternatives = re.search(r"\bor\b", text) is not None  # "red or blue" is a guess, and "2 or 3" are two solutions
+    if "∪" in text and all(part[0] == "{" and part[-1] == "}" for part in spread):  # the union of sets
+        union = dict.fromkeys(item for part in spread for item in _split(part[1:-1]) or [])
+        return _side("{" + ", ".join(union) + "}", depth + 1)
+    alternatives = re.search(r"\bor\b|或", text) is not None  # "red or blue" is a guess, and "2 or 3" are two solutions
     items = [_item(part, depth + 1) or ([] if alternatives else _words(part)) for part in spread]
     return compound + _listing(items, len(parts) == 2 and not alternatives and "∪" not in text)
 
@@ -113,7 +121,8 @@ def _both_signs(text: str) -> list[str]:
 
 def _words(text: str) -> list[Value]:
     """Reads an item of a list that consists of words."""
-    return [Text(text_key(text))] if re.fullmatch(r"[^\W\d_]{2,}(?:[ -][^\W\d_]+){0,3}", text) else []
+    key = text_key(text)
+    return [Text(key)] if re.fullmatch(r"[^\W\d_]{2,}(?:[ -][^\W\d_]+){0,3}", key) else []
 
 
 def _listing(items: list[list[Value]], joined_by_and: bool) -> list[Value]:
@@ -167,7 +176,7 @@ def _item(text: str, depth: int) -> list[Value]:
     sides, relations = _relations(text)
     match = _IS.match(sides[0])
     if match is not None and not _DENIED.search(match[0]) and match.end() < len(sides[0]):
-        sides = [match["name"] or match["label"], sides[0][match.end() :], *sides[1:]]
+        sides = [match["name"] or match["topic"] or match["label"], sides[0][match.end() :], *sides[1:]]
         relations = ["=", *relations]
     if relations:
         return _related(sides, relations, depth)
@@ -245,8 +254,8 @@ def _named_items(names: list[str], values: list[Value]) -> list[Value]:
 
 
 def _without_units(text: str) -> str:
-    """Removes the units in a computation: 60 cm - 20 cm."""
-    return re.sub(r"(?<=\d)\s*([^\W\d_]+)(?![(\w])", lambda match: "" if parse_unit(match[1]) else match[0], text)
+    """Removes the units and names in a computation: 60 cm - 20 cm."""
+    return _NAMED_NUMBER.sub(lambda match: "" if parse_unit(match[1]) or name_unit(match[1]) else match[0], text)
 
 
 def _consistent(values: list[Value], approximate: bool) -> bool:
@@ -272,6 +281,9 @@ def _inequality(left: str, relation: str, right: str) -> list[Value]:
         return []
     if relation in "<≤>≥" and not letters(value) and (not left or _is_name(left)):
         closed = relation in "≤≥"
+        if relation in "<≤" and re.fullmatch(r"\|\s*[a-z]\s*\|", left):
+            between = Interval(("neg", value), value, (closed, closed))
+            return [Named(frozenset([name_key(left)]), (between,))]
         below = Interval(("neg", _INFINITE), value, (False, closed))
         interval = below if relation in "<≤" else Interval(value, _INFINITE, (closed, False))
         return [Named(frozenset([name_key(left)] if left else []), (interval,))]
@@ -301,6 +313,9 @@ def _bracketed(text: str, depth: int) -> list[Value]:
         return []
     name, opening, inner, closing = match.groups()
     matching = _CLOSING[opening] == closing
+    if name == "matrix" and "&" in inner and ";" in inner:
+        rows = [_bracketed(f"[{row}]", depth + 1) for row in _split(inner, ";") or [""]]
+        return [Sequence(tuple(map(tuple, rows)), "[")] if all(rows) else []
     if len(parts) < 2 or _CONJUNCTION.search(inner):
         return _side(inner, depth + 1) if matching and not name else []
     spread = [spelling for part in parts for spelling in _both_signs(part)]
@@ -311,4 +326,4 @@ def _bracketed(text: str, depth: int) -> list[Value]:
     ends = [parse_formula(part) for part in parts]
     if len(ends) == 2 and opening != "{" and closing != "}" and ends[0] is not None and ends[1] is not None:
         found.append(Interval(ends[0], ends[1], (opening == "[", closing == "]")))
-    return found
+    return [Named(frozenset([name_key(name)]), tuple(found))] if found and name not in (None, "matrix") else found

@@ -387,6 +387,69 @@ RIGHT = {
         \sqrt{2} | √2 ≈ 1.41
         B = 5 - A | A + B = 5
     """,
+    "repeating decimals": r"""
+        0.\overline{3} | 1/3 | \frac13 | 0.\bar{3} | 0.\dot{3}
+        0.1\overline{6} | 1/6
+        -2.\overline{3} | -7/3
+    """,
+    "matrices and sets": r"""
+        \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | [[1, 2], [3, 4]] | \begin{bmatrix}1&2\\3&4\end{bmatrix}
+        \begin{pmatrix} 1 & 2 & 3 \end{pmatrix} | (1, 2, 3)
+        \{1,3\} \cup \{2,4\} | \{1,2,3,4\}
+        {1, 2} ∪ {2} | {1, 2}
+        \{x|x>2\} | x > 2 | (2, ∞)
+        \emptyset | {} | the empty set
+        (-\infty, \infty) | \mathbb{R}
+        |x| < 2 | -2 < x < 2 | (-2, 2)
+        52_8 | 52_{8}
+        \left\{\begin{array}{l} x=2 \\ y=3 \end{array}\right. | x=2, y=3
+    """,
+    "names": r"""
+        A(1, 2) | (1, 2) | A = (1, 2) | point A is (1, 2) | The coordinates of A are (1, 2)
+        A(1, 2), B(3, 4) | B(3, 4), A(1, 2)
+        △ABC ∼ △DEF | \triangle ABC \sim \triangle DEF | △ABC ~ △DEF
+        blue | The color is blue.
+        Paris | The capital of France is Paris.
+        True | The statement is true.
+        third floor | 3rd floor
+        May 5, 2020 | May 5th, 2020 | 5 May 2020 | 5th of May, 2020
+        Monday | On Monday
+        The shape is a cylinder. | cylinder | a cylinder
+        cannot be determined | It cannot be determined.
+        U.S. | US
+        mgh | m g h
+        AB ∥ CD | AB // CD
+        6 | S△ABC = 6 | tan∠ABC = 6
+        \log_2 3 | log₂3
+        3a^2b - 2ab | ab(3a-2)
+        ice cream | Ice-cream
+    """,
+    "what surrounds a number": r"""
+        10 | There are 10 objects in the image. | 10 students in the class | 10 left | exactly 10 | a total of 10
+        10 | ✅ 10 | 10 ✓ | I got 10. | x must be 10 | 2 apples + 8 apples = 10 apples
+        10 | 10, obtained by adding 2 and 8 | 10 (approximately)
+        12 houses on the left | 12 houses | 12
+        2008 | In 2008 | the year 2008
+        4 | 4 times | → 4 | => 4 | She bought 4 apples. | Since 2+2=4, we get 4
+        60° | The measure of ∠ABC is 60°.
+        40°20' | 40 degrees 20 minutes
+        12 | a dozen
+        1000 | a thousand
+        30 minutes | half an hour
+        0.5 A | 500 mA | 0.5 amperes
+        3 mol | 3 moles
+        Rs. 500 | 500 | 500 rupees
+        9.8 m/s^2 | 9.8 \frac{m}{s^2}
+    """,
+    "Chinese": r"""
+        6 | 共6个 | 面积为6 | x等于6 | x的值是6 | 综上所述，答案是 6。
+        30° | ∠A为30° | ∠A的度数为30°
+        B | 【答案】B | B，因为角相等 | B 项正确
+        是 | 是的
+        等腰三角形 | 是等腰三角形
+        ①③ | ①、③ | ① and ③
+        a ≤ -1 或 a ≥ 3 | a ≤ -1 or a ≥ 3 | (-∞, -1] ∪ [3, ∞)
+    """,
 }
 WRONG = {
     "parts": r"""
@@ -636,6 +699,10 @@ WRONG = {
         5 May | 5
         5 PM | 5 AM
         5 | 5K | 5k | 5 dozen | 5! | |-5| | 5i | It is false that x = 5 | It isn't 5 | 5 is not the answer
+        5 | The answer is not \boxed{5} | \boxed{5} is wrong | 10 objects | 5 objects is wrong | 5 in the box is wrong
+        8:00 AM | 9:00 AM | 8:00 PM
+        U.S. | U
+        mgh | mg
         5 | x is not 5 | the answer is less than 5 | the answer is between 4 and 6 | 5 below zero | 5 tens
         5 | half of 10
         2 | log 100 | 2πr
@@ -682,5 +749,47 @@ WRONG = {
         12:30 | 12.5
         \sqrt{2} | √2 ≈ 3
         101 | 100 ≈ 101
+    """,
+    "repeating decimals": r"""
+        0.\overline{3} | 0.3
+        0.\overline{12} | 0.12 | 0.1\overline{2}
+        0.3 repeating | 0.3
+    """,
+    "matrices and sets": r"""
+        \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{pmatrix} 1 & 2 & 3 & 4 \end{pmatrix} | (1, 2, 3, 4)
+        \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | [[2, 1], [3, 4]] | [[3, 4], [1, 2]]
+        \{1,3\} \cup \{2,4\} | \{1,2,3\}
+        (0,1) \cup (2,3) | \{0,1,2,3\}
+        \emptyset | {0} | 0
+        |x| < 2 | x < 2 | |x| ≤ 2
+        52_8 | 52_9 | 528
+        \left\{\begin{array}{l} x=2 \\ y=3 \end{array}\right. | x=3, y=2
+    """,
+    "names": r"""
+        A(1, 2) | B(1, 2) | A'(1, 2)
+        △ABC ≅ △DEF | △ABC ∼ △DEF
+        x' | x
+        blue | The color is not blue | The color is blue or red
+        True | The statement is false.
+        third floor | 3 floors
+        May 5, 2020 | May 6, 2020 | May 5, 2021 | June 5, 2020
+        B | (B) is wrong | B) is not correct | (B) 12 is wrong
+        parallel | The lines are not parallel.
+        S△ABC = 6 | S△ABD = 6
+        sin∠A = 0.6 | cos∠A = 0.6
+    """,
+    "what surrounds a number": r"""
+        12 houses on the left | 12 houses on the right
+        10 | 10 objects not in the image | There are 10 objects in the image, or 11. | 2 apples + 8 apples | in 10 or 11
+        3 left | 3 right
+        4 times | 5 times
+    """,
+    "Chinese": r"""
+        6 | 面积不为6 | x不等于6 | 6不对 | 6或7 | x=6是错误的
+        ∠A为30° | ∠B为30°
+        B | B项错误 | 不是B
+        等腰三角形 | 不是等腰三角形
+        ①③ | ①② | ① | 13
+        a ≤ -1 或 a ≥ 3 | -1 ≤ a ≤ 3 | a ≤ -1
     """,
 }

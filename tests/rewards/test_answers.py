@@ -153,3 +153,9 @@ def test_an_answer_longer_than_any_value_is_compared_as_text_alone():
     long = ", ".join(map(str, range(1000)))
     assert check_answer(f"  {long}", f"**{long}**").right
     assert not check_answer(long.replace("5", "6", 1), long).right
+
+
+@pytest.mark.parametrize("option", ["A. ", "A: ", "(A) ", "A) ", "A - "])
+def test_options_in_options_are_no_recursion(option):
+    assert not check_answer(option * 1000 + "x", "5").right
+    assert not check_answer("x", option * 1000 + "5").right

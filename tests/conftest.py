@@ -7,7 +7,10 @@ The machine's cores belong to pytest's workers, so that libraries get one thread
 
 import gc
 import os
+import shutil
+import tempfile
 from importlib.metadata import version
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join([
@@ -24,6 +27,19 @@ import jax  # noqa: E402 (jax and numpy read the environment when they are impor
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_dtype_promotion", "strict")  # no dtype is chosen by accident
+
+# Programs that several tests compile are kept on disk, for all workers of this session: the children of one process.
+SESSION = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+PROGRAMS = Path(tempfile.gettempdir()) / f"r1vl-programs-{SESSION}"
+jax.config.update("jax_compilation_cache_dir", str(PROGRAMS))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_sessionfinish():
+    """The process that began the session ends last."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(PROGRAMS, ignore_errors=True)
 
 
 def pytest_collection_finish():

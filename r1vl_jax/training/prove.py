@@ -159,7 +159,7 @@ def differences(straight: Path, killed: Path) -> Iterator[str]:
 
 def _last_state(folder: Path) -> tuple[int, Any]:
     """Returns the step of a stage's last train state and what its host state says: checksums and position."""
-    step = max(int(path.name) for path in folder.glob("[0-9]*"))
+    step = max(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
     return step, json.loads((folder / str(step) / "host" / "metadata").read_text())
 
 

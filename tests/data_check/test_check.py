@@ -224,7 +224,7 @@ def test_training_drops_the_same_rows_and_plans_the_same_shapes(checked, folder,
     for found in sets.values():
         dropped = {line.removeprefix("dropped: ") for line in said if line.startswith(f"dropped: {found['source']}")}
         assert dropped == {message for messages in found["dropped"].values() for message in messages}
-    held, sft, after_sft, rollout, step_grpo, after_rl = [[dataclasses.asdict(s) for s in p.shapes] for p in planned]
+    sft, rollout, step_grpo, held, after_sft, after_rl = [[dataclasses.asdict(s) for s in p.shapes] for p in planned]
     assert held == after_sft == after_rl == shapes(sets["data.heldout"]["batches"]["held out"])
     assert sft == shapes(sets["data.sft"]["batches"]["sft"])
     assert rollout == shapes(sets["data.rl"]["batches"]["rollout"])

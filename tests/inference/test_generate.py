@@ -14,6 +14,7 @@ from helpers.tiny_jax import write_run_inputs
 from PIL import Image
 
 import r1vl_jax.inference.generate as generate_module
+from r1vl_jax.checkpoint.folder import SUMS
 from r1vl_jax.generate import main
 from r1vl_jax.inference.generate import encode
 from r1vl_jax.processing.processor import Processor
@@ -164,7 +165,7 @@ def test_a_bug_shows_its_traceback(command, monkeypatch):
 
 def test_base_model(command, inputs, tmp_path):
     """Its chat template renders no turns: the built-in one is used, as in the other model, and it is said."""
-    base = shutil.copytree(inputs / "model", tmp_path / "base")
+    base = shutil.copytree(inputs / "model", tmp_path / "base", ignore=shutil.ignore_patterns(SUMS))
     (base / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0]['text'] }}"}))
     question = ("--prompt", "How many?", "--max-new-tokens", 8)
     code, out, err = command(*question, model=base)
@@ -183,7 +184,7 @@ def test_base_model(command, inputs, tmp_path):
     ],
 )
 def test_models_that_are_not_computed(command, inputs, tmp_path, file, content, named):
-    model = shutil.copytree(inputs / "model", tmp_path / "model")
+    model = shutil.copytree(inputs / "model", tmp_path / "model", ignore=shutil.ignore_patterns(SUMS))
     path = model / file
     path.write_text(json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | content))
     if named == "adapter":

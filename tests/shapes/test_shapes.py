@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,10 +17,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
+from r1vl_jax.config import ShapesSection, shapes_folder
+from r1vl_jax.errors import ConfigError
 from r1vl_jax.rewards import score_answer
 from r1vl_jax.shapes import ShapesConfig, make_task
 from r1vl_jax.shapes.command import main
 from r1vl_jax.shapes.draw import COLOURS
+from r1vl_jax.shapes.folder import make_shapes
 from r1vl_jax.shapes.tokenizer import SPECIAL_TOKENS, task_texts, train_tokenizer, write_checkpoint_files
 
 ROWS = {"sft_rows": 150, "rl_rows": 250, "heldout_rows": 50}
@@ -388,3 +393,36 @@ def test_a_task_of_before_a_setting_is_kept(tmp_path):
         make_task(tmp_path / "task", sft_rows=1, rl_rows=1, heldout_rows=1, cfg=cfg, progress=False)
     with pytest.raises(ValueError, match="answer_format = x: expected r1vl, think, boxed"):
         ShapesConfig(answer_format="x")
+
+
+def test_each_setting_has_a_folder_of_its_own(tmp_path):
+    """Nothing of one setting changes when another is made in the same `dir`; a folder of something else is refused."""
+    settings = [ShapesSection(dir=str(tmp_path), seed=seed, sft_rows=3, rl_rows=2, heldout_rows=1) for seed in (0, 1)]
+    folders = [shapes_folder(setting, "r1vl") for setting in settings]
+    make_shapes(settings[0])
+    before = {path: path.read_bytes() for path in folders[0].rglob("*") if path.is_file()}
+    make_shapes(settings[1])
+    make_shapes(settings[0], "boxed")
+    make_shapes(settings[0])  # kept as it is
+    assert {path: path.read_bytes() for path in folders[0].rglob("*") if path.is_file()} == before
+    assert len({*folders, *tmp_path.iterdir()}) == 3 and all((folder / "model").is_dir() for folder in folders)
+    (folders[0] / "task" / "task.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="was made with other parameters"):
+        make_shapes(settings[0])
+    with pytest.raises(ConfigError, match="shapes: .*rows"):
+        make_shapes(ShapesSection(dir=str(tmp_path), sft_rows=-1))
+
+
+def test_two_processes_make_one_folder(tmp_path):
+    """The second waits for the first, and both find a whole task and model."""
+    code = (
+        "from r1vl_jax.config import ShapesSection\\nfrom r1vl_jax.shapes.folder import make_shapes\\n"
+        f"make_shapes(ShapesSection(dir={str(tmp_path)!r}, sft_rows=3, rl_rows=2, heldout_rows=1))"
+    )
+    code = code.replace("\\n", "\n")
+    processes = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) for _ in range(2)]
+    for process in processes:
+        _, error = process.communicate()
+        assert process.returncode == 0, error.decode()
+    [folder] = tmp_path.iterdir()
+    assert (folder / "model" / "model.safetensors").is_file() and not (folder / "model.draft").exists()

@@ -8,6 +8,7 @@ import shutil
 import pytest
 from helpers.tiny_jax import read_lines, run_config, write_run_inputs
 
+from r1vl_jax.checkpoint.folder import SUMS
 from r1vl_jax.train import main, train
 
 LONG = "How many circles are there? " * 60
@@ -179,7 +180,7 @@ def test_no_row_that_can_be_encoded(command, dirty, tmp_path):
 
 def test_a_checkpoint_of_another_model(command, inputs, tmp_path):
     model = tmp_path / "llama"
-    shutil.copytree(inputs / "model", model)
+    shutil.copytree(inputs / "model", model, ignore=shutil.ignore_patterns(SUMS))
     raw = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(raw | {"model_type": "llama"}))
     code, line = command("--model.path", model)
@@ -190,7 +191,7 @@ def test_checkpoints_that_are_not_there_or_broken(command, inputs, tmp_path):
     code, line = command("--model.path", tmp_path / "nothing")
     assert code == 2 and f"{tmp_path / 'nothing'}: no such folder" in line
     model = tmp_path / "cut"
-    shutil.copytree(inputs / "model", model)
+    shutil.copytree(inputs / "model", model, ignore=shutil.ignore_patterns(SUMS))
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     code, line = command("--model.path", model, "--output_dir", tmp_path / "second")

@@ -146,6 +146,7 @@ def test_an_error_before_the_first_step_is_wrong_input(run, tmp_path, monkeypatc
     assert states(tmp_path / "run") == []
 
 
+@pytest.mark.slow
 def test_a_killed_reader_saves_the_last_finished_step(run, tmp_path, capsys):
     """The system kills processes for their memory."""
     event = "import multiprocessing\nfor child in multiprocessing.active_children(): os.kill(child.pid, signal.SIGKILL)"
@@ -173,6 +174,7 @@ def test_a_full_disk(run, tmp_path, capsys):
     assert [row["step"] for row in steps(tmp_path / "run", "step_grpo")] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_checkpoints_by_the_clock(run, tmp_path, monkeypatch):
     assert run("run", checkpoint={"minutes": 1e-9, "keep": 9}) == 0
     assert states(tmp_path / "run") == [1, 2, 3, 4]

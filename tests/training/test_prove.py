@@ -20,7 +20,7 @@ import json, os, pathlib, sys, time
 
 folder, fault = pathlib.Path(sys.argv[1]), sys.argv[2]
 states = folder / "checkpoints" / "sft"
-done = max([int(path.name) for path in states.glob("[0-9]*")], default=0)
+done = max([int(path.name) for path in states.glob("*") if path.name.isdecimal()], default=0)
 rows = (folder / "metrics.jsonl").read_text().splitlines()[:done] if done else []
 folder.mkdir(parents=True, exist_ok=True)
 (folder / "metrics.jsonl").write_text("".join(row + "\\n" for row in rows))

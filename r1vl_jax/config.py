@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from r1vl_jax.common import config_tree
-from r1vl_jax.common.config_tree import at_least, divides, field, one_of, require
+from r1vl_jax.common.config_tree import at_least, at_most, divides, field, one_of, require
+from r1vl_jax.common.limits import MAX_BATCH, MAX_PIXELS, MAX_ROWS, MAX_SECONDS, MAX_TOKENS, MAX_WORKERS
 from r1vl_jax.config_stages import RLSection, SFTSection
 from r1vl_jax.parallel.devices import PRECISIONS
 
@@ -85,6 +86,7 @@ class VideoSection:
     def __post_init__(self) -> None:
         require(0 < self.fps < math.inf, "video.fps", self.fps, "more than 0")
         at_least("video", self, max_frames=2, max_pixels=784)
+        at_most("video", self, fps=1000, max_frames=10_000, max_pixels=MAX_PIXELS)
         divides("video.max_frames", self.max_frames, "the frames in a patch", 2)
 
 
@@ -103,6 +105,7 @@ class DataSection:
 
     def __post_init__(self) -> None:
         at_least("data", self, max_prompt_tokens=1, pad_multiple=1, buckets=1, workers=0)
+        at_most("data", self, max_prompt_tokens=MAX_TOKENS, pad_multiple=MAX_TOKENS, buckets=1000, workers=MAX_WORKERS)
         for key in ("sft", "rl", "heldout"):
             section = getattr(self, key)
             expected = f"data.{key}.path ({section.path!r}) or this, not both"
@@ -120,6 +123,10 @@ class ShapesSection:
     heldout_rows: int = field(200, "held-out rows")
     careless_share: float = field(0.6, "share of the warm-up answers with no rationale and a guess at the end")
 
+    def __post_init__(self) -> None:
+        at_least("shapes", self, seed=0, sft_rows=0, rl_rows=0, heldout_rows=0, careless_share=0)
+        at_most("shapes", self, sft_rows=MAX_ROWS, rl_rows=MAX_ROWS, heldout_rows=MAX_ROWS, careless_share=1)
+
 
 @dataclasses.dataclass(frozen=True)
 class EvalSection:
@@ -129,6 +136,7 @@ class EvalSection:
 
     def __post_init__(self) -> None:
         at_least("eval", self, rows=0, batch_size=1, max_new_tokens=1)
+        at_most("eval", self, batch_size=MAX_BATCH, max_new_tokens=MAX_TOKENS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +155,7 @@ class ScoringSection:
 
     def __post_init__(self) -> None:
         at_least("scoring", self, workers=1)
+        at_most("scoring", self, workers=MAX_WORKERS, timeout=MAX_SECONDS)
         require(self.timeout > 0, "scoring.timeout", self.timeout, "more than 0")
 
 

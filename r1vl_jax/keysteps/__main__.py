@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from r1vl_jax.common.arguments import finite_float, non_negative_int, positive_float, positive_int
+from r1vl_jax.common.arguments import Parser, non_negative_float, positive_float, positive_int, seconds, whole, workers
 from r1vl_jax.common.endpoint import Endpoint
 from r1vl_jax.keysteps import lint, prompts
 from r1vl_jax.keysteps.augment import augment_row
@@ -207,7 +207,7 @@ def _table(findings: list[lint.Finding], rows: int) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m r1vl_jax.keysteps", description=_DESCRIPTION, formatter_class=raw)
+    parser = Parser(prog="python -m r1vl_jax.keysteps", description=_DESCRIPTION, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="NAME")
     made = {}
     for name, (line, more, example) in _TEXTS.items():
@@ -253,12 +253,14 @@ def _add_endpoint(group: Any) -> None:
     """Adds the options of the endpoint to a group of arguments."""
     group.add_argument("--url", help="base URL (default for extract: OPENAI_BASE_URL)")
     group.add_argument("--model", help="the model's name on that server (default: OPENAI_MODEL)")
-    group.add_argument("--concurrency", type=positive_int, default=8, metavar="N", help="requests at a time (8)")
+    group.add_argument("--concurrency", type=workers, default=8, metavar="N", help="requests at a time (8)")
     group.add_argument(
-        "--retries", type=non_negative_int, default=4, metavar="N", help="tries of a request after the first (4)"
+        "--retries", type=whole(0, 1000), default=4, metavar="N", help="tries of a request after the first (4)"
     )
-    group.add_argument("--timeout", type=positive_float, default=120.0, metavar="S", help="seconds for one try (120)")
-    group.add_argument("--temperature", type=finite_float, default=0.0, metavar="X", help="sampling temperature (0)")
+    group.add_argument("--timeout", type=seconds, default=120.0, metavar="S", help="seconds for one try (120)")
+    group.add_argument(
+        "--temperature", type=non_negative_float, default=0.0, metavar="X", help="sampling temperature (0)"
+    )
     group.add_argument(
         "--max-tokens", type=positive_int, default=2048, metavar="N", help="largest length of a reply (2048)"
     )

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
 
 import jax
 
 from r1vl_jax.checkpoint.hf import save_hf
 from r1vl_jax.config import ShapesSection
+from r1vl_jax.errors import ConfigError
 from r1vl_jax.model.config import load_config
 from r1vl_jax.model.spec import init_params
 from r1vl_jax.shapes import ShapesConfig, make_task
@@ -27,14 +27,21 @@ def make_shapes(config: ShapesSection, answer_format: str = "r1vl") -> None:
     The solutions are in `answer_format`. If the existing task was made with other parameters, removes the task and the
     model and makes both again.
 
-    Raises: FileExistsError if config.dir/task contains anything other than a task.
+    Raises: FileExistsError if config.dir/task contains anything other than a task; ConfigError if such a task cannot
+      be made.
     """
     assert config.dir is not None  # callers call this only if dir is set
     folder = Path(config.dir)
     task, model = folder / "task", folder / "model"
     rows = {"sft_rows": config.sft_rows, "rl_rows": config.rl_rows, "heldout_rows": config.heldout_rows}
     cfg = ShapesConfig(careless_share=config.careless_share, answer_format=answer_format)
-    make = partial(make_task, task, seed=config.seed, cfg=cfg, **rows)
+
+    def make() -> None:
+        try:
+            make_task(task, seed=config.seed, cfg=cfg, **rows)
+        except ValueError as error:
+            raise ConfigError(f"shapes: {error}") from error
+
     try:
         make()
     except FileExistsError:

@@ -423,6 +423,19 @@ def test_bad_rows_are_named_and_left_out(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("option", "value"),
+    [("--rows-per-shard", "0"), ("--rl-rows", "-1"), ("--rl-rows", "1.5"), ("--sft-rows", str(10**12))]
+    + [("--seed", "-1"), ("--seed", str(2**63))],
+)
+def test_numbers_out_of_range(tmp_path, capsys, option, value):
+    with pytest.raises(SystemExit, match="2"):
+        run("shapes", "--out", tmp_path / "out", option, value)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"argument {option}: expected a whole number from " in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("arguments", "text"),
     [
         (["r1vl_10k"], "r1vl_10k: no --source; expected the JSON file"),
@@ -436,11 +449,9 @@ def test_bad_rows_are_named_and_left_out(tmp_path, capsys):
         (["r1vl_10k", "--source", "none/notes.txt"], "notes.txt, row 0: not JSON|notes.txt: not JSON"),
         (["r1vl_10k", "--source", "rows.json", "--image-root", "nowhere"], "no usable row for train: 1 were left out"),
         (["r1vl_10k", "--source", "rows.json", "--drop-matching", "3"], "no usable row for train: all were dropped"),
-        (["r1vl_10k", "--source", "rows.json", "--rows-per-shard", "0"], "--rows-per-shard is 0; expected at least 1"),
         (["r1vl_10k", "--source", "rows.json", "--sft-rows", "3"], "--sft-rows is for shapes without --source"),
         (["shapes", "--source", "two", "--seed", "3"], "--seed is for shapes without --source"),
         (["shapes", "--source", "two"], "two: no sft.json, rl.json, heldout.json; expected a folder made by"),
-        (["shapes", "--rl-rows", "-1"], "the task cannot be made: rl_rows = -1"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, arguments, text):

@@ -345,6 +345,24 @@ def test_url_and_model_come_from_the_environment_too(files, capsys, monkeypatch)
         assert not server.requests
 
 
+def test_no_file_has_the_key(files, capsys, monkeypatch, tmp_path):
+    """OUT, OUT.partial and OUT.failed.jsonl, of a server that sends the key back in its errors; nor what is printed."""
+    source, out = files
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-private-key")
+
+    def answer(request, number):
+        echo = {"error": {"message": "bad request with sk-private-key"}}
+        return (200, {}, chat(REPLY)) if number % 2 else (400, {}, echo)
+
+    with Server(answer) as server:
+        assert server.url.startswith("http://127")
+        assert run("extract", source, out, "--url", server.url, "--model", "m", "--concurrency", "1") == 1
+        assert "sk-private-key" in server.headers[0]["Authorization"]
+    files = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) >= 4 and any("bad request with ***" in text for text in files)
+    assert not [text for text in [*files, *capsys.readouterr()] if "private" in text]
+
+
 def test_a_prompt_of_the_users(files, capsys, tmp_path):
     source, out = files
     write(source, [{"problem": "Find {solution}.", "solution": "x = {problem}", "key_steps": None}])

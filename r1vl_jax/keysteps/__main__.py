@@ -137,7 +137,8 @@ def _work_by_model(args: argparse.Namespace, endpoint: Endpoint) -> tuple[dict[s
         prompt = prompts.read_prompt(args.prompt) if args.prompt else prompts.EXTRACT
         images = Path(args.input).parent if args.image else None
         settings = {"prompt": hashlib.sha256(prompt.encode()).hexdigest()[:16], "image": args.image}
-        return settings, partial(prompts.extract, endpoint=endpoint, prompt=prompt, images=images)
+        options = {"prompt": prompt, "images": images, "allow_outside": args.allow_outside}
+        return settings, partial(prompts.extract, endpoint=endpoint, **options)
     if args.command == "refine":
         return {}, partial(prompts.refine, endpoint=endpoint)
     most = args.max_alternatives
@@ -220,7 +221,8 @@ def _parser() -> argparse.ArgumentParser:
         if name in _WITH_ENDPOINT:
             _add_endpoint(command.add_argument_group("the model, an OpenAI-compatible endpoint"))
     made["extract"].add_argument("--prompt", metavar="FILE", help="your own prompt, with {problem} and {solution}")
-    made["extract"].add_argument("--image", action="store_true", help="also send the image")
+    made["extract"].add_argument("--image", action="store_true", help="also send the image, from the folder of IN")
+    made["extract"].add_argument("--allow-outside", action="store_true", help="also send images outside of that folder")
     made["rules"].add_argument(
         "--per-step", type=positive_int, default=3, metavar="N", help="largest number of key steps from one step (3)"
     )

@@ -37,6 +37,9 @@ def _parser() -> argparse.ArgumentParser:
         "--image-root", metavar="DIR", help="folder that image paths start from (default: the file's own folder)"
     )
     parser.add_argument(
+        "--allow-outside", action="store_true", help="also read images outside of that folder, links resolved"
+    )
+    parser.add_argument(
         "--drop-matching",
         metavar="TEXT",
         action="append",
@@ -72,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
             args.out,
             source=args.source,
             image_root=args.image_root,
+            allow_outside=args.allow_outside,
             drop_matching=None if args.drop_matching is None else tuple(args.drop_matching),
             rows_per_shard=args.rows_per_shard,
             overwrite=args.overwrite,

@@ -6,7 +6,6 @@ An unknown key is an error that names the nearest known one. Each field's `help`
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -85,7 +84,7 @@ class VideoSection:
     max_pixels: int = field(100_352, "larger frames are shrunk to this, or to the stage's max_pixels if that is less")
 
     def __post_init__(self) -> None:
-        require(0 < self.fps < math.inf, "video.fps", self.fps, "more than 0")
+        require(self.fps > 0, "video.fps", self.fps, "more than 0")
         at_least("video", self, max_frames=2, max_pixels=784)
         at_most("video", self, fps=1000, max_frames=10_000, max_pixels=MAX_PIXELS)
         divides("video.max_frames", self.max_frames, "the frames in a patch", 2)

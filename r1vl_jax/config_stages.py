@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from r1vl_jax.common.config_tree import at_least, at_most, divides, field, finite, one_of, require
+from r1vl_jax.common.config_tree import at_least, at_most, divides, field, one_of, require
 from r1vl_jax.common.limits import MAX_BATCH, MAX_PIXELS, MAX_TOKENS
 from r1vl_jax.errors import ConfigError
 from r1vl_jax.rewards.formats import FORMATS
@@ -26,7 +26,6 @@ class OptimizerSection:
         one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant"))
         at_least("optimizer", self, learning_rate=0, weight_decay=0)
         require(0 <= self.warmup_ratio <= 1, "optimizer.warmup_ratio", self.warmup_ratio, "0 to 1")
-        require(0 <= self.b2 < 1, "optimizer.b2", self.b2, "from 0 to less than 1")
         require(self.max_grad_norm > 0, "optimizer.max_grad_norm", self.max_grad_norm, "more than 0")
 
 
@@ -108,7 +107,6 @@ class RLSection:
             usable = all(map(math.isfinite, self.reward_weights)) and any(self.reward_weights)
             require(usable, "rl.reward_weights", self.reward_weights, "finite numbers, not all 0")
         one_of("rl.average", self.average, ("sequence", "token", "constant"))
-        finite("rl", self, "alpha", "beta", "temperature", "std_floor", "clip_low", "clip_high")
         require(self.std_floor > 0, "rl.std_floor", self.std_floor, "more than 0")
         at_least("rl", self, steps=1, questions_per_step=1, group_size=2, micro_batch_size=1, max_new_tokens=2)
         at_least("rl", self, alpha=0, beta=0, top_k=0, min_pixels=1, updates_per_rollout=1, clip_low=0, clip_high=0)

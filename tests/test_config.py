@@ -296,7 +296,6 @@ def test_every_number_has_its_bounds(tmp_path):
         ("shapes.careless_share", 7),
         ("seed", 2**32),
         ("rl.alpha", -1),
-        ("rl.optimizer.b2", 1),
     ],
 )
 def test_numbers_beyond_any_use(read, key, value):

@@ -67,11 +67,6 @@ def at_most(section: str, config: Any, **bounds: float) -> None:
         require(value is None or value <= bound, f"{section}.{key}", value, f"at most {bound}")
 
 
-def finite(section: str, config: Any, *keys: str) -> None:
-    for key in keys:
-        require(math.isfinite(getattr(config, key)), f"{section}.{key}", getattr(config, key), "a finite number")
-
-
 def divides(key: str, value: int, by_key: str, by: int) -> None:
     require(value % by == 0, key, value, f"a multiple of {by_key} = {by}")
 

@@ -22,8 +22,9 @@ from r1vl_jax.common.limits import MAX_WHOLE
 from r1vl_jax.common.text import nearest, one_line, shorten, shown
 from r1vl_jax.errors import ConfigError
 
-MAX_BYTES = 1 << 20  # of a configuration file
-MAX_VALUES = 100_000  # in a configuration, each alias counted as often as it is used
+MAX_BYTES = 1 << 16  # of a configuration file: every key is 8 kB. PyYAML reads 100 kB a second
+MAX_VALUES = 10_000  # in a configuration, each alias counted as often as it is used
+MAX_BRACKETS = 300  # PyYAML's time grows with the square of those that are open
 MAX_SHOWN = 60  # characters of a value in a message
 _SURROGATE = re.compile("[\ud800-\udfff]")  # UTF-8 cannot write it
 _KEY = re.compile(r"\w+(\.\w+)*")
@@ -86,6 +87,8 @@ class _Loader(yaml.SafeLoader):
 
 def parse(text: str) -> Any:
     """Returns the value that a YAML text holds. Raises ValueError that says in one line what is wrong with it."""
+    if text.count("[") + text.count("{") > MAX_BRACKETS:
+        raise ValueError(f"more than {MAX_BRACKETS} brackets")
     try:
         value = yaml.load(text, _Loader)
     except _YAML_ERRORS as error:

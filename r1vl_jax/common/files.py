@@ -47,7 +47,7 @@ def read_json_lines(path: str | Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(file, 1):
             try:
                 yield json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if next(file, None) is None:
                     return
                 raise ValueError(f"{path}, line {number}: not JSON ({error})") from error

@@ -136,7 +136,8 @@ class JsonSource:
         descriptor = self._file.fileno()
         if _stamp(os.fstat(descriptor)) != self._stamp:
             raise OSError(f"{self.name}: the file has changed since it was indexed; start again")
-        example = self._parse(json.loads(os.pread(descriptor, length, start)), number)[turn]
+        text = os.pread(descriptor, length, start).decode("utf-8", "surrogateescape")  # as `scan` reads it
+        example = self._parse(json.loads(text), number)[turn]
         return example if self._allow_outside else check_places(example, self._root)
 
     def __getstate__(self) -> dict[str, Any]:

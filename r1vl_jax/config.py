@@ -6,13 +6,13 @@ An unknown key is an error that names the nearest known one. Each field's `help`
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from r1vl_jax.common import config_tree
-from r1vl_jax.common.config_tree import at_least, divides, field, one_of, require
+from r1vl_jax.common.config_tree import at_least, at_most, divides, field, one_of, require
+from r1vl_jax.common.limits import MAX_BATCH, MAX_PIXELS, MAX_ROWS, MAX_SECONDS, MAX_TOKENS, MAX_WORKERS
 from r1vl_jax.config_stages import RLSection, SFTSection
 from r1vl_jax.errors import ConfigError
 from r1vl_jax.parallel.devices import PRECISIONS
@@ -63,6 +63,7 @@ class MeshSection:
 class SourceSection:
     path: str = field("", "JSON, JSONL, parquet, a folder of parquet, or hub:OWNER/NAME of a Hub data set")
     image_root: str | None = field(None, "folder that image paths start from; default: the file's own folder")
+    allow_outside: bool = field(False, "images and videos may also be outside of image_root, links resolved")
     tfds: str = field("", "in place of path: a TFDS data set, NAME or NAME:VERSION, made by r1vl_jax.data.build")
     tfds_dir: str | None = field(None, "folder of TFDS data sets; default: TFDS_DATA_DIR or ~/tensorflow_datasets")
     split: str = field("train", "split of a TFDS or Hub data set, of an object of splits, or of a folder of parquet")
@@ -84,8 +85,9 @@ class VideoSection:
     max_pixels: int = field(100_352, "larger frames are shrunk to this, or to the stage's max_pixels if that is less")
 
     def __post_init__(self) -> None:
-        require(0 < self.fps < math.inf, "video.fps", self.fps, "more than 0")
+        require(self.fps > 0, "video.fps", self.fps, "more than 0")
         at_least("video", self, max_frames=2, max_pixels=784)
+        at_most("video", self, fps=1000, max_frames=10_000, max_pixels=MAX_PIXELS)
         divides("video.max_frames", self.max_frames, "the frames in a patch", 2)
 
 
@@ -104,6 +106,7 @@ class DataSection:
 
     def __post_init__(self) -> None:
         at_least("data", self, max_prompt_tokens=1, pad_multiple=1, buckets=1, workers=0)
+        at_most("data", self, max_prompt_tokens=MAX_TOKENS, pad_multiple=MAX_TOKENS, buckets=1000, workers=MAX_WORKERS)
         for key in ("sft", "rl", "heldout"):
             section = getattr(self, key)
             expected = f"data.{key}.path ({section.path!r}) or this, not both"
@@ -121,6 +124,10 @@ class ShapesSection:
     heldout_rows: int = field(200, "held-out rows")
     careless_share: float = field(0.6, "share of the warm-up answers with no rationale and a guess at the end")
 
+    def __post_init__(self) -> None:
+        at_least("shapes", self, seed=0, sft_rows=0, rl_rows=0, heldout_rows=0, careless_share=0)
+        at_most("shapes", self, sft_rows=MAX_ROWS, rl_rows=MAX_ROWS, heldout_rows=MAX_ROWS, careless_share=1)
+
 
 @dataclasses.dataclass(frozen=True)
 class EvalSection:
@@ -130,6 +137,7 @@ class EvalSection:
 
     def __post_init__(self) -> None:
         at_least("eval", self, rows=0, batch_size=1, max_new_tokens=1)
+        at_most("eval", self, batch_size=MAX_BATCH, max_new_tokens=MAX_TOKENS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +159,7 @@ class ScoringSection:
 
     def __post_init__(self) -> None:
         at_least("scoring", self, workers=1)
+        at_most("scoring", self, workers=MAX_WORKERS, timeout=MAX_SECONDS)
         require(self.timeout > 0, "scoring.timeout", self.timeout, "more than 0")
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from r1vl_jax.common.config_tree import at_least, divides, field, finite, one_of, require
+from r1vl_jax.common.config_tree import at_least, at_most, divides, field, one_of, require
+from r1vl_jax.common.limits import MAX_BATCH, MAX_PIXELS, MAX_TOKENS
 from r1vl_jax.errors import ConfigError
 from r1vl_jax.rewards.formats import FORMATS
 from r1vl_jax.rewards.rules import PRESETS, Rules, get_rules
@@ -42,6 +43,7 @@ class SFTSection:
     def __post_init__(self) -> None:
         at_least("sft", self, steps=1, batch_size=1, micro_batch_size=1, max_answer_tokens=1, min_pixels=1)
         at_least("sft", self, max_pixels=max(784, self.min_pixels))
+        at_most("sft", self, batch_size=MAX_BATCH, max_answer_tokens=MAX_TOKENS, max_pixels=MAX_PIXELS)
         require(self.epochs > 0, "sft.epochs", self.epochs, "more than 0")
         divides("sft.batch_size", self.batch_size, "sft.micro_batch_size", self.micro_batch_size)
 
@@ -105,11 +107,12 @@ class RLSection:
             usable = all(map(math.isfinite, self.reward_weights)) and any(self.reward_weights)
             require(usable, "rl.reward_weights", self.reward_weights, "finite numbers, not all 0")
         one_of("rl.average", self.average, ("sequence", "token", "constant"))
-        finite("rl", self, "alpha", "beta", "temperature", "std_floor", "clip_low", "clip_high")
         require(self.std_floor > 0, "rl.std_floor", self.std_floor, "more than 0")
         at_least("rl", self, steps=1, questions_per_step=1, group_size=2, micro_batch_size=1, max_new_tokens=2)
         at_least("rl", self, alpha=0, beta=0, top_k=0, min_pixels=1, updates_per_rollout=1, clip_low=0, clip_high=0)
         at_least("rl", self, max_resamples=0, max_pixels=max(784, self.min_pixels))
+        at_most("rl", self, questions_per_step=MAX_BATCH, group_size=MAX_BATCH, max_pixels=MAX_PIXELS)
+        at_most("rl", self, max_new_tokens=MAX_TOKENS)
         require(self.clip_low <= 1, "rl.clip_low", self.clip_low, "at most 1")
         require(self.temperature > 0, "rl.temperature", self.temperature, "more than 0: a group needs variety")
         require(0 < self.top_p <= 1, "rl.top_p", self.top_p, "more than 0 and at most 1")

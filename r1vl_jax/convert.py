@@ -23,6 +23,7 @@ from r1vl_jax.checkpoint.folder import check_destination
 from r1vl_jax.checkpoint.hf import save_hf
 from r1vl_jax.checkpoint.store import find_model, load_model, save_params
 from r1vl_jax.checkpoint.tensors import tensor_names
+from r1vl_jax.common.arguments import Parser
 from r1vl_jax.errors import CheckpointError
 from r1vl_jax.model.config import ModelConfig, load_config
 from r1vl_jax.model.spec import num_params, param_spec
@@ -33,7 +34,7 @@ DTYPES = {name: np.dtype(getattr(jnp, name)) for name in ("float32", "bfloat16",
 
 def _parser() -> argparse.ArgumentParser:
     summary = (__doc__ or "").partition("\n")[0]  # python -OO removes docstrings
-    parser = argparse.ArgumentParser(prog="python -m r1vl_jax.convert", description=summary)
+    parser = Parser(prog="python -m r1vl_jax.convert", description=summary)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("from-hf", "safetensors to orbax: DST/params and DST/hf (config, tokenizer, processor files)"),

@@ -10,17 +10,20 @@ from functools import partial
 
 import jax
 
+from r1vl_jax.common.arguments import Parser, non_negative_float, non_negative_int, number, whole
+from r1vl_jax.common.limits import MAX_BATCH, MAX_TOKENS
+from r1vl_jax.common.limits import MAX_PIXELS as MOST_PIXELS
+from r1vl_jax.common.text import one_line
 from r1vl_jax.config import ATTENTION, KERNELS
 from r1vl_jax.errors import CheckpointError, RowError
 from r1vl_jax.inference.generate import MAX_PIXELS, encode, generate, load, say
 from r1vl_jax.parallel.devices import matmul_precision, prepare_devices
 from r1vl_jax.processing.videos import VideoSpec
-from r1vl_jax.rollout.sampling import check_sampling
 from r1vl_jax.types import Sampling
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m r1vl_jax.generate",
         description="Answers of a Qwen2-VL checkpoint to one question, with their log-probabilities.",
     )
@@ -36,24 +39,39 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--system-prompt", default="", help="text of the system turn (default: the checkpoint's)")
     add("--question-suffix", default="", help="text appended to the question, as data.question_suffix in training")
-    add("--samples", type=int, default=1, help="number of answers (default 1)")
-    add("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    add("--top-p", type=float, default=defaults.top_p, help="nucleus sampling; 1 is off (default)")
-    add("--top-k", type=int, default=defaults.top_k, help="0 is off (default)")
-    add("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="default %(default)s")
+    add("--samples", type=whole(1, MAX_BATCH), default=1, help="number of answers (default 1)")
+    add("--temperature", type=non_negative_float, default=0.0, help="0 is greedy (default)")
+    add("--top-p", type=number(0, 1, above=True), default=defaults.top_p, help="nucleus sampling; 1 is off (default)")
+    add("--top-k", type=non_negative_int, default=defaults.top_k, help="0 is off (default)")
+    add("--max-new-tokens", type=whole(1, MAX_TOKENS), default=defaults.max_new_tokens, help="default %(default)s")
     add(
         "--max-pixels",
-        type=int,
+        type=whole(1, MOST_PIXELS),
         help=f"larger images are shrunk to this; default: {MAX_PIXELS}, or the checkpoint's own limit if that is less "
         "(published ones allow 12845056, which takes hundreds of GB)",
     )
     video = VideoSpec()
-    add("--fps", type=float, default=video.fps, help="frames taken from a second of video (default %(default)s)")
-    add("--max-frames", type=int, default=video.max_frames, help="frames of a video at most (default %(default)s)")
-    add("--video-pixels", type=int, default=video.max_pixels, help="frames are shrunk to this (default %(default)s)")
+    add(
+        "--fps",
+        type=number(0, 1000, above=True),
+        default=video.fps,
+        help="frames taken from a second of video (default %(default)s)",
+    )
+    add(
+        "--max-frames",
+        type=whole(2, 10_000),
+        default=video.max_frames,
+        help="frames of a video at most (default %(default)s)",
+    )
+    add(
+        "--video-pixels",
+        type=whole(1, MOST_PIXELS),
+        default=video.max_pixels,
+        help="frames are shrunk to this (default %(default)s)",
+    )
     add(
         "--seed",
-        type=int,
+        type=non_negative_int,
         default=None,
         help="fixes what is sampled; default: a new one each time, printed",
     )
@@ -75,9 +93,6 @@ def main(argv: list[str] | None = None) -> int:
     sampling = Sampling(args.temperature, args.top_p, args.top_k, args.max_new_tokens)
     prepare_devices()
     try:
-        check_sampling(sampling)
-        if args.samples < 1:
-            raise ValueError(f"samples is {args.samples}, expected at least 1")
         loaded = load(args.model, dtype=args.dtype, attention=args.attention, kernels=args.kernels)
         video = VideoSpec(args.fps, args.max_frames, args.video_pixels)
         processor = loaded.processor.with_texts(args.system_prompt, args.question_suffix, section="--")
@@ -87,8 +102,14 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if args.samples > 1 and args.temperature == 0:
         say(f"--temperature 0 is greedy: all {args.samples} answers will be the same")
-    with jax.default_matmul_precision(matmul_precision("auto", args.dtype)):
-        result = generate(loaded, encoded, samples=args.samples, sampling=sampling, seed=seed)
+    try:
+        with jax.default_matmul_precision(matmul_precision("auto", args.dtype)):
+            result = generate(loaded, encoded, samples=args.samples, sampling=sampling, seed=seed)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        say(f"error: too little memory; lower --max-new-tokens, --samples or --max-pixels ({one_line(error)})")
+        return 2
     if args.json:
         print(json.dumps(result))
     else:

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from r1vl_jax.common.arguments import finite_float, non_negative_int, positive_float, positive_int
+from r1vl_jax.common.arguments import Parser, non_negative_float, non_negative_int, positive_int, seconds, workers
 from r1vl_jax.common.files import atomic_write
 from r1vl_jax.errors import RowError
 from r1vl_jax.reward_lab.probe import probe
@@ -190,7 +190,7 @@ def _output(path: str) -> contextlib.AbstractContextManager[TextIO]:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m r1vl_jax.score",
         description=_DESCRIPTION,
         epilog=_EPILOG,
@@ -206,7 +206,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--answer-format", choices=tuple(FORMATS), default="r1vl", help="format of the answers (default: r1vl)"
     )
-    parser.add_argument("--alpha", type=finite_float, default=0.1, help="weight of the key steps (default: 0.1)")
+    parser.add_argument("--alpha", type=non_negative_float, default=0.1, help="weight of the key steps (default: 0.1)")
     parser.add_argument(
         "--stage", help="only a run's rows of this stage, or heldout (default: all; without --steps not heldout)"
     )
@@ -223,9 +223,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     cores = os.cpu_count() or 1
     parser.add_argument(
-        "--workers", type=positive_int, default=cores, help=f"worker processes (default: {cores}, the number of cores)"
+        "--workers", type=workers, default=cores, help=f"worker processes (default: {cores}, the number of cores)"
     )
-    parser.add_argument("--timeout", type=positive_float, default=20.0, help="seconds for one answer (default: 20)")
+    parser.add_argument("--timeout", type=seconds, default=20.0, help="seconds for one answer (default: 20)")
     parser.add_argument("--skip-bad", action="store_true", help="leave out rows that cannot be used, and count them")
     args = parser.parse_intermixed_args(_one_by_one(sys.argv[1:] if argv is None else argv))
     args.rules = args.rules or [_rules("paper")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,16 @@ def test_overrides(read):
         (["--rl.beta"], "--rl.beta: a value is missing"),
         (["--model.path.x", "1"], "model.path|path is a value, not a section"),
         (["--stages", "[sft"], "--stages"),
+        (["--", "1"], "argument '--': expected an override"),
+        (["-- 1"], "argument '-- 1': expected an override"),
+        (["--=1"], "argument '--=1': expected an override"),
+        (["--rl..beta=1"], "argument '--rl..beta=1': expected an override"),
+        (["--seed", "[" * 5000], "--seed is .*more than 300 brackets"),
+        (["--seed", "9" * 5000], "--seed is .*digits"),
+        (["--seed", "0x" + "f" * 5000], "seed is a int that is too large to print, expected at most 4,294,967,295"),
+        (["--seed", "2001-99-99"], "--seed is '2001-99-99', expected a value as YAML writes it"),
+        (["--output_dir", r'"a\0b"'], "output_dir is 'a.x00b', expected text"),
+        (["--output_dir", r'"\ud800"'], "output_dir is '.ud800', expected text"),
     ],
 )
 def test_overrides_that_cannot_be_read(read, arguments, message):
@@ -191,10 +202,105 @@ def test_overrides_that_cannot_be_read(read, arguments, message):
         read("", *arguments)
 
 
-@pytest.mark.parametrize("text, message", [("- a\n- b", "a mapping"), ("a: [", "not YAML"), ("rl: 3", "a section")])
-def test_files_that_are_no_configuration(read, text, message):
-    with pytest.raises(ConfigError, match=message):
-        read(text, base="")
+BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("- a\n- b", "a mapping"),
+        ("a: [", "not YAML"),
+        ("rl: 3", "a section"),
+        ("false", "holds False; expected a mapping"),
+        (bytes(range(256)), "not UTF-8 text"),
+        ("# café".encode("latin-1"), "not UTF-8 text"),
+        ("seed: 1".encode("utf-16"), "not UTF-8 text"),
+        ("[" * 5000, "more than 300 brackets"),
+        ("- " * 5000, "nested too deeply"),
+        ("a: " * 5000, "not YAML"),
+        (BOMB, "more than 10,000 values, with aliases written out"),
+        ("rl: &a [*a]", "more than 10,000 values"),
+        ("seed: 1\nseed: 2", "seed is given twice"),
+        ("rl: {beta: 1, beta: 2}", "beta is given twice"),
+        ("seed: " + "9" * 5000, "not YAML: Exceeds the limit"),
+        ("seed: !!int x", "not YAML: invalid literal"),
+        ("seed: !!bool x", "not YAML"),
+        ("seed: !!timestamp x", "not YAML"),
+        ("seed: !!int ''", "not YAML"),
+        ("seed: 2001-99-99", "not YAML: month must be"),
+        ("seed: \0", "not YAML"),
+        ("seed: !!python/object/apply:os.getcwd []", "not YAML: could not determine a constructor"),
+        ("x" * 70_000, "more than 65,536 bytes"),
+        ("? [1]\n: 2", "not YAML: .*unhashable key"),
+        ("7: 1", "7 is not a known key"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_files_that_are_no_configuration(tmp_path, text, message):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_folders_and_devices_are_no_configuration(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path, message in ((tmp_path, "a folder"), (tmp_path / "fifo", "no such file"), ("/dev/zero", "no such file")):
+        with pytest.raises(ConfigError, match=f"^{path}: {message}; expected a YAML file"):
+            load(path)
+
+
+def test_anchors_and_merged_keys_are_read(read):
+    """Plain uses of YAML's aliases stay; a key beside << replaces the merged one, and is not given twice."""
+    text = "sft: {optimizer: &slow {learning_rate: 1e-6}}\nrl: {optimizer: {<<: *slow, learning_rate: 2e-6}}"
+    config = read(text)
+    assert (config.sft.optimizer.learning_rate, config.rl.optimizer.learning_rate) == (1e-6, 2e-6)
+
+
+def test_every_number_has_its_bounds(tmp_path):
+    """Infinite, not a number, or beyond any use: refused by name for every key, whatever its section checks."""
+    file = tmp_path / "config.yaml"
+    file.write_text(SMALL)
+    for key, default, _ in describe():
+        if isinstance(default, float):
+            for value in (".nan", ".inf", "-.inf", "nan", "1e999"):
+                with pytest.raises(ConfigError, match=f"^{key} is "):
+                    load(file, [f"--{key}", value])
+        if type(default) in (int, float):
+            for value in (10**30, -(10**30), 2**63):
+                with pytest.raises(ConfigError, match=f"^{key} is "):
+                    load(file, [f"--{key}", str(value)])
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        *((f"{section}.max_new_tokens", 10**9) for section in ("rl", "eval")),
+        *((f"{section}.max_pixels", 10**9) for section in ("rl", "sft", "data.video")),
+        ("sft.batch_size", 10**9),
+        ("sft.max_answer_tokens", 10**9),
+        ("rl.group_size", 10**9),
+        ("rl.questions_per_step", 10**9),
+        ("eval.batch_size", 10**9),
+        ("data.max_prompt_tokens", 10**9),
+        ("data.workers", 10**6),
+        ("data.video.fps", "1e300"),
+        ("data.video.max_frames", 10**9),
+        ("scoring.workers", 10**6),
+        ("scoring.timeout", "1e300"),
+        ("shapes.sft_rows", 10**9),
+        ("shapes.sft_rows", -1),
+        ("shapes.careless_share", 7),
+        ("seed", 2**32),
+        ("rl.alpha", -1),
+    ],
+)
+def test_numbers_beyond_any_use(read, key, value):
+    with pytest.raises(ConfigError, match=f"^{key} is .*, expected "):
+        read("", f"--{key}={value}")
 
 
 def test_no_such_file(tmp_path):

@@ -16,8 +16,9 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
-from r1vl_jax.common.text import one_line
+from r1vl_jax.common.text import one_line, shown
 
 JobT = TypeVar("JobT")
 ResultT = TypeVar("ResultT")
@@ -74,18 +75,20 @@ class Endpoint:
         temperature: float | None = 0.0,
         max_tokens: int | None = 2048,
     ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"url: {url!r}; expected http://... or https://...")
         if not model:
             raise ValueError("model: expected a name")
+        self.url, self.model = _checked(url), model
         import openai  # imported here because it loads slowly and most commands need no endpoint
 
-        self.url, self.model = url, model
         options = {"temperature": temperature, "max_tokens": max_tokens}
         self._options = {name: value for name, value in options.items() if value is not None}
         # A user's own server needs no key, but the client requires one. A paid server will answer with status 401.
         key = os.environ.get("OPENAI_API_KEY") or "none"
-        self._client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries)
+        self._secrets = [secret for secret in (key, urlsplit(url).password) if secret and len(secret) >= 8]
+        try:
+            self._client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries)
+        except Exception as error:  # its HTTP library has an error of its own for URLs that it cannot read
+            raise ValueError(f"url: {self.url!r}; {one_line(error)}") from error
 
     def complete(self, messages: list[dict[str, Any]]) -> str:
         """Returns the text of the model's reply to a conversation, which is a list of {role, content} messages.
@@ -100,26 +103,46 @@ class Endpoint:
             create: Callable[..., Any] = self._client.chat.completions.create  # the stubs require a class per role
             reply = create(model=self.model, messages=messages, **self._options)
         except openai.APIStatusError as error:
-            code, message = error.status_code, one_line(error.message)
+            code, message = error.status_code, self._line(error.message)
             if code in _STOPPING:
                 raise EndpointStop(f"{self.url}, model {self.model!r}: {_STOPPING[code]} ({message})") from error
             raise EndpointError(message, server=code in (408, 409, 429) or code >= 500) from error
         except openai.APITimeoutError as error:
             raise EndpointError("no reply within the time limit", server=True) from error
         except openai.APIConnectionError as error:
-            raise EndpointError(f"no connection: {one_line(error.__cause__ or error)}", server=True) from error
+            raise EndpointError(f"no connection: {self._line(error.__cause__ or error)}", server=True) from error
         except (openai.OpenAIError, ValueError, RecursionError) as error:  # not JSON; text that UTF-8 cannot encode
-            raise EndpointError(f"unusable request or reply: {one_line(error)}") from error
+            raise EndpointError(f"unusable request or reply: {self._line(error)}") from error
         try:
             choice = reply.choices[0]
             text, finish = choice.message.content, choice.finish_reason
         except (AttributeError, IndexError, TypeError) as error:  # the client does not check what a server sends
-            raise EndpointError(f"a reply without choices: {one_line(reply)}") from error
+            raise EndpointError(f"a reply without choices: {self._line(reply)}") from error
         if finish == "length":
-            raise EndpointError(f"the reply was cut off by max_tokens; it starts {one_line(text)!r}")
+            raise EndpointError(f"the reply was cut off by max_tokens; it starts {self._line(text)!r}")
         if not isinstance(text, str) or not text.strip():
-            raise EndpointError(f"a reply without text (finish_reason {finish!r})")
+            raise EndpointError(f"a reply without text (finish_reason {self._line(finish)!r})")
         return text
+
+    def _line(self, value: object) -> str:
+        """Returns a text in one line for a message, without the key, which a server may send back."""
+        text = str(value)
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return one_line(text)
+
+
+def _checked(url: str) -> str:
+    """Returns a URL without user name, password and query, as messages show it. Raises ValueError on a wrong one."""
+    named = shown(url.rpartition("@")[2])
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:  # a port that is no number up to 65535, a bracket that is not closed
+        raise ValueError(f"url: {named}; expected http://HOST:PORT... ({error})") from error
+    if parts.scheme not in ("http", "https") or not host or port == 0 or not url.isprintable() or " " in url:
+        raise ValueError(f"url: {named}; expected http://HOST... or https://HOST...")
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def in_parallel(

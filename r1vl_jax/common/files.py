@@ -66,6 +66,17 @@ def read_json_lines(
             yield row
 
 
+def outside(path: str, root: str) -> str:
+    """Returns a text that says where a file is, if it is outside of a folder when symbolic links are resolved; else "".
+
+    A row of a data set may name any file of the machine.
+    """
+    real, folder = os.path.realpath(path), os.path.realpath(root)
+    if Path(real).is_relative_to(folder):
+        return ""
+    return f"{path}: outside of {folder}" + (f" (it is a link to {real})" if real != os.path.abspath(path) else "")
+
+
 def inner_object(table: dict[str, Any], key: str, path: Path | str, prefix: str = "") -> dict[str, Any]:
     """Returns the object at `key`; {} if `key` is missing or null. Raises ValueError if the value is not an object.
 

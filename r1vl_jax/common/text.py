@@ -15,7 +15,10 @@ def shorten(text: str, limit: int = LIMIT) -> str:
 
 def shown(value: object, limit: int = LIMIT) -> str:
     """Returns the `repr` of a value, shortened to `limit` characters."""
-    return shorten(repr(value), limit)
+    try:
+        return shorten(repr(value), limit)
+    except (ValueError, RecursionError):  # thousands of digits, or of nested lists
+        return f"a {type(value).__name__} that is too large to print"
 
 
 def one_line(value: object, limit: int = 200) -> str:

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from r1vl_jax.common.text import one_line
 from r1vl_jax.data.parquet_files import ParquetInfo, find_files, footer, read_info, stamp
+from r1vl_jax.data.row_media import check_places
 from r1vl_jax.data.rows import ROLES, parse_row, unread_notes
 from r1vl_jax.errors import RowError
 from r1vl_jax.types import Example
@@ -41,6 +42,7 @@ class ParquetSource:
       path: a parquet file, or a folder of them; parquet_files.py says which of its files are read.
       split: the split of a folder of splits.
       image_root: folder to which paths of images and videos are relative; None: the folder of the files.
+      allow_outside: images and videos may be outside of that folder. Otherwise reading such a row raises RowError.
       drop_matching: reading a row with one of these texts in an answer raises RowError.
       name: name of the data set in messages; None: `path`.
     Raises: RowError if there is no such file, or a file cannot be used.
@@ -52,6 +54,7 @@ class ParquetSource:
         *,
         split: str = "train",
         image_root: str | os.PathLike | None = None,
+        allow_outside: bool = False,
         drop_matching: tuple[str, ...] = (),
         name: str | None = None,
     ) -> None:
@@ -60,7 +63,7 @@ class ParquetSource:
         self.filtered = 0
         self._files = [read_info(file) for file in find_files(path, split)]
         self._root = os.path.abspath(os.path.dirname(self._files[0].path) if image_root is None else image_root)
-        self._drop_matching = tuple(drop_matching)
+        self._allow_outside, self._drop_matching = allow_outside, tuple(drop_matching)
         rows = [count for file in self._files for count in file.group_rows]
         self._groups = [(f, g) for f, file in enumerate(self._files) for g in range(len(file.group_rows))]
         self._group_start = np.cumsum([0, *rows])  # the number of the first row of each row group
@@ -103,6 +106,8 @@ class ParquetSource:
             table = self._kept.get(place, lambda: _read_group(file, self._groups[place][1]))
             (row,) = table.slice(number - int(self._group_start[place]), 1).to_pylist()
             example = self._parse(row, number)[turn]
+            if not self._allow_outside:
+                check_places(example, self._root)
         except RowError as error:
             if not where:
                 raise

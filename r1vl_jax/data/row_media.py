@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from r1vl_jax.common.files import outside
 from r1vl_jax.common.text import shown
 from r1vl_jax.errors import RowError
+from r1vl_jax.types import Example
 
 IMAGE, VIDEO, AUDIO = "<image>", "<video>", "<audio>"
 # The fields of a row that have its images, videos and audio (which is refused). A row has at most one of a kind.
@@ -124,6 +126,20 @@ def video_files(value: object, name: str, root: str) -> tuple[str | tuple[str, .
             raise RowError(f"{field}: {shown(video)} is an image; expected a video file, or a list of frames in a list")
         paths.append(path)
     return tuple(paths)
+
+
+def check_places(example: Example, root: str) -> Example:
+    """Returns the example. Raises RowError if one of its files is outside of the folder `root`, links resolved."""
+    files = [("images", path) for path in example.images] if example.image_bytes is None else []
+    for video in example.videos:
+        files += [("videos", path) for path in ((video,) if isinstance(video, str) else video)]
+    for field, path in files:
+        if problem := outside(path, root):
+            raise RowError(
+                f"{example.name}, {field}: {problem}; expected a file in that folder. image_root names another folder, "
+                "and allow_outside allows any file"
+            )
+    return example
 
 
 def _unwrapped(video: object) -> object:

@@ -22,6 +22,7 @@ import numpy as np
 
 from r1vl_jax.config import SourceSection
 from r1vl_jax.data.json_file import check_file, scan
+from r1vl_jax.data.row_media import check_places
 from r1vl_jax.data.rows import parse_row, unread_keys, unread_notes
 from r1vl_jax.errors import RowError
 from r1vl_jax.types import Example
@@ -65,6 +66,7 @@ def open_source(section: SourceSection) -> Source:
 
         path, split, name = os.fspath(fetch(path, split)), "train", f"{path}/{split}"
     options: dict[str, Any] = {"image_root": section.image_root, "drop_matching": section.drop_matching}
+    options["allow_outside"] = section.allow_outside
     if _is_parquet(path):
         from r1vl_jax.data.parquet_source import ParquetSource  # pyarrow takes a while to import
 
@@ -98,6 +100,7 @@ class JsonSource:
       path: the file; json_file.py has its forms. The keys of a row determine its schema.
       split: the key of the rows in an object of splits.
       image_root: folder to which image paths are relative; None: the folder of `path`.
+      allow_outside: images and videos may be outside of that folder. Otherwise reading such a row raises RowError.
       drop_matching: rows with one of these texts in an answer are left out and counted in `filtered`.
     Raises: RowError if the file is missing, empty or not JSON.
     """
@@ -108,9 +111,11 @@ class JsonSource:
         *,
         split: str = "train",
         image_root: str | os.PathLike | None = None,
+        allow_outside: bool = False,
         drop_matching: tuple[str, ...] = (),
     ) -> None:
         self.name = os.fspath(path)
+        self._allow_outside = allow_outside
         self._path = os.path.abspath(self.name)
         self._root = os.path.abspath(os.path.dirname(self.name) if image_root is None else image_root)
         self.errors: list[RowError] = []
@@ -131,7 +136,9 @@ class JsonSource:
         descriptor = self._file.fileno()
         if _stamp(os.fstat(descriptor)) != self._stamp:
             raise OSError(f"{self.name}: the file has changed since it was indexed; start again")
-        return self._parse(json.loads(os.pread(descriptor, length, start)), number)[turn]
+        text = os.pread(descriptor, length, start).decode("utf-8", "surrogateescape")  # as `scan` reads it
+        example = self._parse(json.loads(text), number)[turn]
+        return example if self._allow_outside else check_places(example, self._root)
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns all attributes but the open file, which cannot be pickled."""

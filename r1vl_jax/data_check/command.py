@@ -12,8 +12,9 @@ from typing import Any
 import jax
 
 from r1vl_jax import config as configs
-from r1vl_jax.common.arguments import non_negative_int
+from r1vl_jax.common.arguments import Parser, whole
 from r1vl_jax.common.files import atomic_write
+from r1vl_jax.common.limits import MAX_WORKERS
 from r1vl_jax.config import Config
 from r1vl_jax.data_check.figure import plot
 from r1vl_jax.data_check.numbers import report
@@ -23,7 +24,7 @@ from r1vl_jax.errors import EXPECTED, ConfigError, RowError
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m r1vl_jax.data.check",
         description="Reads all rows as training would, and reports what is in them.",
         epilog="Further arguments override keys of the configuration, as in r1vl_jax.train: --data.rl.path FILE. Exit "
@@ -36,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", metavar="FOLDER", help="folder for check.json and check.png; default: output_dir with -check added"
     )
     parser.add_argument(
-        "--workers", type=non_negative_int, metavar="N", help="processes that read; default: data.workers"
+        "--workers", type=whole(0, MAX_WORKERS), metavar="N", help="processes that read; default: data.workers"
     )
     parser.add_argument("--all", action="store_true", help=f"name all rows, not only {NAMED} of a kind")
     return parser

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from r1vl_jax.common.image_files import FORMATS
 from r1vl_jax.config import Config, DataSection, RLSection, SFTSection
 from r1vl_jax.data.loader import read_rows
 from r1vl_jax.data.sources import Source, open_source
@@ -30,7 +31,7 @@ from r1vl_jax.data_check.solutions import unreachable
 from r1vl_jax.errors import RowError
 from r1vl_jax.inference.open_model import open_model
 from r1vl_jax.keysteps import lint
-from r1vl_jax.processing.images import FORMATS, ImageSpec, smart_resize
+from r1vl_jax.processing.images import ImageSpec, smart_resize
 from r1vl_jax.processing.processor import Processor
 from r1vl_jax.types import EncodedPrompt, Example
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from r1vl_jax.common.arguments import finite_float, non_negative_int, positive_float, positive_int
+from r1vl_jax.common.arguments import Parser, non_negative_float, positive_float, positive_int, seconds, whole, workers
 from r1vl_jax.common.endpoint import Endpoint
 from r1vl_jax.keysteps import lint, prompts
 from r1vl_jax.keysteps.augment import augment_row
@@ -137,7 +137,8 @@ def _work_by_model(args: argparse.Namespace, endpoint: Endpoint) -> tuple[dict[s
         prompt = prompts.read_prompt(args.prompt) if args.prompt else prompts.EXTRACT
         images = Path(args.input).parent if args.image else None
         settings = {"prompt": hashlib.sha256(prompt.encode()).hexdigest()[:16], "image": args.image}
-        return settings, partial(prompts.extract, endpoint=endpoint, prompt=prompt, images=images)
+        options = {"prompt": prompt, "images": images, "allow_outside": args.allow_outside}
+        return settings, partial(prompts.extract, endpoint=endpoint, **options)
     if args.command == "refine":
         return {}, partial(prompts.refine, endpoint=endpoint)
     most = args.max_alternatives
@@ -207,7 +208,7 @@ def _table(findings: list[lint.Finding], rows: int) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m r1vl_jax.keysteps", description=_DESCRIPTION, formatter_class=raw)
+    parser = Parser(prog="python -m r1vl_jax.keysteps", description=_DESCRIPTION, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="NAME")
     made = {}
     for name, (line, more, example) in _TEXTS.items():
@@ -220,7 +221,8 @@ def _parser() -> argparse.ArgumentParser:
         if name in _WITH_ENDPOINT:
             _add_endpoint(command.add_argument_group("the model, an OpenAI-compatible endpoint"))
     made["extract"].add_argument("--prompt", metavar="FILE", help="your own prompt, with {problem} and {solution}")
-    made["extract"].add_argument("--image", action="store_true", help="also send the image")
+    made["extract"].add_argument("--image", action="store_true", help="also send the image, from the folder of IN")
+    made["extract"].add_argument("--allow-outside", action="store_true", help="also send images outside of that folder")
     made["rules"].add_argument(
         "--per-step", type=positive_int, default=3, metavar="N", help="largest number of key steps from one step (3)"
     )
@@ -253,12 +255,14 @@ def _add_endpoint(group: Any) -> None:
     """Adds the options of the endpoint to a group of arguments."""
     group.add_argument("--url", help="base URL (default for extract: OPENAI_BASE_URL)")
     group.add_argument("--model", help="the model's name on that server (default: OPENAI_MODEL)")
-    group.add_argument("--concurrency", type=positive_int, default=8, metavar="N", help="requests at a time (8)")
+    group.add_argument("--concurrency", type=workers, default=8, metavar="N", help="requests at a time (8)")
     group.add_argument(
-        "--retries", type=non_negative_int, default=4, metavar="N", help="tries of a request after the first (4)"
+        "--retries", type=whole(0, 1000), default=4, metavar="N", help="tries of a request after the first (4)"
     )
-    group.add_argument("--timeout", type=positive_float, default=120.0, metavar="S", help="seconds for one try (120)")
-    group.add_argument("--temperature", type=finite_float, default=0.0, metavar="X", help="sampling temperature (0)")
+    group.add_argument("--timeout", type=seconds, default=120.0, metavar="S", help="seconds for one try (120)")
+    group.add_argument(
+        "--temperature", type=non_negative_float, default=0.0, metavar="X", help="sampling temperature (0)"
+    )
     group.add_argument(
         "--max-tokens", type=positive_int, default=2048, metavar="N", help="largest length of a reply (2048)"
     )

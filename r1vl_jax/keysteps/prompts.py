@@ -8,11 +8,14 @@ from __future__ import annotations
 import base64
 import json
 import mimetypes
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from r1vl_jax.common.endpoint import Endpoint
+from r1vl_jax.common.files import outside
+from r1vl_jax.common.image_files import read_image_file
 from r1vl_jax.common.text import shown
 from r1vl_jax.errors import RowError
 from r1vl_jax.keysteps.augment import augmented
@@ -73,7 +76,13 @@ def read_prompt(path: str) -> str:
     return prompt
 
 
-def extract(row: dict[str, Any], endpoint: Endpoint, prompt: str = EXTRACT, images: Path | None = None) -> Made:
+def extract(
+    row: dict[str, Any],
+    endpoint: Endpoint,
+    prompt: str = EXTRACT,
+    images: Path | None = None,
+    allow_outside: bool = False,
+) -> Made:
     """Returns the row with the key steps that the model extracts from its solution.
 
     Args:
@@ -81,13 +90,14 @@ def extract(row: dict[str, Any], endpoint: Endpoint, prompt: str = EXTRACT, imag
       endpoint: the model.
       prompt: a text that contains {problem} and {solution}. Other braces are kept.
       images: the folder of the images. The row's images are sent with the prompt. None sends no image.
+      allow_outside: whether images may be outside of that folder.
 
     Raises:
       RowError: a field or an image is missing, or the reply has no key steps.
       EndpointError, EndpointStop: the request failed, or the model's reply has no usable text.
     """
     fields = {name: text_field(row, name) for name in ("problem", "solution")}
-    pictures = [] if images is None else [_picture(images, path) for path in _image_paths(row)]
+    pictures = [] if images is None else [_picture(images, path, allow_outside) for path in _image_paths(row)]
     # Both fields are filled in together: a question may contain "{solution}".
     text = re.sub(r"\{(problem|solution)\}", lambda match: fields[match[1]], prompt)
     content = [*pictures, {"type": "text", "text": text}] if pictures else text
@@ -138,11 +148,14 @@ def _image_paths(row: dict[str, Any]) -> list[str]:
     return paths
 
 
-def _picture(folder: Path, path: str) -> dict[str, Any]:
-    """Returns an image file as a part of a message, with the image as a data URL."""
+def _picture(folder: Path, path: str, allow_outside: bool) -> dict[str, Any]:
+    """Returns an image file as a part of a message, with the image as a data URL. Sends nothing but images."""
     try:
-        data = base64.b64encode((folder / path).read_bytes()).decode()
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        if not allow_outside and (problem := outside(os.path.join(folder, path), os.fspath(folder))):
+            raise ValueError(f"{problem}; expected a file in that folder, or --allow-outside")
+        data = base64.b64encode(read_image_file(os.path.join(folder, path))).decode()
+    except ValueError as error:
         raise RowError(f"field 'image_path': {shown(path)} cannot be read: {error}") from error
-    kind = mimetypes.guess_type(path)[0] or "image/png"
+    kind = mimetypes.guess_type(path)[0] or ""
+    kind = kind if kind.startswith("image/") else "image/png"
     return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{data}"}}

@@ -11,21 +11,30 @@ of Qwen2-VL (arXiv 2409.12191, section 2.2.1), ChatML:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from r1vl_jax.common.files import read_object, read_text
+from r1vl_jax.common.text import one_line
 
 SYSTEM = "You are a helpful assistant."
 ASSISTANT_HEADER = "<|im_start|>assistant\n"
 THINKING_HEADER = ASSISTANT_HEADER + "<think>\n"  # the answer begins in the middle of the thinking
 PLACEHOLDERS = {"<image>": "image", "<video>": "video"}
+# Limits of a chat template, which is a program from a checkpoint. transformers runs it in Jinja's sandbox.
+MAX_TEMPLATE = 1 << 20  # characters
+MAX_TEXT = 1 << 24  # characters that it may write
+MAX_SECONDS = 10.0
 
 
 def split_questions(questions: Sequence[str], *, images: int, videos: int = 0) -> list[list[dict[str, str]]]:
@@ -62,8 +71,25 @@ def find_chat_template(folder: str | os.PathLike, tokenizer: PreTrainedTokenizer
     The processor's template (chat_template.jinja, chat_template.json) is preferred to the tokenizer's, because the
     tokenizer may come from a text-only model.
 
-    Raises: ValueError naming the file and the missing key.
+    Raises: ValueError naming the file and the missing key; also if the template is too long, or multiplies.
     """
+    template = _read_template(folder, tokenizer)
+    if template is None:
+        return None
+    if len(template) > MAX_TEMPLATE:
+        raise ValueError(
+            f"{folder}: the chat template has {len(template):,} characters, expected at most {MAX_TEMPLATE:,}"
+        )
+    with contextlib.suppress(jinja2.TemplateError):  # `render_chat` names what is no Jinja
+        for line, kind, mark in jinja2.Environment().lex(template):
+            # One operation could then take hours, as 10 ** 10 ** 10 does, and `_time_limit` acts between operations.
+            if kind == "operator" and mark in ("*", "**"):
+                raise ValueError(f"{folder}: the chat template multiplies ({mark} in line {line}); expected Qwen2-VL's")
+    return template
+
+
+def _read_template(folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Returns the text of the template. Raises ValueError naming the file and the missing key."""
     jinja, as_json = Path(folder) / "chat_template.jinja", Path(folder) / "chat_template.json"
     if jinja.is_file():
         return read_text(jinja)
@@ -87,7 +113,7 @@ def renders_turns(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
     for content in (question, [{"type": "text", "text": question}]):
         try:
             text = _apply(tokenizer, template, [{"role": "user", "content": content}])
-        except (jinja2.TemplateError, TypeError):
+        except Exception:  # a template may raise any
             return True
         for token in (question, tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token):
             text = text.replace(str(token), "") if token else text
@@ -121,11 +147,13 @@ def render_chat(
     name = tokenizer.name_or_path
     try:
         text = _apply(tokenizer, template, turns)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"{name}: the chat template cannot be used ({error}); expected Qwen2-VL's") from error
     except TypeError as error:  # a text-only template concatenates a text and the list of parts
         raise ValueError(
-            f"{name}: the chat template takes no message with images ({error}); expected Qwen2-VL's"
+            f"{name}: the chat template takes no message with images ({one_line(error)}); expected Qwen2-VL's"
+        ) from error
+    except Exception as error:  # a template may raise any
+        raise ValueError(
+            f"{name}: the chat template cannot be used ({one_line(error)}); expected Qwen2-VL's"
         ) from error
     if not text.endswith((ASSISTANT_HEADER, THINKING_HEADER)):
         raise ValueError(f"{name}: the chat template ends a prompt with {text[-40:]!r}; expected {ASSISTANT_HEADER!r}")
@@ -134,11 +162,34 @@ def render_chat(
 
 def _apply(tokenizer: PreTrainedTokenizerBase, template: str, turns: Sequence[Mapping[str, Any]]) -> str:
     """Returns what a Jinja template makes of turns, with the header of the answer."""
-    text = tokenizer.apply_chat_template(
-        [dict(turn) for turn in turns], chat_template=template, tokenize=False, add_generation_prompt=True
-    )
+    with _time_limit():
+        text = tokenizer.apply_chat_template(
+            [dict(turn) for turn in turns], chat_template=template, tokenize=False, add_generation_prompt=True
+        )
     assert isinstance(text, str)  # with tokenize=False
+    if len(text) > MAX_TEXT:
+        raise jinja2.TemplateRuntimeError(f"it writes {len(text):,} characters, the limit is {MAX_TEXT:,}")
     return text
+
+
+@contextlib.contextmanager
+def _time_limit() -> Iterator[None]:
+    """Raises TemplateRuntimeError at the template's next line, or next call, after the block has run MAX_SECONDS.
+
+    A function of `sys.settrace` sees both. A signal would not reach the threads in which rows are encoded.
+    """
+    end, before = time.monotonic() + MAX_SECONDS, sys.gettrace()
+
+    def check(frame: FrameType, event: str, argument: Any) -> Any:
+        if time.monotonic() > end:
+            raise jinja2.TemplateRuntimeError(f"it takes longer than {MAX_SECONDS:g} s")
+        return check if frame.f_code.co_filename == "<template>" else None  # of other code, only calls are seen
+
+    sys.settrace(check)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def _plain(content: str | Sequence[Mapping[str, str]], vision: Mapping[str, str]) -> str:

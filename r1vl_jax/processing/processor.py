@@ -21,6 +21,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from r1vl_jax.common.files import inner_object, read_object
+from r1vl_jax.common.image_files import load_image
 from r1vl_jax.config import DataSection, RLSection, SFTSection
 from r1vl_jax.errors import ConfigError, RowError
 from r1vl_jax.model.vision_ids import read_vision_ids
@@ -33,7 +34,7 @@ from r1vl_jax.processing.chat import (
     renders_turns,
     split_questions,
 )
-from r1vl_jax.processing.images import ImageSpec, image_patches, load_image, video_patches
+from r1vl_jax.processing.images import ImageSpec, image_patches, video_patches
 from r1vl_jax.processing.spans import decode, token_at
 from r1vl_jax.processing.tokenizer import IM_END, SpecialIds, read_tokenizer, special_ids
 from r1vl_jax.processing.videos import VideoSpec, load_video, pick_frames

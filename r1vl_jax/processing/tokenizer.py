@@ -35,7 +35,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             if not path.is_file():
                 raise ValueError(f"{path}: no such file; expected tokenizer.json, or vocab.json and merges.txt")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise many types, even Exception itself
         raise ValueError(f"{folder}: the tokenizer or its chat template cannot be read ({one_line(error)})") from error
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from r1vl_jax.processing.images import to_rgb
+from r1vl_jax.common.image_files import to_rgb
 
 if TYPE_CHECKING:
     import av

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -13,7 +15,7 @@ BLOCK = 128  # tokens in a block of the inverse CDF
 
 def check_sampling(sampling: Sampling) -> None:
     """Raises ValueError if a value is out of range."""
-    if sampling.temperature < 0:
+    if not 0 <= sampling.temperature < math.inf:
         raise ValueError(f"temperature is {sampling.temperature}, expected 0 (greedy) or more")
     if not 0 < sampling.top_p <= 1:
         raise ValueError(f"top_p is {sampling.top_p}, expected more than 0 and at most 1")

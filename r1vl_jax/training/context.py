@@ -23,6 +23,7 @@ from r1vl_jax.rollout.generate import rollout
 from r1vl_jax.training.judging import RewardSpec
 from r1vl_jax.training.programs import Compilations
 from r1vl_jax.training.run_folder import RunLog
+from r1vl_jax.training.run_record import record_data
 from r1vl_jax.training.signals import Signals
 from r1vl_jax.types import Example, Prompts, Rollout, Sampling
 
@@ -49,6 +50,7 @@ class Run:
     def source(self, section: SourceSection) -> Source:
         """Opens a stage's rows; logs its notes and the unusable rows. Raises RowError if no row is usable."""
         source = open_source(section)
+        record_data(self.log.folder, source)
         for note in source.notes:
             self.log.say(note)
         for error in source.errors:

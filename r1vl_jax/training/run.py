@@ -25,6 +25,7 @@ from r1vl_jax.training.context import Run
 from r1vl_jax.training.judging import RewardSpec
 from r1vl_jax.training.programs import Compilations, enable_compilation_cache
 from r1vl_jax.training.run_folder import RunLog
+from r1vl_jax.training.run_record import record_start
 from r1vl_jax.training.sft import plan_sft, sft
 from r1vl_jax.training.signals import Signals
 from r1vl_jax.training.step_grpo import plan_step_grpo, step_grpo, warm_up_folder
@@ -63,6 +64,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, pool
         for note in model.notes:
             log.say(note)
         log.say(f"{section.path}: {model.describe(section.dtype)}")
+        record_start(log.folder, config)
         export = _run_stages(run, resume)
         if table := heldout_table(log.folder):
             log.say(table)

@@ -97,7 +97,8 @@ class RunLog:
     def _check_changes(self, config: Config) -> None:
         """Raises ConfigError if a resumed run changes a setting, except settings that change no result so far."""
         old, new = yaml.safe_load(self._config_file.read_text()), yaml.safe_load(configs.dump(config))
-        free = ["checkpoint.", "scoring.", "eval.", "mesh.", "output_dir", "rl.steps", "data.workers", *BACKEND_KEYS]
+        free = [f"data.{name}.allow_outside" for name in ("sft", "rl", "heldout")]
+        free += ["checkpoint.", "scoring.", "eval.", "mesh.", "output_dir", "rl.steps", "data.workers", *BACKEND_KEYS]
         if not (self.folder / "checkpoints" / "step_grpo").exists():
             free += ["sft.steps", "sft.epochs"]
         for key, default, _ in configs.describe():

@@ -161,10 +161,30 @@ def test_no_server():
     assert caught.value.server
 
 
-@pytest.mark.parametrize(("url", "model"), [("localhost:8000", "m"), ("", "m"), ("http://localhost/v1", "")])
+WRONG_URLS = [
+    "", "x", "localhost:8000", "ftp://localhost/v1", "file:///etc/passwd", "http://", "http:///v1", "http://a b/v1",
+    "http://a:b/v1", "http://a:99999/v1", "http://a:-1/v1", "http://a:0/v1", "http://[::1/v1", "http://a\0/v1",
+    "http://a\n/v1", "http://me:password@a:b/v1", "http://\ud800/v1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("url", "model"), [*((url, "m") for url in WRONG_URLS), ("http://localhost/v1", "")])
 def test_unusable_arguments(url, model):
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(ValueError, match="^(url|model): .*expected") as caught:
         Endpoint(url, model)
+    assert "\n" not in str(caught.value) and "password" not in str(caught.value)
+
+
+def test_messages_do_not_have_the_key_nor_the_password(monkeypatch):
+    """Messages are printed and stored; a server may send back what it was given."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-private-key")
+    for status, error in ((400, EndpointError), (401, EndpointStop)):
+        body = {"error": {"message": "no: sk-private-key, private-password"}}
+        with Server(in_turn((status, {}, body))) as server:
+            endpoint = Endpoint(server.url.replace("://", "://me:private-password@"), "m", retries=0)
+            with pytest.raises(error, match="no: ") as caught:
+                endpoint.complete(HELLO)
+        assert "private" not in str(caught.value) and "***" in str(caught.value)
 
 
 def test_in_parallel_works_at_once_and_gives_results_as_they_finish():

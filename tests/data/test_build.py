@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import io
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +24,7 @@ from pathlib import Path
 import pytest
 import tensorflow_datasets as tfds
 from helpers.paths import GEOMETRY, ROOT
+from PIL import Image
 
 from r1vl_jax.config import SourceSection, load
 from r1vl_jax.data.builders import BUILDERS, MulberrySft, R1vl10k, Shapes, command, shards
@@ -31,7 +34,16 @@ from r1vl_jax.errors import RowError
 from r1vl_jax.shapes import make_task
 
 REFLECTION = SourceSection().drop_matching[0]
-PICTURES = {"a.png": b"\x89PNG\0\xff\0\0", "b.jpg": bytes(range(256)) * 40, "deep/c.webp": b"", "d.png": b"\0"}
+
+
+def picture(kind, size=(28, 28)):
+    file = io.BytesIO()
+    Image.effect_noise(size, 90).save(file, kind)
+    return file.getvalue()
+
+
+PICTURES = {"a.png": picture("PNG"), "b.jpg": picture("JPEG", (200, 100)), "deep/c.webp": picture("WEBP")}
+PICTURES["d.png"] = picture("PNG", (1, 1))
 
 
 def message(role, content):
@@ -164,11 +176,12 @@ def test_images_elsewhere(tmp_path):
     elsewhere = write(tmp_path / "pictures", []).parent
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([question_row(0, "a.png"), question_row(1, "../other.png")]))
-    (tmp_path / "other.png").write_bytes(b"other")
-    assert run("r1vl_10k", "--source", path, "--image-root", elsewhere, "--out", tmp_path / "out") == 0
+    (tmp_path / "other.png").write_bytes(PICTURES["d.png"])
+    options = ["--image-root", elsewhere, "--allow-outside"]
+    assert run("r1vl_10k", "--source", path, *options, "--out", tmp_path / "out") == 0
     ours = TfdsSource("r1vl_10k", data_dir=tmp_path / "out")
     assert [ours[i].images for i in (0, 1)] == [("a.png",), (str(tmp_path / "other.png"),)]
-    assert ours[1].image_bytes == (b"other",)
+    assert ours[1].image_bytes == (PICTURES["d.png"],)
 
 
 def test_drop_matching(tmp_path, capsys):
@@ -198,7 +211,7 @@ def test_drop_matching(tmp_path, capsys):
 def big_rows(folder, count):
     """Rows whose one image takes a while to compress."""
     path = write(folder, [warm_up_row(n, "big.png") for n in range(count)])
-    (folder / "big.png").write_bytes(random.Random(0).randbytes(150_000))
+    (folder / "big.png").write_bytes(picture("PNG", (400, 400)))
     return path
 
 
@@ -351,7 +364,7 @@ def test_a_shard_is_made_again_if_broken_or_what_it_lacked_is_there(tmp_path, mo
         assert run(*arguments) == 130
     assert first.stat().st_size and second.stat().st_ino == untouched
     capsys.readouterr()
-    (tmp_path / "in" / "none.png").write_bytes(b"late")
+    (tmp_path / "in" / "none.png").write_bytes(PICTURES["a.png"])
     with monkeypatch.context() as patch:
         stop_at(patch, 2, before=True)
         assert run(*arguments) == 130
@@ -411,8 +424,8 @@ def test_bad_rows_are_named_and_left_out(tmp_path, capsys):
         (
             r"row 1: has the keys \['x'\]",
             "row 2: has videos, .*train from the JSON file",
-            f"row 3, image {path.parent}: Is a directory; expected an image file",
-            f"row 5, image {path.parent}/none.png: No such file",
+            f"row 3, image {path.parent}: no such image file",
+            f"row 5, image {path.parent}/none.png: no such image file",
         ),
         strict=False,
     ):
@@ -420,6 +433,62 @@ def test_bad_rows_are_named_and_left_out(tmp_path, capsys):
         assert f"left out: {line}\n" in printed.err
     assert printed.err.count("left out: ") == shards.MAX_REPORTED + 1
     assert "left out: more, all of them named in left_out.txt" in printed.err and named[-1] not in printed.err
+
+
+def test_only_image_files_of_the_folder_are_stored(tmp_path, monkeypatch, capsys):
+    """A row may name any file of the machine. Nothing that could wait is opened for long."""
+    private = tmp_path / "private.png"
+    private.write_bytes(PICTURES["a.png"])
+    folder = tmp_path / "in"
+    write(folder, [])
+    (folder / "link.png").symlink_to(private)
+    (folder / "text.png").write_text("ssh-ed25519 ...")
+    (folder / "cut.png").write_bytes(PICTURES["a.png"][:-30])
+    (folder / "folder.png").mkdir()
+    os.mkfifo(folder / "fifo.png")
+    with socket.socket(socket.AF_UNIX) as server:
+        monkeypatch.chdir(folder)
+        server.bind("socket.png")
+    outside = [
+        "/etc/passwd",
+        str(private),
+        "../private.png",
+        "deep/../../private.png",
+        "link.png",
+        "file:///etc/passwd",
+    ]
+    unusable = ["text.png", "cut.png", "folder.png", "fifo.png", "socket.png"]
+    paths = ["a.png", str(folder / "a.png"), *outside, *unusable, "/dev/zero"]
+    path = write(folder, [question_row(n, image) for n, image in enumerate(paths)])
+    assert run("r1vl_10k", "--source", path, "--out", tmp_path / "out") == 0
+    stored = TfdsSource("r1vl_10k", data_dir=tmp_path / "out")
+    assert [stored[i].row for i in range(len(stored))] == [0, 1]
+    assert {stored[i].images for i in range(len(stored))} == {("a.png",)}
+    lines = (tmp_path / "out" / "r1vl_10k" / "1.0.0" / "left_out.txt").read_text().splitlines()
+    assert len(lines) == len(paths) - 2
+    for line in lines[: len(outside)]:
+        assert f"outside of {folder}" in line and "image_root names another" in line and "allow_outside" in line
+    assert not any("outside" in line for line in lines[len(outside) : -1])
+    capsys.readouterr()
+    assert run("r1vl_10k", "--source", path, "--out", tmp_path / "all", "--allow-outside") == 0
+    stored = TfdsSource("r1vl_10k", data_dir=tmp_path / "all")
+    assert [stored[i].row for i in range(len(stored))] == [0, 1, 3, 4, 5, 6]  # and no file that is no image
+    assert run("r1vl_10k", "--source", path, "--out", tmp_path / "root", "--image-root", tmp_path) == 0
+    stored = TfdsSource("r1vl_10k", data_dir=tmp_path / "root")
+    assert [stored[i].row for i in range(len(stored))] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--rows-per-shard", "0"), ("--rl-rows", "-1"), ("--rl-rows", "1.5"), ("--sft-rows", str(10**12))]
+    + [("--seed", "-1"), ("--seed", str(2**63))],
+)
+def test_numbers_out_of_range(tmp_path, capsys, option, value):
+    with pytest.raises(SystemExit, match="2"):
+        run("shapes", "--out", tmp_path / "out", option, value)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"argument {option}: expected a whole number from " in err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -436,11 +505,9 @@ def test_bad_rows_are_named_and_left_out(tmp_path, capsys):
         (["r1vl_10k", "--source", "none/notes.txt"], "notes.txt, row 0: not JSON|notes.txt: not JSON"),
         (["r1vl_10k", "--source", "rows.json", "--image-root", "nowhere"], "no usable row for train: 1 were left out"),
         (["r1vl_10k", "--source", "rows.json", "--drop-matching", "3"], "no usable row for train: all were dropped"),
-        (["r1vl_10k", "--source", "rows.json", "--rows-per-shard", "0"], "--rows-per-shard is 0; expected at least 1"),
         (["r1vl_10k", "--source", "rows.json", "--sft-rows", "3"], "--sft-rows is for shapes without --source"),
         (["shapes", "--source", "two", "--seed", "3"], "--seed is for shapes without --source"),
         (["shapes", "--source", "two"], "two: no sft.json, rl.json, heldout.json; expected a folder made by"),
-        (["shapes", "--rl-rows", "-1"], "the task cannot be made: rl_rows = -1"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, arguments, text):

@@ -113,6 +113,17 @@ def test_rows_are_those_of_the_json_file(tmp_path):
     assert root[0].images == ("/d/images/0.png",)
 
 
+def test_paths_outside_of_the_image_root(tmp_path):
+    images = [{"bytes": None, "path": "/etc/passwd"}], [{"bytes": picture(1), "path": "/etc/passwd"}]
+    path = str(write(tmp_path / "x.parquet", [question(i, images=value) for i, value in enumerate(images)]))
+    source = open_source(SourceSection(path=path))
+    with pytest.raises(RowError, match="row 0, images: /etc/passwd: outside of .*image_root names another .*allow_out"):
+        source[0]
+    assert source[1].image_bytes
+    assert open_source(SourceSection(path=path, allow_outside=True))[0].images == ("/etc/passwd",)
+    assert open_source(SourceSection(path=path, image_root="/etc"))[0].images == ("/etc/passwd",)
+
+
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 

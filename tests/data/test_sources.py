@@ -64,6 +64,32 @@ def test_array_and_lines_read_alike(tmp_path):
     assert [example.row for example in array] == [0, 1, 2]
 
 
+def test_files_outside_of_the_image_root(tmp_path):
+    """Symbolic links are resolved on both sides; the error says what to set."""
+    folder, other = tmp_path / "in", tmp_path / "in2"
+    folder.mkdir()
+    other.mkdir()
+    (folder / "link").symlink_to(other)
+    (tmp_path / "in-link").symlink_to(folder)
+    inside = ["a.png", str(folder / "a.png"), str(tmp_path / "in-link" / "a.png"), "link/../a.png", "./b/../a.png"]
+    outside = ["/etc/passwd", "../a.png", "../in2/a.png", str(other / "a.png"), "link/a.png", "a/../../x.png"]
+    rows = [RL | {"image_path": path} for path in inside + outside]
+    rows += [RL | {"image_path": None, "videos": videos} for videos in (["/etc/a.mp4"], [["a.png", "../b.png"]])]
+    path = write(folder, rows)
+    for name in (path, tmp_path / "in-link" / path.name):
+        source = JsonSource(name)
+        assert not source.errors
+        for index in range(len(inside)):
+            assert source[index].images
+        for index in range(len(inside), len(rows)):
+            with pytest.raises(RowError, match=rf"row {index}, .*: outside of {folder}( |;).*allow_outside allows any"):
+                source[index]
+    everywhere = JsonSource(path, allow_outside=True)
+    assert all(everywhere[index].images or everywhere[index].videos for index in range(len(rows)))
+    root = JsonSource(path, image_root=tmp_path)
+    assert root[len(inside) + 3].images == (str(other / "a.png"),)
+
+
 def test_rl_row(tmp_path):
     steps = {"Steps": [["AD is a median", "median is AD"], "equal area", []]}
     example = read_one(tmp_path, RL | {"key_steps": steps})
@@ -82,8 +108,11 @@ def test_rl_row(tmp_path):
 
 
 def test_images_and_placeholders(tmp_path):
-    two = read_one(tmp_path, RL | {"image_path": ["a.png", "/b/c.png"], "problem": "one <image> two <image>"})
-    assert two.images == (str(tmp_path / "a.png"), "/b/c.png") and two.question == "one <image> two <image>"
+    paths = ["a.png", str(tmp_path / "b/c.png")]
+    two = read_one(tmp_path, RL | {"image_path": paths, "problem": "one <image> two <image>"})
+    assert (
+        two.images == (str(tmp_path / "a.png"), str(tmp_path / "b/c.png")) and two.question == "one <image> two <image>"
+    )
     assert read_one(tmp_path, RL | {"image_path": ["a.png", "b.png"]}).question == "<image><image>Find x."
     for none in (None, []):
         text_only = read_one(tmp_path, RL | {"image_path": none})

@@ -14,6 +14,7 @@ from collections import Counter
 import pytest
 from helpers.server import Server, chat, free_port
 from helpers.waiting import HANG_S, wait_until
+from PIL import Image
 
 from r1vl_jax.keysteps.__main__ import main
 
@@ -345,6 +346,60 @@ def test_url_and_model_come_from_the_environment_too(files, capsys, monkeypatch)
         assert not server.requests
 
 
+def test_no_file_has_the_key(files, capsys, monkeypatch, tmp_path):
+    """OUT, OUT.partial and OUT.failed.jsonl, of a server that sends the key back in its errors; nor what is printed."""
+    source, out = files
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-private-key")
+
+    def answer(request, number):
+        echo = {"error": {"message": "bad request with sk-private-key"}}
+        return (200, {}, chat(REPLY)) if number % 2 else (400, {}, echo)
+
+    with Server(answer) as server:
+        assert server.url.startswith("http://127")
+        assert run("extract", source, out, "--url", server.url, "--model", "m", "--concurrency", "1") == 1
+        assert "sk-private-key" in server.headers[0]["Authorization"]
+    files = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) >= 4 and any("bad request with ***" in text for text in files)
+    assert not [text for text in [*files, *capsys.readouterr()] if "private" in text]
+
+
+def test_nothing_but_images_of_the_folder_is_sent(files, tmp_path):
+    """A row may name any file of the machine."""
+    folder, private = tmp_path / "in", tmp_path / "private.png"
+    folder.mkdir()
+    source, out = folder / "rows.jsonl", tmp_path / "sent.jsonl"
+    for path in (folder / "a.png", private):
+        Image.new("RGB", (28, 28)).save(path)
+    (folder / "link.png").symlink_to(private)
+    (folder / "text.png").write_text("ssh-ed25519 ...")
+    os.mkfifo(folder / "fifo.png")
+    refused = [
+        "/etc/passwd",
+        str(private),
+        "../private.png",
+        "link.png",
+        "text.png",
+        "fifo.png",
+        ".",
+        "a\0b",
+        "/dev/zero",
+    ]
+    paths = ["a.png", str(folder / "a.png"), *refused]
+    write(source, [row | {"image_path": path} for row, path in zip(make_rows(len(paths)), paths, strict=True)])
+    with Server(lambda *_: (200, {}, chat(REPLY))) as server:
+        endpoint = ["--url", server.url, "--model", "m", "--image"]
+        assert run("extract", source, out, *endpoint) == 1
+        assert len(server.requests) == 2
+        failed = read(tmp_path / "sent.jsonl.failed.jsonl")
+        assert [row["row"] for row in failed] == list(range(2, len(paths)))
+        for row in failed[:4]:
+            assert "outside of" in row["reason"] and "--allow-outside" in row["reason"]
+        assert run("extract", source, out, *endpoint, "--allow-outside") == 1
+        assert len(server.requests) == 5  # the three images outside, and still no other file
+    assert "ssh-ed25519" not in json.dumps(server.requests)
+
+
 def test_a_prompt_of_the_users(files, capsys, tmp_path):
     source, out = files
     write(source, [{"problem": "Find {solution}.", "solution": "x = {problem}", "key_steps": None}])
@@ -372,12 +427,15 @@ def test_our_prompt_has_question_solution_and_form(files):
 
 def test_the_image_is_sent_where_asked(files, tmp_path):
     source, out = files
-    (tmp_path / "0.png").write_bytes(b"pixels")
+    Image.new("RGB", (28, 28)).save(tmp_path / "0.png")
     with Server(lambda *_: (200, {}, chat(REPLY))) as server:
         assert run("extract", source, out, "--url", server.url, "--model", "m", "--image", "--limit", "2") == 1
     (request,) = server.requests
     picture, text = request["messages"][0]["content"]
-    assert picture["image_url"]["url"] == "data:image/png;base64," + base64.b64encode(b"pixels").decode()
+    assert (
+        picture["image_url"]["url"]
+        == "data:image/png;base64," + base64.b64encode((tmp_path / "0.png").read_bytes()).decode()
+    )
     assert "Find x of 0." in text["text"]
     (failed,) = read(tmp_path / "out.jsonl.failed.jsonl")
     assert failed["row"] == 1 and "1.png" in failed["reason"]

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from PIL import Image
 from r1vl_jax.config import DataSection, RLSection
 from r1vl_jax.data.sources import JsonSource
 from r1vl_jax.errors import ConfigError, RowError
+from r1vl_jax.processing import chat
 from r1vl_jax.processing.chat import find_chat_template, render_chat, split_questions
 from r1vl_jax.processing.images import image_patches
 from r1vl_jax.processing.positions import mrope_positions
@@ -391,11 +394,67 @@ def test_damaged_files_of_a_checkpoint(tmp_path, file, content, message):
 
 
 @pytest.mark.parametrize(
-    "template", ["{% for %}", "{{ messages[0]['content'] | nothing }}", "{{ raise_exception('no') }}"]
+    "template",
+    [
+        "{% for %}",
+        "{{ messages[0]['content'] | nothing }}",
+        "{{ raise_exception('no') }}",
+        "{{ 1 / 0 }}",
+        "{{ [][7].x }}",
+        "{{ messages[7].content.x.y }}",
+        "{{ [1, 'a'] | sort }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{{ range(10000000000) | list }}",
+        "{{ messages.append(1) }}",
+        "{{ ().__class__.__base__.__subclasses__() }}",
+        "{{ 'x'.ljust(1000000000000) }}",
+    ],
 )
 def test_a_chat_template_that_is_no_jinja(tmp_path, template):
-    with pytest.raises(ValueError, match=f"{tmp_path}: the chat template cannot be used"):
+    with pytest.raises(ValueError, match=f"{tmp_path}: the chat template (cannot be used|takes no message)") as caught:
         Processor.from_folder(write_checkpoint(tmp_path, chat_template=template))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+LOOPS = (
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}" + "{% endfor %}" * 2
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (LOOPS, "it takes longer than 0.2 s"),
+        (
+            "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(100) }}",
+            "longer than 0.2 s",
+        ),
+        ("{{ 10 ** 10 ** 10 }}", "multiplies (** in line 1)"),
+        ("{% set x = 'x' %}\n{{ x * 1000000000000 }}", "multiplies (* in line 2)"),
+        ("x" * 2_000_000, "2,000,000 characters, expected at most 1,048,576"),
+        (
+            "{% for a in range(50000) %}{{ '" + "x" * 500 + "' }}{% endfor %}",
+            "25,000,000 characters, the limit is 16,777,216",
+        ),
+    ],
+    ids=["loops", "recursion", "power", "product", "long", "writes"],
+)
+def test_a_chat_template_that_never_ends(tmp_path, monkeypatch, template, message):
+    """A template is a program of whoever made the checkpoint."""
+    monkeypatch.setattr(chat, "MAX_SECONDS", 0.2 if "longer" in message else 600.0)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}: the chat template .*{re.escape(message)}"):
+        Processor.from_folder(write_checkpoint(tmp_path, chat_template=template))
+
+
+def test_the_time_limit_holds_in_every_thread_and_leaves_no_trace(processor, monkeypatch):
+    """Rows are encoded in threads. A debugger's own trace function is put back."""
+    endless = dataclasses.replace(processor, chat_template=LOOPS)
+    with ThreadPoolExecutor(2) as threads:
+        assert threads.submit(processor.encode_question, "Find x.").result().tokens_T.size
+        monkeypatch.setattr(chat, "MAX_SECONDS", 0.2)
+        for error in [threads.submit(endless.encode_question, "Find x.").exception() for _ in range(2)]:
+            assert isinstance(error, ValueError) and "it takes longer than 0.2 s" in str(error)
+        assert threads.submit(sys.gettrace).result() is None
 
 
 # The first is that of the published base models: it takes the parts of one text for messages.

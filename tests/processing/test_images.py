@@ -12,8 +12,9 @@ from PIL import Image, ImageFile
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as hf_smart_resize
 
-from r1vl_jax.processing import images
-from r1vl_jax.processing.images import ImageSpec, image_patches, load_image, smart_resize, to_rgb, video_patches
+from r1vl_jax.common import image_files
+from r1vl_jax.common.image_files import load_image, to_rgb
+from r1vl_jax.processing.images import ImageSpec, image_patches, smart_resize, video_patches
 
 SIZES = [
     (1, 1), (2, 3), (13, 15), (14, 14), (27, 29), (28, 28), (41, 43), (42, 70), (56, 56), (57, 199), (100, 140),
@@ -243,9 +244,9 @@ def test_bytes_of_an_image_file(tmp_path):
 
 def test_decompression_bomb(tmp_path, monkeypatch):
     path = saved(tmp_path, Image.new("1", (300, 300)), "bomb.png")
-    monkeypatch.setattr(images, "MAX_IMAGE_PIXELS", 300 * 300)
+    monkeypatch.setattr(image_files, "MAX_IMAGE_PIXELS", 300 * 300)
     load_image(path)
-    monkeypatch.setattr(images, "MAX_IMAGE_PIXELS", 300 * 300 - 1)
+    monkeypatch.setattr(image_files, "MAX_IMAGE_PIXELS", 300 * 300 - 1)
     monkeypatch.setattr(ImageFile.ImageFile, "load", None)  # refused before pixels are decoded
     with pytest.raises(ValueError, match="bomb.png: image is 300x300 pixels, 90000 in all; expected at most 89999"):
         load_image(path)

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from r1vl_jax.processing.images import ImageSpec, image_patches, load_image
+from r1vl_jax.common.image_files import load_image
+from r1vl_jax.processing.images import ImageSpec, image_patches
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 

@@ -482,9 +482,12 @@ def test_bad_problems_are_named(rows, message, tmp_path, capsys):
         (["in", "--step", "-1"], "--step"),
         (["in", "--steps", "3"], "expected A:B, A: or :B, got '3'"),
         (["in", "--steps", ":"], "expected A:B, A: or :B, got ':'"),
-        (["in", "--steps", "a:b"], "expected a whole number of at least 0, got 'a'"),
+        (["in", "--steps", "a:b"], "expected a whole number from 0 to 4294967295, got 'a'"),
         (["in", "--step", "1", "--steps", "1:2"], "not allowed with"),
-        (["in", "--alpha", "nan"], "expected a number, got 'nan'"),
+        (["in", "--alpha", "nan"], "expected a number from 0 to 4294967295, got 'nan'"),
+        (["in", "--alpha", "-1"], "expected a number from 0 to 4294967295, got '-1'"),
+        (["in", "--timeout", "1e300"], "expected a number above 0 to 1000000, got '1e300'"),
+        (["in", "--workers", "1000000"], "expected a whole number from 1 to 1024, got '1000000'"),
     ],
 )
 def test_arguments_that_cannot_be_used_end_with_usage(args, message, capsys):

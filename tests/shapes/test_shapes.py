@@ -262,12 +262,28 @@ def test_impossible_configurations_name_the_field(field):
 def test_command(tmp_path, capsys):
     numbers = {"--seed": "5", "--sft-rows": "3", "--rl-rows": "2", "--heldout-rows": "1"}
     arguments = ["--out", str(tmp_path / "a"), *(word for pair in numbers.items() for word in pair)]
-    main(arguments)
+    assert main(arguments) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'a'}: 3 SFT, 2 RL and 1 held-out rows, seed 5\n"
     assert [len(_read(tmp_path / f"a/{name}.json")) for name in ("sft", "rl", "heldout")] == [3, 2, 1]
-    with pytest.raises(SystemExit):
-        main([*arguments, "--seed", "6"])
+    assert main([*arguments, "--seed", "6"]) == 2
     assert "other parameters" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--seed", "--sft-rows", "--rl-rows", "--heldout-rows"])
+@pytest.mark.parametrize("value", ["-1", "1.5", "1e3", str(2**63), "9" * 5000])
+def test_command_names_numbers_out_of_range(tmp_path, capsys, option, value):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--out", str(tmp_path / "a"), option, value])
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"argument {option}: expected a whole number from 0 to " in err
+
+
+@pytest.mark.parametrize("where", ["file", "file/in", "a" * 300])
+def test_command_says_where_it_cannot_write(tmp_path, capsys, where):
+    (tmp_path / "file").write_text("mine")
+    assert main(["--out", str(tmp_path / where), "--sft-rows", "1"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_tokenizer_is_small_compact_and_repeatable(task, rows, checkpoint, tokenizer, tmp_path):

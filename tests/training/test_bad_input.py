@@ -200,7 +200,7 @@ def test_checkpoints_that_are_not_there_or_broken(command, inputs, tmp_path):
 
 def test_no_such_configuration(tmp_path, capsys):
     assert main(["--config", str(tmp_path / "nothing.yaml")]) == 2
-    assert capsys.readouterr().err == f"error: {tmp_path / 'nothing.yaml'}: no such file\n"
+    assert capsys.readouterr().err == f"error: {tmp_path / 'nothing.yaml'}: no such file; expected a YAML file\n"
 
 
 def test_mesh_that_does_not_fit(command):

@@ -46,6 +46,7 @@ def build(
     drop_matching: tuple[str, ...] | None = None,
     rows_per_shard: int = ROWS_PER_SHARD,
     overwrite: bool = False,
+    allow_outside: bool = False,
     task: Mapping[str, int] | None = None,
 ) -> str:
     """Builds `out`/`name`/VERSION, or continues an unfinished build of it. Returns a one-line summary.
@@ -58,6 +59,7 @@ def build(
       image_root: folder to which image paths are relative; None: the folder of the JSON file.
       drop_matching: rows with one of these texts in an answer are left out; None: the builder's DROP_MATCHING.
       overwrite: whether to replace a complete data set, or an unfinished build with other settings.
+      allow_outside: whether images may be outside of that folder.
       task: arguments of `make_task`; used for shapes without `source`.
     Raises: BuildError or RowError if the data set cannot be built; OSError if a file cannot be read or written.
     """
@@ -76,12 +78,13 @@ def build(
         "image_root": root,
         "drop_matching": list(texts),
         "rows_per_shard": rows_per_shard,
-    }
+    } | ({"allow_outside": True} if allow_outside else {})
     with claimed(final) as work:
         check_settings(work, settings, overwrite)
         if source is None:
             files = _make_task(builder, work / "task", settings["task"])
-        sources = {split: JsonSource(path, image_root=root, drop_matching=texts) for split, path in files.items()}
+        options: dict[str, Any] = {"image_root": root, "drop_matching": texts, "allow_outside": allow_outside}
+        sources = {split: JsonSource(path, **options) for split, path in files.items()}
         roots = {split: root or os.path.abspath(path.parent) for split, path in files.items()}
         contents, left_out = _write_rows(work, name, sources, roots, rows_per_shard)
         _write_metadata(builder, final, work / "data", contents)

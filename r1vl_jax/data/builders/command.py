@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from r1vl_jax.common.arguments import Parser, non_negative_int, positive_int, whole
+from r1vl_jax.common.limits import MAX_ROWS
 from r1vl_jax.data.builders import BUILDERS
 from r1vl_jax.data.builders.build import build
 from r1vl_jax.data.builders.shards import ROWS_PER_SHARD
@@ -23,7 +25,7 @@ from r1vl_jax.shapes.task import DEFAULTS
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m r1vl_jax.data.build",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -35,6 +37,9 @@ def _parser() -> argparse.ArgumentParser:
         "--image-root", metavar="DIR", help="folder that image paths start from (default: the file's own folder)"
     )
     parser.add_argument(
+        "--allow-outside", action="store_true", help="also read images outside of that folder, links resolved"
+    )
+    parser.add_argument(
         "--drop-matching",
         metavar="TEXT",
         action="append",
@@ -42,14 +47,19 @@ def _parser() -> argparse.ArgumentParser:
         f"(default: nothing, but for mulberry_sft {BUILDERS['mulberry_sft'].DROP_MATCHING[0]!r})",
     )
     parser.add_argument(
-        "--rows-per-shard", type=int, default=ROWS_PER_SHARD, metavar="N", help=f"rows of a file ({ROWS_PER_SHARD})"
+        "--rows-per-shard",
+        type=positive_int,
+        default=ROWS_PER_SHARD,
+        metavar="N",
+        help=f"rows of a file ({ROWS_PER_SHARD})",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a complete data set, or an unfinished one of other settings"
     )
     group = parser.add_argument_group("shapes without --source: the task to make")
     for name, default in DEFAULTS.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"(default: {default})")
+        kind = non_negative_int if name == "seed" else whole(0, MAX_ROWS)
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=f"(default: {default})")
     return parser
 
 
@@ -58,8 +68,6 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     task = {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
     try:
-        if args.rows_per_shard < 1:
-            raise BuildError(f"--rows-per-shard is {args.rows_per_shard}; expected at least 1")
         if task and (args.name != "shapes" or args.source):
             raise BuildError(f"--{next(iter(task)).replace('_', '-')} is for shapes without --source")
         line = build(
@@ -67,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
             args.out,
             source=args.source,
             image_root=args.image_root,
+            allow_outside=args.allow_outside,
             drop_matching=None if args.drop_matching is None else tuple(args.drop_matching),
             rows_per_shard=args.rows_per_shard,
             overwrite=args.overwrite,

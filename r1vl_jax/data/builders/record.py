@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from r1vl_jax.common.image_files import read_image_file
 from r1vl_jax.errors import RowError
 from r1vl_jax.types import Example
 
@@ -37,7 +38,7 @@ def features() -> tfds.features.FeaturesDict:
 
 
 def to_record(example: Example, root: str | os.PathLike) -> dict[str, Any]:
-    """Returns the record of an example. Reads its image files, without decoding them.
+    """Returns the record of an example. Reads its image files, and decodes them to see that they can be.
 
     Args:
       root: absolute path of a folder. An image inside the folder is named by its path relative to the folder, any other
@@ -79,11 +80,11 @@ def to_example(record: Mapping[str, Any], source: str) -> Example:
 
 
 def _read(path: str, name: str) -> bytes:
-    """Returns the bytes of an image file. Raises RowError naming the row and the file."""
+    """Returns the bytes of an image file that can be decoded. Raises RowError naming the row and the file."""
     try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise RowError(f"{name}, image {path}: {error.strerror}; expected an image file") from error
+        return read_image_file(path)
+    except ValueError as error:
+        raise RowError(f"{name}, image {error}") from error
 
 
 def _name(path: str, root: Path) -> bytes:

@@ -6,7 +6,6 @@ An unknown key is an error that names the nearest known one. Each field's `help`
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,7 +82,7 @@ class VideoSection:
     max_pixels: int = field(100_352, "larger frames are shrunk to this, or to the stage's max_pixels if that is less")
 
     def __post_init__(self) -> None:
-        require(0 < self.fps < math.inf, "video.fps", self.fps, "more than 0")
+        require(self.fps > 0, "video.fps", self.fps, "more than 0")
         at_least("video", self, max_frames=2, max_pixels=784)
         divides("video.max_frames", self.max_frames, "the frames in a patch", 2)
 
@@ -141,6 +140,23 @@ class CheckpointSection:
 
 
 @dataclasses.dataclass(frozen=True)
+class GuardsSection:
+    max_skipped: int = field(5, "the run stops after so many steps in a row whose update was skipped as not finite")
+    mismatch: float | None = field(
+        None,
+        "largest mean |log p of the sampler - log p of the trainer| to start with; 0: any; default: 1e-4 in float32, "
+        "0.05 in bfloat16",
+    )
+    kl: float = field(10.0, "alarm where the KL to the reference, per token, is above this; 0: never")
+    length: float = field(
+        0.9, "alarm where answers have more than this share of rl.max_new_tokens, on average; 1: never"
+    )
+
+    def __post_init__(self) -> None:
+        at_least("guards", self, max_skipped=1, mismatch=0, kl=0, length=0)
+
+
+@dataclasses.dataclass(frozen=True)
 class ScoringSection:
     workers: int = field(2, "processes that score answers")
     timeout: float = field(20.0, "seconds for one answer; an answer that takes longer earns 0 and is counted")
@@ -167,6 +183,7 @@ class Config:
     rl: RLSection = field(RLSection, "")
     eval: EvalSection = field(EvalSection, "")
     checkpoint: CheckpointSection = field(CheckpointSection, "")
+    guards: GuardsSection = field(GuardsSection, "")
     scoring: ScoringSection = field(ScoringSection, "")
 
     def __post_init__(self) -> None:

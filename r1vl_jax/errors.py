@@ -16,4 +16,8 @@ class RowError(ValueError):
 
 
 class RewardError(ValueError):
-    """A user's reward function cannot be loaded, raised an error, or did not return one finite number per row."""
+    """A user's reward function cannot be loaded, raised an error, or did not return one number per row."""
+
+
+class GuardError(RuntimeError):
+    """A guard stopped a run: its numbers are not finite, or sampler and trainer compute different probabilities."""

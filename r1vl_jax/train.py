@@ -12,7 +12,7 @@ import argparse
 import sys
 
 from r1vl_jax import config as configs
-from r1vl_jax.errors import CheckpointError, ConfigError, RewardError, RowError
+from r1vl_jax.errors import CheckpointError, ConfigError, GuardError, RewardError, RowError
 from r1vl_jax.training.run import train
 
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments, overrides = _parser().parse_known_args(argv)
     try:
         train(configs.load(arguments.config, overrides), resume=arguments.resume, overwrite=arguments.overwrite)
-    except (ConfigError, CheckpointError, RowError, RewardError, OSError) as error:
+    except (ConfigError, CheckpointError, RowError, RewardError, GuardError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from r1vl_jax.common.text import nearest
+from r1vl_jax.common.text import nearest, shown
 from r1vl_jax.errors import ConfigError
 
 
@@ -47,11 +47,6 @@ def at_least(section: str, config: Any, **bounds: float) -> None:
     for key, bound in bounds.items():
         value = getattr(config, key)
         require(value is None or value >= bound, f"{section}.{key}", value, f"at least {bound}")
-
-
-def finite(section: str, config: Any, *keys: str) -> None:
-    for key in keys:
-        require(math.isfinite(getattr(config, key)), f"{section}.{key}", getattr(config, key), "a finite number")
 
 
 def divides(key: str, value: int, by_key: str, by: int) -> None:
@@ -154,16 +149,23 @@ def _convert(hint: Any, value: Any, key: str, root: type) -> Any:
             raise ConfigError(f"{key} is {value!r}, expected a list")
         item = typing.get_args(hint)[0]
         return tuple(_convert(item, one, f"{key}[{i}]", root) for i, one in enumerate(value))
-    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-5, without a point, as a string
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if hint is float and not isinstance(value, bool):
+        return _finite(value, key)
     if type(value) is not hint:
         raise ConfigError(f"{key} is {value!r}, expected {hint.__name__}")
     return value
+
+
+def _finite(value: Any, key: str) -> float:
+    """Returns a number as a finite float. YAML 1.1 reads 1e-5, without a point, as a string."""
+    try:
+        number = float(value)
+    except (ValueError, TypeError):
+        raise ConfigError(f"{key} is {shown(value)}, expected float") from None
+    except OverflowError:  # a whole number of more than 308 digits
+        number = math.inf
+    require(math.isfinite(number), key, number, "a finite number")
+    return number
 
 
 def describe(cls: type, prefix: str = "") -> list[tuple[str, Any, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 import sys
 import time
@@ -59,7 +60,17 @@ class RunLog:
     def _check_changes(self, config: Config) -> None:
         """Raises ConfigError if a resumed run changes a setting, except settings that change no result so far."""
         old, new = yaml.safe_load(self._config_file.read_text()), yaml.safe_load(configs.dump(config))
-        free = ["checkpoint.", "scoring.", "eval.", "mesh.", "output_dir", "rl.steps", "data.workers", *BACKEND_KEYS]
+        free = [
+            "checkpoint.",
+            "guards.",
+            "scoring.",
+            "eval.",
+            "mesh.",
+            "output_dir",
+            "rl.steps",
+            "data.workers",
+            *BACKEND_KEYS,
+        ]
         if not (self.folder / "checkpoints" / "step_grpo").exists():
             free += ["sft.steps", "sft.epochs"]
         for key, default, _ in configs.describe():
@@ -85,7 +96,7 @@ class RunLog:
             # Held-out rows are scored after the checkpoint. If that was interrupted, they are removed and scored again.
             return row["step"] < step or (row["step"] == step and (has_heldout or row.get("event") != "heldout"))
 
-        for name in ("metrics.jsonl", "rollouts.jsonl"):
+        for name in ("metrics.jsonl", "rollouts.jsonl", "nonfinite.jsonl"):
             path = self.folder / name
             if path.exists():
                 with atomic_write(path) as file:
@@ -103,6 +114,10 @@ class RunLog:
     def rollouts(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:
             self._append("rollouts.jsonl", row)
+
+    def nonfinite(self, row: dict[str, Any]) -> None:
+        """Writes down a step whose update was skipped, see training.guards."""
+        self._append("nonfinite.jsonl", row)
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         with open(self.folder / name, "a") as file:
@@ -144,4 +159,6 @@ class Phases:
 
 
 def _plain(value: Any) -> Any:
-    return value if isinstance(value, (str, int, bool)) or value is None else float(value)
+    if isinstance(value, (str, int, bool)) or value is None:
+        return value
+    return float(value) if math.isfinite(value) else None  # JSON has no NaN

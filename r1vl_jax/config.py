@@ -153,6 +153,23 @@ class CheckpointSection:
 
 
 @dataclasses.dataclass(frozen=True)
+class GuardsSection:
+    max_skipped: int = field(5, "the run stops after so many steps in a row whose update was skipped as not finite")
+    mismatch: float | None = field(
+        None,
+        "largest mean |log p of the sampler - log p of the trainer| to start with; 0: any; default: 1e-4 in float32, "
+        "0.05 in bfloat16",
+    )
+    kl: float = field(10.0, "alarm where the KL to the reference, per token, is above this; 0: never")
+    length: float = field(
+        0.9, "alarm where answers have more than this share of rl.max_new_tokens, on average; 1: never"
+    )
+
+    def __post_init__(self) -> None:
+        at_least("guards", self, max_skipped=1, mismatch=0, kl=0, length=0)
+
+
+@dataclasses.dataclass(frozen=True)
 class ScoringSection:
     workers: int = field(2, "processes that score answers")
     timeout: float = field(20.0, "seconds for one answer; an answer that takes longer earns 0 and is counted")
@@ -180,6 +197,7 @@ class Config:
     rl: RLSection = field(RLSection, "")
     eval: EvalSection = field(EvalSection, "")
     checkpoint: CheckpointSection = field(CheckpointSection, "")
+    guards: GuardsSection = field(GuardsSection, "")
     scoring: ScoringSection = field(ScoringSection, "")
 
     def __post_init__(self) -> None:

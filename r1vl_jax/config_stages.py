@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from r1vl_jax.common.config_tree import at_least, at_most, divides, field, one_of, require
 from r1vl_jax.common.limits import MAX_BATCH, MAX_PIXELS, MAX_TOKENS
@@ -25,8 +24,14 @@ class OptimizerSection:
     def __post_init__(self) -> None:
         one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant"))
         at_least("optimizer", self, learning_rate=0, weight_decay=0)
+        # With these limits an update from a finite gradient cannot make a weight or a moment overflow in fp32.
+        require(self.learning_rate <= 1000, "optimizer.learning_rate", self.learning_rate, "at most 1000")
+        require(0 <= self.b2 <= 0.99999, "optimizer.b2", self.b2, "0 to 0.99999")
+        shrinks = self.learning_rate * self.weight_decay <= 1
+        require(shrinks, "optimizer.weight_decay", self.weight_decay, "at most 1 / learning_rate")
         require(0 <= self.warmup_ratio <= 1, "optimizer.warmup_ratio", self.warmup_ratio, "0 to 1")
-        require(self.max_grad_norm > 0, "optimizer.max_grad_norm", self.max_grad_norm, "more than 0")
+        bounded = 0 < self.max_grad_norm <= 1e12
+        require(bounded, "optimizer.max_grad_norm", self.max_grad_norm, "more than 0 and at most 1e12")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +86,12 @@ class RLSection:
     clip_low: float = field(0.2, "with updates_per_rollout: ratios are clipped below 1 - clip_low")
     clip_high: float = field(0.2, "with updates_per_rollout: ratios are clipped above 1 + clip_high (DAPO: 0.28)")
     average: str = field("sequence", "of the loss: sequence (paper), token (DAPO), constant (Dr. GRPO: max_new_tokens)")
+    truncated: str = field(
+        "keep", "answers cut at max_new_tokens: keep, mask (no loss; DAPO's filter), penalty (DAPO's soft punishment)"
+    )
+    overlong_window: int | None = field(
+        None, "with truncated penalty: the last tokens before max_new_tokens, where it grows; default: a fifth"
+    )
     min_pixels: int = field(3136, "smaller images are enlarged to this")
     max_pixels: int = field(400_000, "larger images are shrunk to this")
     optimizer: OptimizerSection = field(OptimizerSection, "")
@@ -104,19 +115,27 @@ class RLSection:
         if self.reward_weights is not None:
             expected = f"{len(self.rewards)} numbers, one for each of rl.rewards"
             require(len(self.reward_weights) == len(self.rewards), "rl.reward_weights", self.reward_weights, expected)
-            usable = all(map(math.isfinite, self.reward_weights)) and any(self.reward_weights)
-            require(usable, "rl.reward_weights", self.reward_weights, "finite numbers, not all 0")
+            require(any(self.reward_weights), "rl.reward_weights", self.reward_weights, "numbers that are not all 0")
         one_of("rl.average", self.average, ("sequence", "token", "constant"))
+        one_of("rl.truncated", self.truncated, ("keep", "mask", "penalty"))
         require(self.std_floor > 0, "rl.std_floor", self.std_floor, "more than 0")
         at_least("rl", self, steps=1, questions_per_step=1, group_size=2, micro_batch_size=1, max_new_tokens=2)
         at_least("rl", self, alpha=0, beta=0, top_k=0, min_pixels=1, updates_per_rollout=1, clip_low=0, clip_high=0)
         at_least("rl", self, max_resamples=0, max_pixels=max(784, self.min_pixels))
         at_most("rl", self, questions_per_step=MAX_BATCH, group_size=MAX_BATCH, max_pixels=MAX_PIXELS)
         at_most("rl", self, max_new_tokens=MAX_TOKENS)
+        at_least("rl", self, overlong_window=1)
+        window, limit = self.overlong_window, self.max_new_tokens
+        require(window is None or window <= limit, "rl.overlong_window", window, f"at most rl.max_new_tokens = {limit}")
         require(self.clip_low <= 1, "rl.clip_low", self.clip_low, "at most 1")
         require(self.temperature > 0, "rl.temperature", self.temperature, "more than 0: a group needs variety")
         require(0 < self.top_p <= 1, "rl.top_p", self.top_p, "more than 0 and at most 1")
         divides("rl.questions_per_step", self.questions_per_step, "rl.micro_batch_size", self.micro_batch_size)
+
+    @property
+    def overlong(self) -> int:
+        """The number of tokens before max_new_tokens in which the penalty for long answers grows. DAPO: a fifth."""
+        return self.overlong_window or max(1, self.max_new_tokens // 5)
 
     @property
     def reward_rules(self) -> Rules:

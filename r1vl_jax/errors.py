@@ -16,12 +16,16 @@ class RowError(ValueError):
 
 
 class RewardError(ValueError):
-    """A user's reward function cannot be loaded, raised an error, or did not return one finite number per row."""
+    """A user's reward function cannot be loaded, raised an error, or did not return one number per row."""
 
 
 class WorkerError(RuntimeError):
     """A process that reads rows or scores answers cannot be started, or ended."""
 
 
+class GuardError(RuntimeError):
+    """A guard stopped a run: its numbers are not finite, or sampler and trainer compute different probabilities."""
+
+
 # What commands print in one line.
-EXPECTED = (ConfigError, CheckpointError, RowError, RewardError, WorkerError, OSError)
+EXPECTED = (ConfigError, CheckpointError, RowError, RewardError, WorkerError, GuardError, OSError)

@@ -134,7 +134,7 @@ def training_calls(programs: Programs, size: Size, micro: int, mesh: Mesh) -> It
     grads = {part: state.params[part] for part in programs.parts}
     batch = TrainBatch(prompts, tokens_BGT, *[array(mesh, *shape)] * 3)
     yield Call("gradient", programs.accumulate, (grads, state.params, batch), (state.opt_state, reference))
-    yield Call("update", programs.update, (state, grads), (reference,))
+    yield Call("update", programs.update, (state, grads, array(mesh)), (reference,))
 
 
 def step_calls(cfg: ModelConfig, size: Size, mesh: Mesh, *, questions: int, micro: int, remat: str) -> Iterator[Call]:
@@ -157,7 +157,7 @@ def sft_calls(cfg: ModelConfig, size: Size, mesh: Mesh, *, micro: int, remat: st
     batch = dataclasses.replace(batch, start_B=array(mesh, micro, dtype=jnp.int32))
     grads = {part: state.params[part] for part in programs.parts}
     yield Call("gradient", programs.accumulate, (grads, state.params, batch), (state.opt_state,))
-    yield Call("update", programs.update, (state, grads), ())
+    yield Call("update", programs.update, (state, grads, array(mesh)), ())
 
 
 def lower(call: Call, mesh: Mesh, platform: str) -> jax.stages.Lowered:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import typing
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,17 @@ def test_lists_and_options_of_the_rewards(read):
         ("sft.optimizer.warmup_ratio", "1.5"),
         ("rl.optimizer.max_grad_norm", "0"),
         ("rl.optimizer.learning_rate", "-1e-5"),
+        ("rl.optimizer.learning_rate", "1e30"),
+        ("rl.optimizer.max_grad_norm", "1e30"),
+        ("rl.optimizer.weight_decay", "1e30"),
+        ("sft.optimizer.b2", "1"),
+        ("rl.truncated", "drop"),
+        ("rl.overlong_window", "0"),
+        ("rl.overlong_window", "1025"),
+        ("guards.max_skipped", "0"),
+        ("guards.mismatch", "-1"),
+        ("guards.kl", "-1"),
+        ("guards.length", "-0.1"),
         ("data.pad_multiple", "0"),
         ("data.max_prompt_tokens", "0"),
         ("checkpoint.every", "0"),
@@ -161,6 +173,36 @@ def test_values_out_of_range(read, key, value):
         read("", f"--{key}={value}")
     assert {"eval.rows": "data.heldout.path"}.get(key, key) in str(error.value)
     assert "expected" in str(error.value)
+
+
+def float_keys(cls, prefix=""):
+    """The dotted keys of all numbers that need not be whole, read from the dataclasses."""
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            yield from float_keys(hint, f"{prefix}{name}.")
+        elif hint in (float, float | None):
+            yield prefix + name
+
+
+FLOATS = list(float_keys(Config))
+
+
+def test_there_are_float_keys():
+    assert {"rl.beta", "sft.optimizer.b2", "rl.optimizer.b2", "guards.mismatch", "data.video.fps"} < set(FLOATS)
+
+
+@pytest.mark.parametrize("key", FLOATS)
+def test_every_number_is_finite(read, key):
+    for value in (".nan", ".inf", "-.inf", "nan", "-inf", "1e400", "1" + "0" * 400):
+        with pytest.raises(ConfigError) as error:
+            read("", f"--{key}={value}")
+        assert str(error.value).startswith(f"{key} is ") and str(error.value).endswith("expected a finite number")
+        assert len(str(error.value)) < 100
+
+
+def test_every_number_of_a_list_is_finite(read):
+    with pytest.raises(ConfigError, match=r"^rl.reward_weights\[1\] is nan, expected a finite number$"):
+        read("", "--rl.reward_weights=[1, .nan]")
 
 
 def test_overrides(read):

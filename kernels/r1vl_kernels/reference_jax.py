@@ -1,6 +1,6 @@
 """Defines the policy loss and decode attention in plain jax.numpy. The Pallas kernels compute the same values.
 
-    KL_t   = exp(ref_t - lp_t) - (ref_t - lp_t) - 1                                  (k3, Schulman)
+    KL_t   = exp(d_t) - d_t - 1, d_t = min(ref_t - lp_t, 20)                         (k3, Schulman)
     s_t    = rho_t * A_t, rho_t = exp(lp_t - stop_gradient(lp_t)); with log-probabilities kept from sampling
              min(rho_t * A_t, clip(rho_t) * A_t), rho_t = exp(lp_t - old_t)          (PPO)
     loss_t = -(s_t - beta * KL_t)                                                    (R1-VL, 2503.12937, equation 5)
@@ -14,12 +14,18 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+K3_CUT = 20.0  # a policy that gives a token e^-20 of the reference's probability has nothing more to learn from it
 LOW = -1e30  # the score of a masked key: finite, because the difference of two infinities is not a number
 
 
 def k3(ref: jax.Array, logprobs: jax.Array) -> jax.Array:
-    """Returns Schulman's k3 estimate of KL(policy || reference), which is never negative."""
-    return jnp.exp(ref - logprobs) - (ref - logprobs) - 1
+    """Returns Schulman's k3 estimate of KL(policy || reference), which is never negative.
+
+    The exponent is cut at K3_CUT, where exp is 4.9e8 and one token would decide the whole gradient: beyond it the
+    estimate is constant and has no gradient.
+    """
+    log_ratio = jnp.minimum(ref - logprobs, K3_CUT)
+    return jnp.exp(log_ratio) - log_ratio - 1
 
 
 def policy_terms(

@@ -226,6 +226,18 @@ def _convert(hint: Any, value: Any, key: str, root: type) -> Any:
     return value
 
 
+def _finite(value: Any, key: str) -> float:
+    """Returns a number as a finite float. YAML 1.1 reads 1e-5, without a point, as a string."""
+    try:
+        number = float(value)
+    except (ValueError, TypeError):
+        raise ConfigError(f"{key} is {shown(value)}, expected float") from None
+    except OverflowError:  # a whole number of more than 308 digits
+        number = math.inf
+    require(math.isfinite(number), key, number, "a finite number")
+    return number
+
+
 def describe(cls: type, prefix: str = "") -> list[tuple[str, Any, str]]:
     """Returns (dotted key, default, help text) of every field of the dataclass and its sections."""
     rows = []

@@ -124,6 +124,8 @@ def answer_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns (loss, metrics): `token_loss` summed over all answer tokens. The logits are computed once.
 
+    The metrics also have the log-probabilities of the answers, logprobs_BGT.
+
     Args: as for `answer_logprobs`; token_loss, values: as for model.head.head_loss.
     """
     hidden_BGTD = _hidden(params, cfg, prompts, tokens_BGT, start_B, shared, remat)

@@ -156,6 +156,8 @@ def head_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns (loss, metrics), fp32 scalars summed over all tokens. Only the loss has a gradient.
 
+    The metrics also have the log-probability of each token, logprobs_BGT.
+
     Args:
       token_loss: called with (logprobs, entropy, values) of some tokens, (B, G, t) each; returns (loss, metrics) summed
         over these tokens.
@@ -186,8 +188,8 @@ def _head_loss(
     real_BGT = jnp.ones((B, G, T), bool)
     inputs = _padded((hidden_BGTD, tokens_BGT, values, real_BGT), chunks * width)
 
-    def one(i: Any) -> tuple[Any, Any]:
-        """Returns ((loss, metrics), gradients) of chunk i."""
+    def one(i: Any) -> tuple[Any, Any, jax.Array]:
+        """Returns ((loss, metrics), gradients, log-probabilities) of chunk i."""
         hidden, tokens, value, real = _part(inputs, i, width)
         logprobs, entropy, log_p = _score(scaled(logits(hidden, head_VD), temperature, forbidden), tokens)
 
@@ -195,28 +197,31 @@ def _head_loss(
             return token_loss(jnp.where(real, logprobs, 0.0), jnp.where(real, entropy, 0.0), value)
 
         if not with_gradient:
-            return loss(logprobs), ()
+            return loss(logprobs), (), logprobs
         totals, slope = jax.value_and_grad(loss, has_aux=True)(logprobs)
         taken = tokens[..., None] == jnp.arange(log_p.shape[-1])
         d_logits = slope[..., None] / (temperature or 1.0) * (taken.astype(jnp.float32) - jnp.exp(log_p))
         d_logits_TV = d_logits.astype(dtype).reshape(-1, log_p.shape[-1])
         d_hidden = jnp.einsum("TV,VD->TD", d_logits_TV, head_VD, **FP32).astype(dtype).reshape(hidden.shape)
-        return totals, (d_hidden, jnp.einsum("TV,TD->VD", d_logits_TV, hidden.reshape(-1, D), **FP32))
+        return totals, (d_hidden, jnp.einsum("TV,TD->VD", d_logits_TV, hidden.reshape(-1, D), **FP32)), logprobs
 
     if chunks == 1:
-        return one(0)
+        (loss, metrics), grads, logprobs_BGT = one(0)
+        return (loss, {**metrics, "logprobs_BGT": logprobs_BGT}), grads
 
-    def add(carry: tuple[Any, Any], i: jax.Array) -> tuple[tuple[Any, Any], None]:
-        totals, grads = one(i)
+    def add(carry: tuple[Any, Any], i: jax.Array) -> tuple[tuple[Any, Any], jax.Array]:
+        totals, grads, logprobs = one(i)
         if with_gradient:
             all_hidden = jax.lax.dynamic_update_slice_in_dim(carry[1][0], grads[0], i * width, axis=2)
             grads = (all_hidden, carry[1][1] + grads[1])
-        return (jax.tree.map(jnp.add, carry[0], totals), grads), None
+        return (jax.tree.map(jnp.add, carry[0], totals), grads), logprobs
 
     totals = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), jax.eval_shape(one, 0)[0])
     grads = (jnp.zeros_like(inputs[0]), jnp.zeros(head_VD.shape, jnp.float32)) if with_gradient else ()
-    (totals, grads), _ = jax.lax.scan(add, (totals, grads), jnp.arange(chunks))
-    return totals, (grads[0][:, :, :T], grads[1]) if with_gradient else ()
+    ((loss, metrics), grads), logprobs = jax.lax.scan(add, (totals, grads), jnp.arange(chunks))
+    logprobs_BGT = jnp.moveaxis(logprobs, 0, 2).reshape(B, G, -1)[:, :, :T]
+    grads = (grads[0][:, :, :T], grads[1]) if with_gradient else ()
+    return (loss, {**metrics, "logprobs_BGT": logprobs_BGT}), grads
 
 
 def _forward(

@@ -6,7 +6,8 @@ A reward function takes the completions and the examples that they answer, and r
         return [float(len(text) < 1000) for text in completions]
 
 The function runs in the training process, in addition to StepRAR and StepRVR, on text that a model wrote. If it fails,
-the error names the function and the row. No result is repaired or replaced by 0.
+the error names the function and the row. No result is repaired or replaced by 0: NaN and infinity are returned as they
+are, and training skips the update.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def user_reward(reward: UserReward, completions: Sequence[str], examples: Sequen
       examples: the N examples that they answer. If an example has a `name`, error messages include it.
 
     Raises:
-      RewardError: the function raised an exception, or did not return N finite numbers. After an exception, the
+      RewardError: the function raised an exception, or did not return N numbers. After an exception, the
         function is called again with single rows, so that the message can name the first row that fails alone.
       ValueError: the lengths differ.
     """
@@ -88,7 +89,7 @@ def _checked(reward: UserReward, result: Any, examples: Sequence[Any]) -> np.nda
     """Checks the result of a user's function and copies it to float64 of shape (N,). Raises RewardError."""
 
     def refused(what: str) -> RewardError:
-        expected = f"expected {len(examples)} finite numbers, one for each completion"
+        expected = f"expected {len(examples)} numbers, one for each completion"
         return RewardError(f"reward {reward.name!r} returned {what}; {expected}")
 
     if isinstance(result, list | tuple):
@@ -106,7 +107,7 @@ def _checked(reward: UserReward, result: Any, examples: Sequence[Any]) -> np.nda
             raise refused(f"an array of shape {values.shape}")
     else:
         raise refused(_kind(result))
-    bad = next((row for row, value in enumerate(values) if not _is_finite_number(value)), None)
+    bad = next((row for row, value in enumerate(values) if not _is_number(value)), None)
     if bad is not None:
         raise refused(f"{_kind(values[bad])} for {_row(bad, examples)}")
     if isinstance(values, np.ndarray) and not _is_real(values.dtype):
@@ -114,12 +115,12 @@ def _checked(reward: UserReward, result: Any, examples: Sequence[Any]) -> np.nda
     return np.array(values, np.float64)
 
 
-def _is_finite_number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     try:
         number = np.asarray(value)
     except Exception:  # NumPy, or the library that the value belongs to, refuses it: it is not a number
         return False
-    return number.shape == () and _is_real(number.dtype) and bool(np.isfinite(number.astype(np.float64)))
+    return number.shape == () and _is_real(number.dtype)
 
 
 def _is_real(dtype: np.dtype) -> bool:

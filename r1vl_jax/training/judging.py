@@ -58,8 +58,9 @@ class ScoredAnswer:
       truncated: True if the answer reached the length limit without a stop token.
       score: the score under the rules.
       user: the value of each of the user's functions, by the function's name.
-      reward: the weighted sum of all rewards, before any gate.
+      reward: the weighted sum of all rewards, before any gate, plus `overlong`.
       step_tokens: the index of the token at which each step begins; empty unless start_scoring has `by_step`.
+      overlong: the penalty for a long answer, 0 or less; None unless start_scoring has `overlong`.
     """
 
     text: str
@@ -69,6 +70,7 @@ class ScoredAnswer:
     user: dict[str, float]
     reward: float
     step_tokens: tuple[int, ...]
+    overlong: float | None = None
 
 
 ScoredGroups = list[list[ScoredAnswer]]  # B lists of G answers
@@ -82,12 +84,14 @@ def start_scoring(
     spec: RewardSpec,
     *,
     by_step: bool = False,
+    overlong: Callable[[int], float] | None = None,
 ) -> Callable[[], ScoredGroups]:
     """Decodes the answers to B questions and starts to score them in worker processes.
 
     Args:
       answers: NumPy arrays (B, G, T).
       by_step: also find the token at which each step begins.
+      overlong: returns the penalty for an answer's number of tokens, which is added to its reward.
     Returns:
       a function that waits for the scores; it runs the user's functions in this process.
     Raises: RewardError, from the returned function, if a user's function fails.
@@ -112,9 +116,11 @@ def start_scoring(
             user = {name: column[i] for name, column in values.items()}
             reward = spec.accuracy * score.accuracy + spec.validity * score.validity
             reward += sum(weight * user[function.name] for function, weight in spec.user)
+            penalty = overlong and overlong(len(tokens))
             truncated = not np.isin(tokens, processor.stop_ids).any()
             steps = processor.token_at(tokens, text, score.step_starts) if by_step else ()
-            scored.append(ScoredAnswer(text, len(tokens), truncated, score, user, reward, tuple(steps)))
+            reward += penalty or 0.0
+            scored.append(ScoredAnswer(text, len(tokens), truncated, score, user, reward, tuple(steps), penalty))
         return [scored[i : i + G] for i in range(0, len(scored), G)]
 
     return finish
@@ -124,7 +130,7 @@ class StepRewards(NamedTuple):
     """The rewards of each step: index [b, g, j] is step j of answer g to question b.
 
     Attributes:
-      outcome_BGJ: for the right answer, and from the user's functions; on the answer's last step.
+      outcome_BGJ: for the right answer, from the user's functions and for length; on the answer's last step.
       shaping_BGJ: for key steps, on the step where each first appears, and for validity, on the last step.
       mask_BGJ: True for the steps that an answer has.
     """
@@ -158,6 +164,11 @@ def correct(scored: ScoredGroups) -> np.ndarray:
     return np.array([[answer.score.correct for answer in group] for group in scored])
 
 
+def truncated(scored: ScoredGroups) -> np.ndarray:
+    """Returns True for answers that reached the length limit without a stop token, (B, G)."""
+    return np.array([[answer.truncated for answer in group] for group in scored])
+
+
 def token_steps(scored: ScoredGroups, length: int) -> np.ndarray:
     """Returns the step of each token, from 0, (B, G, length). Tokens before the first step belong to the first step."""
     places = np.arange(length)
@@ -175,6 +186,8 @@ def reward_metrics(scored: ScoredGroups) -> dict[str, float]:
         return float(np.mean([float(getattr(score, name)) for score in scores]))
 
     user = {f"reward/{name}": float(np.mean([answer.user[name] for answer in flat])) for name in flat[0].user}
+    if flat[0].overlong is not None:
+        user["reward/overlong"] = float(np.mean([answer.overlong for answer in flat]))
     return {
         "reward": float(np.mean([answer.reward for answer in flat])),
         "accuracy": mean("accuracy"),
@@ -189,6 +202,18 @@ def reward_metrics(scored: ScoredGroups) -> dict[str, float]:
         **{f"scoring/{kind}": sum(score.status == kind for score in scores) for kind in ("timeout", "error", "crash")},
         "key_step_faults": sum(score.status == "ok" and bool(score.note) for score in scores),
     }
+
+
+def reward_faults(scored: ScoredGroups) -> list[str]:
+    """Returns the names of the rewards that are not finite in fp32 for some answer."""
+    flat = [answer for group in scored for answer in group]
+    faults = [f"reward/{name}" for name in flat[0].user if not all(finite32(answer.user[name]) for answer in flat)]
+    return faults or ([] if all(finite32(answer.reward) for answer in flat) else ["reward"])
+
+
+def finite32(value: float) -> bool:
+    """Returns whether a number is finite as an fp32 number. False for NaN."""
+    return abs(value) <= float(np.finfo(np.float32).max)
 
 
 def rollout_rows(examples: Sequence[Example], scored: ScoredGroups, **where: Any) -> list[dict[str, Any]]:
@@ -209,6 +234,10 @@ def rollout_rows(examples: Sequence[Example], scored: ScoredGroups, **where: Any
 
 
 def _answer_row(answer: ScoredAnswer) -> dict[str, Any]:
-    score = dataclasses.asdict(answer.score) | {"reward": answer.reward}
-    user = {"user_rewards": answer.user} if answer.user else {}
+    def plain(value: float) -> float | None:
+        return value if np.isfinite(value) else None  # JSON has no NaN
+
+    score = dataclasses.asdict(answer.score) | {"reward": plain(answer.reward)}
+    user = {"user_rewards": {name: plain(value) for name, value in answer.user.items()}} if answer.user else {}
+    user |= {} if answer.overlong is None else {"overlong": answer.overlong}
     return {"text": answer.text, **score, **user, "tokens": answer.tokens, "truncated": answer.truncated}

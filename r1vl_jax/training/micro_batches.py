@@ -28,8 +28,11 @@ class Groups:
     """Questions with their scored answers, as NumPy arrays; T is the maximum length of an answer.
 
     Attributes:
+      mask_BGT: True on sampled tokens.
+      trained_BGT: True on those that the loss may use; with `rl.truncated: mask`, truncated answers have none.
+      logprobs_BGT: log-probabilities that the rollout computed while it sampled.
       ref_logprobs_BGT: log-probabilities under the reference, 0 after the end of their micro-batch's answer length.
-      has_signal_B: True if some advantage in the group is not 0.
+      has_signal_B: True if some advantage of a token that may be trained is not 0.
       shaping_alone_B: True if the group has a signal although its outcomes are equal.
     """
 
@@ -37,6 +40,8 @@ class Groups:
     scored: list[list[ScoredAnswer]]
     tokens_BGT: np.ndarray
     mask_BGT: np.ndarray
+    trained_BGT: np.ndarray
+    logprobs_BGT: np.ndarray
     ref_logprobs_BGT: np.ndarray
     advantage_BGT: np.ndarray
     reward_BG: np.ndarray
@@ -127,8 +132,10 @@ def rl_batches(
     keep_all: bool,
     average: str,
     old_logprobs_BGT: np.ndarray | None,
-) -> Iterator[TrainBatch]:
-    """Yields micro-batches of the groups that count, on the host; other groups fill the last one, with weight 0.
+) -> Iterator[tuple[np.ndarray, TrainBatch]]:
+    """Yields (indices of questions, micro-batch) of the groups that count; other groups fill the last, with weight 0.
+
+    The arrays are on the host. Truncated answers that are not trained still count in the mean over answers.
 
     Args:
       max_questions: groups that count, at most.
@@ -138,32 +145,38 @@ def rl_batches(
     """
     used_B = groups.has_signal_B | keep_all
     used_B &= np.cumsum(used_B) <= max_questions
-    used_BGT = groups.mask_BGT & used_B[:, None, None]
+    used_BGT = groups.trained_BGT & used_B[:, None, None]
     answers = max(1, used_B.sum()) * groups.mask_BGT.shape[1]
     weights_BGT = answer_weights(used_BGT, answers, average)
     arrays = (groups.tokens_BGT, weights_BGT, groups.advantage_BGT, groups.ref_logprobs_BGT, old_logprobs_BGT)
-    for part, length in batching.split(groups.questions, groups.mask_BGT, used_B):
+    for part, length in batching.split(groups.questions, groups.trained_BGT, used_B):
         rows = [None if array is None else array[part, :, :length] for array in arrays]
-        yield TrainBatch(batching.collate(groups.questions, part), *rows)
+        yield part, TrainBatch(batching.collate(groups.questions, part), *rows)
 
 
 @dataclasses.dataclass(frozen=True)
 class SFTUpdate:
-    """The micro-batches of one SFT update on the device, their number of tokens, and their shares of padding."""
+    """The micro-batches of one SFT update on the device, their rows, number of tokens, and shares of padding."""
 
+    rows: list[Example]
     batches: list[TrainBatch]
     tokens: int
     padding: dict[str, float]
 
 
 def sft_update(
-    pairs: Sequence[tuple[EncodedPrompt, np.ndarray]], count: int, buckets: Buckets, put: Callable[[Any], Any]
+    rows: Sequence[tuple[Example, tuple[EncodedPrompt, np.ndarray]]],
+    count: int,
+    buckets: Buckets,
+    put: Callable[[Any], Any],
 ) -> SFTUpdate:
-    """Divides rows (prompt, answer), sorted by length, into micro-batches of `count`."""
+    """Divides rows (example, (prompt, answer)), sorted by length, into micro-batches of `count`."""
+    examples, pairs = [example for example, _ in rows], [pair for _, pair in rows]
     answer_tokens = sum(len(answer) for _, answer in pairs)
     batches = []
     for part in by_length(pairs, count, lambda pair: size_of(*pair)):
         prompts, start_B, tokens_BGT, mask_BGT = collate_pairs(part, buckets)
         batches.append(TrainBatch(prompts, tokens_BGT, token_weights(mask_BGT, answer_tokens), start_B=start_B))
     tokens = sum(size_of(*pair).tokens for pair in pairs)
-    return SFTUpdate([put(batch) for batch in batches], tokens, padding([batch.prompts for batch in batches]))
+    shares = padding([batch.prompts for batch in batches])
+    return SFTUpdate(examples, [put(batch) for batch in batches], tokens, shares)

@@ -3,7 +3,7 @@
 Master parameters, gradients and moments are fp32. An update computes:
 
     grads = sum over micro-batches of the gradient of the loss at the cast parameters
-    state = AdamW(state, grads clipped by their global norm)
+    state = AdamW(state, grads clipped by their global norm)     if loss and gradient are finite, else the old state
 """
 
 from __future__ import annotations
@@ -99,13 +99,29 @@ def accumulate(
     return new if grads is None else jax.tree.map(jnp.add, grads, new), metrics
 
 
-def update(state: TrainState, grads: Any, *, optimizer: optax.GradientTransformation) -> tuple[TrainState, jax.Array]:
-    """Runs one step of the optimizer. Returns (state, gradient norm before clipping)."""
+def update(
+    state: TrainState, grads: Any, loss: jax.Array, *, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, jax.Array]:
+    """Runs one step of the optimizer. Returns (state, gradient norm before clipping).
+
+    If `loss` or the norm is not finite, the update is skipped: parameters, moments and the schedule's count stay as
+    they are. state.step goes on: it counts the updates that were tried. The choice is made inside the loop that writes
+    the new values, which has read the old ones, so it costs no pass over memory. New weights are not looked at: with
+    the limits of config_stages.OptimizerSection they are finite if the old state, the loss and the norm are.
+    """
+    norm = optax.global_norm(grads)
+    usable = jnp.isfinite(norm) & jnp.isfinite(loss)
     trained = {part: state.params[part] for part in grads}
     with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats; our own code does not
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-    params = state.params | optax.apply_updates(trained, updates)
-    return TrainState(state.step + 1, params, opt_state), optax.global_norm(grads)
+    new = optax.apply_updates(trained, updates), opt_state
+    new, opt_state = jax.tree.map(lambda new, old: jnp.where(usable, new, old), new, (trained, state.opt_state))
+    return TrainState(state.step + 1, state.params | new, opt_state), norm
+
+
+def not_finite(state: TrainState) -> TrainState:
+    """Returns, for each array of the state, whether it holds a number that is not finite."""
+    return jax.tree.map(lambda a: ~jnp.isfinite(a).all(), state)
 
 
 def zero_grads(params: Any, parts: tuple[str, ...]) -> Any:

@@ -8,7 +8,8 @@ present.
     token_logprobs    parameters, prompts, answers -> log-probabilities           once per micro-batch
     advantages        rewards per step -> the advantage of each token             once per rollout
     accumulate        gradients += gradient of the loss of one micro-batch        once per micro-batch
-    update            state, gradients -> state                                   once per update
+    update            state, gradients, loss -> state                             once per update
+    not_finite        state -> which of its arrays hold NaN or infinity           once per checkpoint
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class Programs:
       token_logprobs: (params, prompts, tokens_BGT) -> log-probabilities (B, G, T), fp32.
       advantages: (rewards_BGJ, mask_BGJ, step_BGT) -> advantages (B, G, T), fp32.
       accumulate: (grads, params, batch) -> (grads, metrics); grads None starts a sum.
-      update: (state, grads) -> (state, gradient norm).
+      update: (state, grads, loss) -> (state, gradient norm); skipped if the loss or the norm is not finite.
+      not_finite: (state) -> for each array, whether it holds a number that is not finite.
       layout: shapes, dtypes and shardings of the train state; nothing is allocated.
       parts: the names of the parameter subtrees that are trained.
       schedule: the learning rate of each update.
@@ -67,6 +69,7 @@ class Programs:
     advantages: Program
     accumulate: Program
     update: Program
+    not_finite: Program
     layout: TrainState
     parts: tuple[str, ...]
     schedule: optax.Schedule
@@ -101,6 +104,7 @@ def build_programs(model: ModelConfig, mesh: Mesh, config: Config, stage: str, u
             donate_argnums=0,
             out_shardings=(shardings, shardings.step),
         ),
+        not_finite=jax.jit(optimizers.not_finite),
         layout=layout,
         parts=parts,
         schedule=optimizers.make_schedule(section, updates),
@@ -146,23 +150,25 @@ def _advantages(scale: str, std_floor: float, kernels: str) -> Program:
 
 def gradient_step(
     programs: Programs, state: TrainState, batches: Iterable[TrainBatch], *, use_buffer: bool
-) -> tuple[TrainState, dict[str, jax.Array]]:
+) -> tuple[TrainState, dict[str, Any]]:
     """Runs one update from a step's micro-batches, all on the device.
 
     Args:
       state: is donated: its buffers are reused, so the caller must not use it again.
       use_buffer: add gradients up in a buffer. With False there must be one micro-batch; its gradient is used as it is.
     Returns:
-      (state, metrics summed over the micro-batches, with grad_norm).
+      (state, metrics). Numbers are summed over the micro-batches; grad_norm is added; logprobs_BGT is a list with
+      the log-probabilities of each micro-batch.
     """
-    grads, totals = optimizers.zero_grads(state.params, programs.parts) if use_buffer else None, {}
+    grads, totals, logprobs = optimizers.zero_grads(state.params, programs.parts) if use_buffer else None, {}, []
     for batch in batches:
         grads, metrics = programs.accumulate(grads, state.params, batch)
+        logprobs.append(metrics.pop("logprobs_BGT"))
         totals = jax.tree.map(jnp.add, totals, metrics) if totals else metrics
     if not totals:
         raise ValueError("a step without micro-batches has nothing to update from; expected at least one")
-    state, norm = programs.update(state, grads)
-    return state, {**totals, "grad_norm": norm}
+    state, norm = programs.update(state, grads, totals["loss"])
+    return state, {**totals, "grad_norm": norm, "logprobs_BGT": logprobs}
 
 
 def enable_compilation_cache(folder: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import shutil
 import socket
@@ -27,7 +28,7 @@ from r1vl_jax.errors import ConfigError
 # These keys change how a run computes: changing them changes results by rounding alone.
 BACKEND_KEYS = ("model.remat", "model.attention", "model.kernels", "model.shared_prefix", "compilation_cache")
 LOCK = "run.lock"
-ROWS = ("metrics.jsonl", "rollouts.jsonl")
+ROWS = ("metrics.jsonl", "rollouts.jsonl", "nonfinite.jsonl")
 
 
 class RunLog:
@@ -98,7 +99,8 @@ class RunLog:
         """Raises ConfigError if a resumed run changes a setting, except settings that change no result so far."""
         old, new = yaml.safe_load(self._config_file.read_text()), yaml.safe_load(configs.dump(config))
         free = [f"data.{name}.allow_outside" for name in ("sft", "rl", "heldout")]
-        free += ["checkpoint.", "scoring.", "eval.", "mesh.", "output_dir", "rl.steps", "data.workers", *BACKEND_KEYS]
+        free += ["checkpoint.", "guards.", "scoring.", "eval.", "mesh.", "output_dir", "rl.steps", "data.workers"]
+        free += BACKEND_KEYS
         if not (self.folder / "checkpoints" / "step_grpo").exists():
             free += ["sft.steps", "sft.epochs"]
         for key, default, _ in configs.describe():
@@ -152,6 +154,10 @@ class RunLog:
         for row in rows:
             self._append("rollouts.jsonl", row)
 
+    def nonfinite(self, row: dict[str, Any]) -> None:
+        """Writes down a step whose update was skipped, see training.guards."""
+        self._append("nonfinite.jsonl", row)
+
     def _append(self, name: str, row: dict[str, Any]) -> None:
         with open(self.folder / name, "a") as file:
             file.write(json.dumps(row) + "\n")
@@ -192,4 +198,6 @@ class Phases:
 
 
 def _plain(value: Any) -> Any:
-    return value if isinstance(value, (str, int, bool)) or value is None else float(value)
+    if isinstance(value, (str, int, bool)) or value is None:
+        return value
+    return float(value) if math.isfinite(value) else None  # JSON has no NaN

@@ -11,6 +11,7 @@ from r1vl_jax.data.batching import in_micro_batches, size_of
 from r1vl_jax.data.buckets import Buckets
 from r1vl_jax.data.sources import Source
 from r1vl_jax.training.context import Run
+from r1vl_jax.training.guards import not_finite
 from r1vl_jax.training.heldout import heldout
 from r1vl_jax.training.micro_batches import SFTUpdate, sft_update
 from r1vl_jax.training.run_folder import Phases
@@ -58,7 +59,7 @@ def sft(run: Run, plan: SFTPlan, params: Any, resume: bool) -> Any:
         heldout(run, stage, step=0)
 
     def make(rows: list[Any]) -> SFTUpdate:
-        return sft_update([pair for _, pair in rows], config.micro_batch_size, buckets, run.put)
+        return sft_update(rows, config.micro_batch_size, buckets, run.put)
 
     loader = run.loader(source, encode, count=config.batch_size, make=make, position=stage.position)
     with stage.saved_at_the_end(), loader:
@@ -68,7 +69,10 @@ def sft(run: Run, plan: SFTPlan, params: Any, resume: bool) -> Any:
                 update = loader.take()
             with run.signals.hold():
                 with phases("train"):
-                    metrics = stage.update(update.batches) | update.padding
+                    metrics = stage.update(update.batches)[0] | update.padding
+                if faults := not_finite(metrics):
+                    questions = [{"source": row.source, "row": row.row} for row in update.rows]
+                    stage.guards.skipped(step, faults, questions, metrics)
                 metrics |= {"rows_filtered": source.filtered, "rows_dropped": loader.dropped}
                 stage.finish_step(step, metrics, phases, update.tokens, loader.position)
     heldout(run, stage, step=steps)

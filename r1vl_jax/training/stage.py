@@ -9,13 +9,15 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from r1vl_jax.checkpoint.state import StageCheckpoints
-from r1vl_jax.common.text import one_line
+from r1vl_jax.common.text import first_few, one_line
 from r1vl_jax.data.loader import Position
-from r1vl_jax.errors import CheckpointError
+from r1vl_jax.errors import CheckpointError, GuardError
 from r1vl_jax.reporting.curves import plot_metrics
 from r1vl_jax.training.context import Run
+from r1vl_jax.training.guards import Guards, not_finite
 from r1vl_jax.training.programs import build_programs, gradient_step
 from r1vl_jax.training.run_folder import Phases
 from r1vl_jax.types import TrainBatch, TrainState
@@ -28,6 +30,8 @@ class Stage:
 
     The attribute `finished` is the number of finished steps, and `position` is where the loader of the stage's rows
     continues after them.
+
+    Raises: CheckpointError if a weight is not finite.
 
     Args:
       name: sft or step_grpo.
@@ -57,6 +61,10 @@ class Stage:
             self.start = 0
         self.finished = self.start
         self._saved_at = time.monotonic()
+        if bad := self.not_finite():
+            folder = run.log.folder / "checkpoints" / name / str(self.start) if self.start else run.config.model.path
+            raise CheckpointError(f"{folder}: weights that are not finite: {bad}")
+        self.guards, self.is_due = Guards(run.config, run.log, name), False
         run.log.truncate_after(name, self.start)
 
     @property
@@ -68,24 +76,38 @@ class Stage:
         """Returns the current policy's weights, laid out for decoding."""
         return self.programs.rollout_weights(self.state.params)
 
-    def update(self, batches: Iterable[TrainBatch]) -> dict[str, float]:
-        """One update from its micro-batches. Returns the metrics."""
-        self.state, metrics = gradient_step(self.programs, self.state, batches, use_buffer=self.use_buffer)
-        return jax.device_get(metrics)
+    def update(self, batches: Iterable[TrainBatch]) -> tuple[dict[str, float], list[np.ndarray]]:
+        """One update from its micro-batches. Returns (metrics, the micro-batches' log-probabilities before it).
 
-    def skip_step(self) -> dict[str, float]:
-        """Counts a step whose groups have no signal; parameters and moments do not change. Returns no metrics."""
-        self.state = dataclasses.replace(self.state, step=self.state.step + self.updates)
-        return {}
+        The metric skipped_updates is 1 if the update was skipped, because loss or gradient are not finite.
+        """
+        self.state, values = gradient_step(self.programs, self.state, batches, use_buffer=self.use_buffer)
+        metrics = jax.device_get(values)
+        logprobs = metrics.pop("logprobs_BGT")
+        return {**metrics, "skipped_updates": int(bool(not_finite(metrics)))}, logprobs
+
+    def skip_updates(self, count: int) -> None:
+        """Counts updates that are not made; parameters, moments and schedule do not change."""
+        self.state = dataclasses.replace(self.state, step=self.state.step + count)
+
+    def not_finite(self) -> str:
+        """Returns the names of the arrays of the train state that hold a number that is not finite, or ""."""
+        leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(self.programs.not_finite(self.state)))
+        return first_few([jax.tree_util.keystr(path, simple=True, separator=".") for path, bad in leaves if bad])
 
     def finish_step(
         self, step: int, metrics: dict[str, float], phases: Phases, tokens: int, position: Position
     ) -> None:
         """Logs a step, and writes a checkpoint and the curves when they are due.
 
+        While updates are skipped no checkpoint is written, so that the last good ones are kept. One that became due is
+        written after the next update that is made; the stage's last step always has one.
+
         Args:
           tokens: the number of tokens of the step, for tokens_per_second.
           position: the position at which the loader continues after this step.
+
+        Raises: GuardError if a weight is not finite, or too many updates in a row were skipped.
         """
         self.finished, self.position = step, position  # first: what follows may fail, on a full disk
         log, checkpoint = self.run.log, self.run.config.checkpoint
@@ -98,10 +120,26 @@ class Stage:
         }
         log.metrics(self.name, step, values)
         log.show(**{key: value for key, value in values.items() if key in SHOWN})
+        skipped, last = values.get("skipped_updates"), step == self.steps
         minutes = (time.monotonic() - self._saved_at) / 60
-        if step % checkpoint.every == 0 or step == self.steps or 0 < checkpoint.minutes <= minutes:
+        self.guards.in_row = 0 if skipped == 0 else self.guards.in_row
+        self.is_due |= step % checkpoint.every == 0 or 0 < checkpoint.minutes <= minutes
+        if skipped or self.is_due or last:
+            self._check(step)
+        if last or (self.is_due and not self.guards.in_row):
             self.save()
+            self.is_due = False
             plot_metrics(log.folder)
+
+    def _check(self, step: int) -> None:
+        """Raises GuardError if a weight or moment is not finite, or too many updates in a row were skipped."""
+        bad = self.not_finite()
+        if bad or self.guards.in_row:
+            latest = self.checkpoints.latest
+            checkpoint = "no checkpoint was written" if latest is None else f"--resume goes on after step {latest}"
+            if bad:
+                raise GuardError(f"{self.name} step {step}: not finite: {bad}; {checkpoint}")
+            self.guards.stop_if_stuck(step, checkpoint)
 
     def save(self) -> None:
         """Writes the checkpoint of the last finished step, unless it exists."""
@@ -116,19 +154,23 @@ class Stage:
         try:
             yield
         except BaseException as error:
-            try:
-                if int(self.state.step) != self.finished * self.updates:
-                    raise CheckpointError(f"step {self.finished + 1} had changed the state when it was interrupted")
-                self.save()
-                self.checkpoints.close()
-            except Exception as also:  # the first error is the one to report
-                saved = self.checkpoints.latest
-                error.add_note(f"{self.name}: step {self.finished} could not be saved: {one_line(also)}")
-            else:
-                saved = self.finished
-            if saved:
+            if saved := self._save_after(error):
                 error.add_note(f"{self.name}: saved after step {saved}; --resume goes on from there")
             raise
+
+    def _save_after(self, error: BaseException) -> int | None:
+        """Saves the last finished step if its state is good. Returns the step of the newest checkpoint, if any."""
+        try:
+            if not isinstance(error, GuardError):  # a guard stops a run whose state is not good
+                if int(self.state.step) != self.finished * self.updates:
+                    raise CheckpointError(f"step {self.finished + 1} had changed the state when it was interrupted")
+                if bad := self.not_finite():
+                    raise CheckpointError(f"not finite: {bad}")
+                self.save()
+            self.checkpoints.close()
+        except Exception as also:  # the first error is the one to report
+            error.add_note(f"{self.name}: step {self.finished} could not be saved: {one_line(also)}")
+        return self.checkpoints.latest
 
     def finish(self) -> TrainState:
         """Waits for checkpoints that are being written. Returns the state."""

@@ -23,16 +23,20 @@ from r1vl_jax.data.batching import collate_prompts, in_micro_batches, padding, s
 from r1vl_jax.data.buckets import Buckets
 from r1vl_jax.data.loader import Loader
 from r1vl_jax.data.sources import Source
+from r1vl_jax.rewards.length import overlong_penalty
 from r1vl_jax.step_grpo.advantages import gate_rewards, has_signal, shaped_only
 from r1vl_jax.training.context import Run
+from r1vl_jax.training.guards import not_finite, token_metrics
 from r1vl_jax.training.heldout import heldout
 from r1vl_jax.training.judging import (
     correct,
+    reward_faults,
     reward_metrics,
     rewards_by_step,
     rollout_rows,
     start_scoring,
     token_steps,
+    truncated,
 )
 from r1vl_jax.training.micro_batches import (
     Batching,
@@ -60,14 +64,26 @@ class StepGRPO:
     def config(self) -> RLSection:
         return self.run.config.rl
 
+    @np.errstate(invalid="ignore", over="ignore")  # rewards that are not finite are named
     def step(self, loader: Loader, step: int) -> None:
-        """Runs one step of the algorithm."""
+        """Runs one step of the algorithm.
+
+        Raises: GuardError if this is the first step, and sampler and trainer compute different probabilities.
+        """
         phases = Phases()
         groups = self.sample(loader, step, phases)
+        faults = reward_faults(groups.scored)
         with self.run.signals.hold():
             with phases("train"):
-                batches, metrics = self.update(groups)
+                updates = self.config.updates_per_rollout
+                batches, metrics = self.skip(updates=updates) if faults else self.update(groups)
             metrics |= self.metrics(groups, batches) | {"rows_dropped": loader.dropped}
+            guards = self.stage.guards
+            if faults := faults or not_finite(metrics):
+                guards.skipped(step, faults, question_rows(groups), metrics)
+            else:
+                guards.certify(step, metrics)
+            metrics["alarms"] = guards.alarms(step, metrics)
             self.stage.finish_step(step, metrics, phases, int(groups.mask_BGT.sum()), loader.position)
 
     def metrics(self, groups: Groups, batches: list[TrainBatch]) -> dict[str, float]:
@@ -103,7 +119,11 @@ class StepGRPO:
             sampling = Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
             answers = run.sample(weights, prompts, sampling, group=config.group_size, step=step, first=first)
         examples = [example for example, _ in questions]
-        wait_for_scores = start_scoring(examples, answers, run.model.processor, run.pool, run.reward, by_step=by_step)
+        penalty = partial(overlong_penalty, limit=config.max_new_tokens, window=config.overlong)
+        wait_for_scores = start_scoring(
+            examples, answers, run.model.processor, run.pool, run.reward, by_step=by_step,
+            overlong=penalty if config.truncated == "penalty" else None,
+        )  # fmt: skip
         with phases("reference"):  # while the worker processes score
             ref_logprobs_BGT = self.logprobs(self.reference, questions, answers.tokens_BGT, answers.mask_BGT)
         with phases("score"):
@@ -112,19 +132,29 @@ class StepGRPO:
         outcome_BGJ, shaping_BGJ, mask_BGJ = rewards_by_step(scored, run.reward, by_step=by_step)
         rewards_BGJ = gate_rewards(outcome_BGJ, shaping_BGJ, correct(scored), config.gate)
         advantage_BGT = self.advantages(rewards_BGJ, mask_BGJ, token_steps(scored, config.max_new_tokens))
+        masked_BG = truncated(scored) & (config.truncated == "mask")
+        trained_BGT = answers.mask_BGT & ~masked_BG[..., None]
         return Groups(
-            questions, scored, answers.tokens_BGT, answers.mask_BGT, ref_logprobs_BGT, advantage_BGT,
-            reward_BG=rewards_BGJ.sum(axis=2), has_signal_B=has_signal(advantage_BGT),
+            questions, scored, answers.tokens_BGT, answers.mask_BGT, trained_BGT, answers.logprobs_BGT,
+            ref_logprobs_BGT, advantage_BGT, reward_BG=rewards_BGJ.sum(axis=2),
+            has_signal_B=has_signal(np.where(trained_BGT, advantage_BGT, 0.0)),
             shaping_alone_B=shaped_only(outcome_BGJ, advantage_BGT),
         )  # fmt: skip
 
+    def skip(self, updates: int) -> tuple[list[TrainBatch], dict[str, float]]:
+        """Makes no update because rewards are not finite. Returns (no micro-batches, metrics)."""
+        self.stage.skip_updates(updates)
+        return [], {"skipped_updates": updates}
+
     def update(self, groups: Groups) -> tuple[list[TrainBatch], dict[str, float]]:
         """Runs the step's updates of the policy. Returns (micro-batches, metrics of the last update)."""
-        config = self.config
-        if not (groups.has_signal_B.any() or config.zero_variance == "keep"):
-            return [], self.stage.skip_step()
+        config, updates = self.config, self.config.updates_per_rollout
+        some = groups.has_signal_B.any() or (config.zero_variance == "keep" and groups.trained_BGT.any())
+        if not some:
+            self.stage.skip_updates(updates)
+            return [], {}
         old_logprobs_BGT = None
-        if config.updates_per_rollout > 1:  # all updates take ratios to the policy that sampled
+        if updates > 1:  # all updates take ratios to the policy that sampled
             params = self.stage.state.params
             old_logprobs_BGT = self.logprobs(params, groups.questions, groups.tokens_BGT, groups.mask_BGT)
         batches = list(
@@ -133,10 +163,18 @@ class StepGRPO:
                 average=config.average, old_logprobs_BGT=old_logprobs_BGT,
             )
         )  # fmt: skip
-        metrics = {}
-        for _ in range(config.updates_per_rollout):
-            metrics = self.stage.update(map(self.run.put, batches))
-        return batches, metrics
+        images_B = np.array([len(prompt.grids) for _, prompt in groups.questions])
+        metrics, certificate = {}, {}
+        for number in range(updates):
+            metrics, logprobs = self.stage.update(self.run.put(batch) for _, batch in batches)
+            tokens = token_metrics(groups.logprobs_BGT, images_B, batches, logprobs)
+            certificate = certificate or tokens  # of the policy that sampled, before the first update
+            metrics |= certificate | {"kl_cut": tokens["kl_cut"]}
+            if metrics["skipped_updates"]:  # the same answers would be skipped again
+                self.stage.skip_updates(updates - number - 1)
+                metrics["skipped_updates"] = updates - number
+                break
+        return [batch for _, batch in batches], metrics
 
     def advantages(self, rewards_BGJ: np.ndarray, mask_BGJ: np.ndarray, step_BGT: np.ndarray) -> np.ndarray:
         """Returns each token's advantage (B, G, T). J is padded to a power of two, so few programs are compiled."""
@@ -208,6 +246,14 @@ def step_grpo(run: Run, plan: StepGRPOPlan, params: Any, resume: bool) -> Any:
             grpo.step(loader, step)
     heldout(run, stage, step=config.steps)
     return stage.finish().params
+
+
+def question_rows(groups: Groups) -> list[dict[str, Any]]:
+    """Returns the source and row of each question, and the rewards of its answers."""
+    return [
+        {"source": example.source, "row": example.row, "rewards": [r if np.isfinite(r) else str(r) for r in rewards]}
+        for (example, _), rewards in zip(groups.questions, groups.reward_BG.tolist(), strict=True)
+    ]
 
 
 def warm_up_folder(run: Run) -> Path:

@@ -248,6 +248,41 @@ def test_policy_terms_by_hand():
     close(sequence_weights(jnp.asarray([[True, True], [False, False]]), "sequence"), np.asarray([0.25, 0.5]))
 
 
+def test_k3_is_cut_by_hand():
+    """exp(20) - 20 - 1 = 485165174.41 from ref - lp = 20 on, with no gradient; below, the plain formula's."""
+    d = jnp.asarray([19.0, 20.0, 21.0, 100.0, 1e30])
+    value, pull = jax.vjp(lambda lp: k3(d, lp), jnp.zeros(5))
+    np.testing.assert_allclose(value, [178482280.96] + [485165174.41] * 4, rtol=1e-6)
+    slope = np.asarray(pull(jnp.ones(5))[0])
+    np.testing.assert_allclose(slope[0], 1 - math.exp(19), rtol=1e-6)
+    np.testing.assert_array_equal(slope[2:], 0.0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_kernel_cuts_k3_as_the_reference(variant, form):
+    """One token in three is far below the reference: uncut, exp(ref - lp) is infinite there."""
+    arrays, mask = policy_arrays(np.random.default_rng(4), 3, 50, [50, 20, 7])
+    far = jnp.arange(50) % 3 == 0
+    arrays["logprobs"] = jnp.where(far, -100.0, arrays["logprobs"])
+    arrays["old"] = jnp.where(far, -100.0, arrays["old"])
+
+    def run(backend):
+        def loss(logprobs):
+            return tuple(loss_of(arrays | {"logprobs": logprobs}, mask, backend=backend, **VARIANTS[variant]))
+
+        out, pull = jax.vjp(loss, arrays["logprobs"])
+        return out, *pull((jnp.ones(3),) * 3)
+
+    (got, grad), (want, want_grad) = (jax.jit(run, static_argnums=0)(each) for each in ("interpret", "reference"))
+    assert np.isfinite(want).all() and np.isfinite(want_grad).all() and np.min(want[1]) > 1e7
+    close(got, want)
+    close(grad, want_grad, atol=1e-6)
+    # Where the KL is cut only the surrogate moves the policy: its slope at ratio 1, times the weight 1 / (R * tokens).
+    weight = np.asarray(sequence_weights(mask, "sequence"))[:, None]
+    cut = np.asarray(mask & far)
+    np.testing.assert_allclose(np.asarray(grad)[cut], np.asarray(-weight * arrays["advantage"])[cut], rtol=1e-4)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shape", [(3, 100), (9, 1400)])
 def test_loss_kernel_equals_the_reference(shape, variant, form):

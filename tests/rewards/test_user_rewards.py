@@ -43,7 +43,7 @@ def error_of(result):
         run(lambda completions, examples: result)
     message = str(caught.value)
     assert message.startswith("reward 'm:f' returned ")
-    assert message.endswith("; expected 3 finite numbers, one for each completion")
+    assert message.endswith("; expected 3 numbers, one for each completion")
     return message
 
 
@@ -219,9 +219,6 @@ def test_a_result_of_the_wrong_form_is_named(result, what):
 @pytest.mark.parametrize(
     ("bad", "shown"),
     [
-        (float("nan"), "nan (float)"),
-        (float("-inf"), "-inf (float)"),
-        (np.float32("inf"), "np.float32(inf) (float32)"),
         (None, "None (NoneType)"),
         ("1.0", "'1.0' (str)"),
         (1j, "1j (complex)"),
@@ -242,8 +239,6 @@ def test_a_bad_entry_is_named_with_its_row(bad, shown):
 @pytest.mark.parametrize(
     ("array", "row"),
     [
-        (np.array([0.0, np.nan, np.inf]), "row 1 of the batch (a.json, row 8)"),
-        (jnp.array([0.0, 1.0, jnp.inf], jnp.bfloat16), "row 2 of the batch (a.json, row 9)"),
         (np.array([0.5, 1, None]), "row 2 of the batch (a.json, row 9)"),
         (np.array(["1", "2", "3"]), "row 0 of the batch (a.json, row 7)"),
         (np.array([1, 2j, 3]), "row 0 of the batch (a.json, row 7)"),
@@ -252,6 +247,21 @@ def test_a_bad_entry_is_named_with_its_row(bad, shown):
 )
 def test_a_bad_entry_of_an_array_is_named_with_its_row(array, row):
     assert row in error_of(array)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        [0.0, float("nan"), float("-inf")],
+        np.array([0, np.nan, -np.inf], np.float16),
+        jnp.array([0.0, jnp.nan, -jnp.inf], jnp.bfloat16),
+        [np.float32(0), np.float32("nan"), np.float64("-inf")],
+    ],
+    ids=repr,
+)
+def test_numbers_that_are_not_finite_are_returned_as_they_are(result):
+    """Training skips the update and names the rows; a value in their place would be invented."""
+    np.testing.assert_array_equal(run(lambda completions, examples: result), [0.0, np.nan, -np.inf])
 
 
 def test_rows_without_a_name_are_named_by_number():

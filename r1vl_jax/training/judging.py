@@ -187,7 +187,7 @@ def reward_metrics(scored: ScoredGroups) -> dict[str, float]:
 
     user = {f"reward/{name}": float(np.mean([answer.user[name] for answer in flat])) for name in flat[0].user}
     if flat[0].overlong is not None:
-        user["reward/overlong"] = float(np.mean([answer.overlong for answer in flat]))
+        user["reward/overlong"] = float(np.mean([answer.overlong or 0.0 for answer in flat]))
     return {
         "reward": float(np.mean([answer.reward for answer in flat])),
         "accuracy": mean("accuracy"),

@@ -184,18 +184,17 @@ def test_a_reward_that_is_not_there_is_said_before_anything_is_written(inputs, t
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_parquet_with_images_inside_trains_and_resumes_as_json_does(inputs, tmp_path):
-    files = {}
-    for name, media in (("sft", "images"), ("rl", "image_path")):
-        rows = json.loads((inputs / "task" / f"{name}.json").read_text())
-        for row in rows:
-            path = row.pop(media)
-            row["images"] = [{"bytes": (inputs / "task" / path).read_bytes(), "path": path}]
-        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet", row_group_size=5)
-        files[name] = {"path": str(tmp_path / f"{name}.parquet")}
-    pool = FakeScorerPool()
-    as_json = train(run_config(inputs, tmp_path / "json"), pool=pool)
-    config = run_config(inputs, tmp_path / "run", data=files)
+    rows = json.loads((inputs / "task" / "rl.json").read_text())
+    for row in rows:
+        path = row.pop("image_path")
+        row["images"] = [{"bytes": (inputs / "task" / path).read_bytes(), "path": path}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rl.parquet", row_group_size=5)
+    files = {"rl": {"path": str(tmp_path / "rl.parquet")}}
+    pool, options = FakeScorerPool(), {"stages": ["step_grpo"]}
+    as_json = train(run_config(inputs, tmp_path / "json", **options), pool=pool)
+    config = run_config(inputs, tmp_path / "run", data=files, **options)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         cut(patch, "step_grpo", 3)
         train(config, pool=pool)
@@ -227,6 +226,7 @@ def test_a_checkpoint_with_other_pixel_means(inputs, tmp_path, capsys):
     assert losses[0] != losses[1]
 
 
+@pytest.mark.slow
 def test_another_number_of_workers_resumes_bit_for_bit(inputs, tmp_path):
     """Begun with worker processes, gone on with threads."""
     sections = {"stages": ["sft"], "sft": {"steps": 4}}
@@ -239,6 +239,7 @@ def test_another_number_of_workers_resumes_bit_for_bit(inputs, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_prompt_once_for_all_answers_or_once_each(inputs, tmp_path):
     """`model.shared_prefix` and what the gradient keeps of the layers change no number but by rounding."""
     rows = {}

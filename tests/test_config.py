@@ -193,7 +193,7 @@ def test_there_are_float_keys():
 
 @pytest.mark.parametrize("key", FLOATS)
 def test_every_number_is_finite(read, key):
-    for value in (".nan", ".inf", "-.inf", "nan", "-inf", "1e400", "1" + "0" * 400):
+    for value in (".nan", ".inf", "-.inf", "nan", "-inf", "1e400"):
         with pytest.raises(ConfigError) as error:
             read("", f"--{key}={value}")
         assert str(error.value).startswith(f"{key} is ") and str(error.value).endswith("expected a finite number")

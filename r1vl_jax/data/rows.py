@@ -19,7 +19,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from r1vl_jax.common.text import first_few, shown
+from r1vl_jax.common.text import first_few, one_line, shown
 from r1vl_jax.data.row_media import (
     AUDIO,
     IMAGE,
@@ -124,7 +124,7 @@ def unread_notes(name: str, keys: Iterable[str]) -> list[str]:
         known = key in READ_FIELDS or "[]" in key  # not misspelt: `answer` beside `solution`, and fields of turns
         near = [] if known else difflib.get_close_matches(key, READ_FIELDS, n=1, cutoff=0.8)
         hints[key] = f" (did you mean {near[0]!r}?)" if near else ""
-    named = [key + hints[key] for key in sorted(hints, key=lambda key: not hints[key])]
+    named = [one_line(key, 80) + hints[key] for key in sorted(hints, key=lambda key: not hints[key])]
     return [f"{name}: keys that are not read: {first_few(named, 10)}"] if named else []
 
 
@@ -159,7 +159,7 @@ def _check_media(row: dict[str, Any], question: str, in_turns: dict[str, list[An
         raise RowError(f"{name.rpartition(', ')[0]}: {AUDIO} in the question; expected images, videos or text")
     has_media = not SHOWN_FIELDS.isdisjoint(row) or any(in_turns.values())
     if not has_media and (row.get(PROBLEM) is not None or IMAGE in question):
-        others = first_few(unread_keys(row))
+        others = first_few([one_line(key, 80) for key in unread_keys(row)])
         raise RowError(
             f"{name}: missing; expected a path, a list of paths, or null for a text-only question"
             + (f"; the row has the keys {others}, which are not read" if others else "")

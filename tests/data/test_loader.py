@@ -229,7 +229,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_processes_go_on(tmp_path, workers):
     """A process that is killed (SIGKILL) after a step, with batches and worker processes ahead of it."""
     script, log = tmp_path / "main.py", tmp_path / "log.jsonl"

@@ -326,7 +326,7 @@ class Ours:
 
 def read(path: Path, encode) -> list[tuple]:
     """(example, encoded) in the order of a file, as training reads it."""
-    source = open_source(SourceSection(path=str(path)))
+    source = open_source(SourceSection(path=str(path), allow_outside=True))
     assert not source.errors
     with closing(read_rows(source, encode, seed=None)) as rows:
         return [row for _, row in rows]

@@ -30,6 +30,7 @@ def test_flops(scripts):
     assert training_flops(SIZES["2b"], 16) == 16 * training_flops(SIZES["2b"], 1)
 
 
+@pytest.mark.slow
 def test_cpu(tmp_path):
     """Ours and torch agree before they are timed."""
     pytest.importorskip("torch")

@@ -425,7 +425,7 @@ def test_each_setting_has_a_folder_of_its_own(tmp_path):
     (folders[0] / "task" / "task.json").write_text("{}")
     with pytest.raises(FileExistsError, match="was made with other parameters"):
         make_shapes(settings[0])
-    with pytest.raises(ConfigError, match="shapes: .*rows"):
+    with pytest.raises(ConfigError, match="shapes.sft_rows is -1"):
         make_shapes(ShapesSection(dir=str(tmp_path), sft_rows=-1))
 
 

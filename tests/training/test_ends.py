@@ -43,6 +43,7 @@ def inputs(tmp_path_factory):
 def run(inputs, tmp_path, monkeypatch):
     """Runs the command, with `event` in step 3 of StepGRPO. Returns the exit code."""
     (tmp_path / "events.py").write_text(EVENTS)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in a job in the background
     monkeypatch.syspath_prepend(tmp_path)
     # A checkpoint after step 4 alone: what is there after step 3 was saved at the end.
     every = {"rl": {"rewards": ["events:mine"], "steps": 4, "questions_per_step": 2}, "checkpoint": {"every": 4}}
@@ -54,7 +55,8 @@ def run(inputs, tmp_path, monkeypatch):
         monkeypatch.setenv("R1VL_EVENT", event)
         return main(["--config", str(tmp_path / f"{name}.yaml"), *flags])
 
-    return run
+    yield run
+    signal.signal(signal.SIGINT, before)
 
 
 def weights(folder):
@@ -106,6 +108,7 @@ def test_a_second_signal_ends_the_process_at_once():
         import os, signal, sys
         from r1vl_jax.training.signals import Signals, Stopped
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             with Signals() as signals:
                 os.kill(os.getpid(), signal.SIGHUP)  # ignored from the start, as under nohup

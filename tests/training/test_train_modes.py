@@ -254,6 +254,7 @@ def test_a_prompt_once_for_all_answers_or_once_each(inputs, tmp_path):
     assert rows["once"]["grad_norm"] > 1e-3
 
 
+@pytest.mark.slow
 def test_several_updates_a_rollout(inputs, tmp_path):
     """They move the policy further, count as updates of the schedule, and resume bit for bit."""
     options = {"updates_per_rollout": 3, "clip_high": 0.28}

@@ -219,23 +219,11 @@ def _convert(hint: Any, value: Any, key: str, root: type) -> Any:
         require(abs(value) <= MAX_WHOLE, key, value, f"at most {MAX_WHOLE:,}")
         value = hint(value)
     require(type(value) is hint, key, value, hint.__name__)
-    if hint is float:
+    if isinstance(value, float):
         require(math.isfinite(value), key, value, "a finite number")
-    if hint is str:
+    if isinstance(value, str):
         require("\0" not in value and not _SURROGATE.search(value), key, value, "text in Unicode without NUL")
     return value
-
-
-def _finite(value: Any, key: str) -> float:
-    """Returns a number as a finite float. YAML 1.1 reads 1e-5, without a point, as a string."""
-    try:
-        number = float(value)
-    except (ValueError, TypeError):
-        raise ConfigError(f"{key} is {shown(value)}, expected float") from None
-    except OverflowError:  # a whole number of more than 308 digits
-        number = math.inf
-    require(math.isfinite(number), key, number, "a finite number")
-    return number
 
 
 def describe(cls: type, prefix: str = "") -> list[tuple[str, Any, str]]:

@@ -30,12 +30,14 @@ def make_shapes(config: ShapesSection, answer_format: str = "r1vl") -> None:
     """
     folder = shapes_folder(config, answer_format)
     task, model = folder / "task", folder / "model"
-    rows = {"sft_rows": config.sft_rows, "rl_rows": config.rl_rows, "heldout_rows": config.heldout_rows}
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock"):
         try:
             cfg = ShapesConfig(careless_share=config.careless_share, answer_format=answer_format)
-            make_task(task, seed=config.seed, cfg=cfg, **rows)
+            make_task(
+                task, seed=config.seed, sft_rows=config.sft_rows, rl_rows=config.rl_rows,
+                heldout_rows=config.heldout_rows, cfg=cfg,
+            )  # fmt: skip
         except ValueError as error:
             raise ConfigError(f"shapes: {error}") from error
         if model.exists():

@@ -24,6 +24,9 @@ from r1vl_jax.model.config import load_config
 from r1vl_jax.parallel.sharding import make_mesh
 from r1vl_jax.types import TrainState
 
+# Reads of damaged files that orbax gave up may still say so when they are collected.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 POSITION = {"rows": 7, "dropped": [], "fingerprint": "f"}
 
 
@@ -140,7 +143,6 @@ def corrupted(folder: Path, rng: random.Random) -> str:
     return f"{file}: {kind} at {place} of {size}"
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of orbax's reads that were given up
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 25))])
 def test_a_corrupted_state_is_never_restored(written, tmp_path, seed):
     """40 corruptions of the newest state: what is restored is that state or the one before, bit for bit."""

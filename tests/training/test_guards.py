@@ -300,12 +300,13 @@ def test_certificate_of_the_built_in_task(inputs, tmp_path):
 
 
 def test_a_reward_that_stays_not_finite_stops_the_run(inputs, tmp_path, monkeypatch, module, capsys):
-    """After guards.max_skipped steps: one line, exit code 2, the checkpoint of the last good step; --resume goes on."""
+    """After guards.max_skipped steps: one line, exit code 3, the checkpoint of the last good step; --resume goes on."""
     monkeypatch.setenv("R1VL_BAD_FROM", "3")
     rl(inputs, tmp_path / "run", rewards=[f"{module}:mine"], steps=9, guards={"max_skipped": 4})
     file = str((tmp_path / "run").with_suffix(".yaml"))
     assert main(["--config", file]) == 3
-    *_, line = capsys.readouterr().err.splitlines()
+    *_, line, note = capsys.readouterr().err.splitlines()
+    assert note == "step_grpo: saved after step 2; --resume goes on from there"
     assert line.startswith("error: step_grpo step 6: the updates of 4 steps in a row were skipped")
     assert line.endswith("nonfinite.jsonl; --resume goes on after step 2")
     assert saved(tmp_path / "run", "step_grpo") == [2]

@@ -218,7 +218,9 @@ def test_training_drops_the_same_rows_and_plans_the_same_shapes(checked, folder,
     monkeypatch.setattr(Run, "plan", plan)
     monkeypatch.setattr(Run, "sample", answers)
     monkeypatch.setattr(StepGRPO, "logprobs", lambda self, params, rows, tokens, mask: np.zeros(mask.shape))
-    monkeypatch.setattr(Stage, "update", lambda self, batches: ({"skipped_updates": 0}, [np.zeros(b.weight_BGT.shape) for b in batches]))
+    monkeypatch.setattr(
+        Stage, "update", lambda self, batches: ({"skipped_updates": 0}, [np.zeros(b.weight_BGT.shape) for b in batches])
+    )
     train(config_of(folder, tmp_path / "run"), pool=FakeScorerPool())
     sets, said = checked[1]["sets"], capsys.readouterr().err.splitlines()
     for found in sets.values():

@@ -19,6 +19,7 @@ from test_resume import compiled_once, steps  # noqa: F401 (the fixture is used 
 from r1vl_jax.errors import ConfigError
 from r1vl_jax.train import main
 from r1vl_jax.training.run_folder import LOCK, RunLog
+from r1vl_jax.training.signals import SIGNALS
 from r1vl_jax.training.stage import Stage
 
 # A user's reward function does what a test wants in the middle of step 3, once: the test names it in the environment.
@@ -43,7 +44,7 @@ def inputs(tmp_path_factory):
 def run(inputs, tmp_path, monkeypatch):
     """Runs the command, with `event` in step 3 of StepGRPO. Returns the exit code."""
     (tmp_path / "events.py").write_text(EVENTS)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in a job in the background
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}  # nohup, for one, ignores SIGHUP
     monkeypatch.syspath_prepend(tmp_path)
     # A checkpoint after step 4 alone: what is there after step 3 was saved at the end.
     every = {"rl": {"rewards": ["events:mine"], "steps": 4, "questions_per_step": 2}, "checkpoint": {"every": 4}}
@@ -56,7 +57,8 @@ def run(inputs, tmp_path, monkeypatch):
         return main(["--config", str(tmp_path / f"{name}.yaml"), *flags])
 
     yield run
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def weights(folder):

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=positive_int, default=6, help="steps of each stage (default 6)")
     parser.add_argument("--kills", type=positive_int, default=5, help="number of kills (default 5)")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="of the moments (default 0)")
-    parser.add_argument("--folder", help="where the runs are made and kept; default: a temporary folder, removed")
+    parser.add_argument("--folder", help="where the runs are made; default: a temporary folder, kept if they differ")
     args, overrides = parser.parse_known_args(argv)
     short = [
         *("--sft.steps", str(args.steps), "--rl.steps", str(args.steps)),
@@ -64,13 +64,15 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    finally:
-        if not args.folder:
-            shutil.rmtree(folder, ignore_errors=True)
     moments = ", ".join(f"{count} {name}" for name, count in proof.kills.items())
     print(f"{proof.killed} kills ({moments}), {proof.starts} starts")
-    print("\n".join(f"differs: {text}" for text in proof.differences) or "every bit is the same")
-    return 1 if proof.differences else 0
+    if proof.differences:
+        print("\n".join([*(f"differs: {text}" for text in proof.differences), f"both runs are in {folder}"]))
+        return 1
+    print("every bit is the same")
+    if not args.folder:
+        shutil.rmtree(folder)
+    return 0
 
 
 if __name__ == "__main__":

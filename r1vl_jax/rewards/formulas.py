@@ -11,7 +11,6 @@ from r1vl_jax.rewards.units import parse_unit
 
 MAX_TOKENS = 150
 MAX_DEPTH = 30
-MAX_DIGITS = 4096
 
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,6}(?![\d.]))?)|(?P<word>[A-Za-z]+|[\u0370-\u03ffΩ∞])"

@@ -12,7 +12,7 @@ from helpers.tiny_jax import run_config, write_run_inputs
 
 from r1vl_jax import prove_resume
 from r1vl_jax.training import prove as proving
-from r1vl_jax.training.prove import MOMENTS, differences, prove
+from r1vl_jax.training.prove import MOMENTS, Proof, differences, prove
 
 # A program that behaves as a run does, without a model: eight rows, a state every second one, a warm-up, an export.
 RUN = """
@@ -108,6 +108,22 @@ def test_moments_are_seen(tmp_path):
 def test_the_command_refuses_a_wrong_configuration(tmp_path, capsys):
     assert prove_resume.main(["--config", str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("found", [[], ["export/config.json"]])
+def test_runs_that_differ_are_kept(tmp_path, monkeypatch, capsys, found):
+    """A temporary folder is removed only if there is nothing to look at in it."""
+    monkeypatch.setattr(prove_resume, "prove", lambda *args, **options: Proof({"at the start": 2}, 3, found))
+    monkeypatch.setattr(prove_resume.tempfile, "mkdtemp", lambda prefix: str(tmp_path / "runs"))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "run.yaml").write_text("model: {path: m}\ndata: {sft: {path: s}, rl: {path: r}}\n")
+    assert prove_resume.main(["--config", str(tmp_path / "run.yaml")]) == len(found)
+    assert (tmp_path / "runs").exists() == bool(found)
+    said = capsys.readouterr().out
+    assert said.startswith("2 kills (2 at the start), 3 starts\n")
+    assert said.endswith(
+        f"differs: export/config.json\nboth runs are in {tmp_path / 'runs'}\n" if found else "every bit is the same\n"
+    )
 
 
 @pytest.mark.slow

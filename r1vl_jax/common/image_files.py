@@ -15,9 +15,10 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
+from r1vl_jax.common.limits import MAX_PIXELS
+
 MAX_FILE_BYTES = 1 << 30
 MAX_ASPECT_RATIO = 200
-MAX_IMAGE_PIXELS = 178_956_970  # PIL's own limit: half a GiB of RGB
 # Formats that PIL may try. Others are unsafe: for EPS, PIL would run an external program on a file from a data set.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 # Errors of PIL's decoders on damaged files (Warning: if Python is set to raise warnings); see `load_image`.
@@ -38,7 +39,7 @@ def load_image(source: str | os.PathLike | bytes, *, name: str | None = None) ->
       source: path of an image file, or its bytes.
       name: name of the file in error messages; None: the path, or "image file of N bytes".
     Raises: ValueError, naming the file, if the file is missing, not an image of FORMATS, damaged, cut short, larger
-      than MAX_IMAGE_PIXELS, or if one side is over 200 times as long as the other. The size is checked before pixels
+      than limits.MAX_PIXELS, or if one side is over 200 times as long as the other. The size is checked before pixels
       are decoded.
     """
     if name is None:
@@ -94,10 +95,8 @@ def _read_header(file: BinaryIO) -> Image.Image:
 
 def _check_size(width: int, height: int) -> None:
     """Raises UnusableImage on too many pixels, a side of 0, or a longer side over 200 times the shorter."""
-    if width * height > MAX_IMAGE_PIXELS:
-        raise UnusableImage(
-            f"image is {width}x{height} pixels, {width * height} in all; expected at most {MAX_IMAGE_PIXELS}"
-        )
+    if width * height > MAX_PIXELS:
+        raise UnusableImage(f"image is {width}x{height} pixels, {width * height} in all; expected at most {MAX_PIXELS}")
     check_sides(width, height)
 
 

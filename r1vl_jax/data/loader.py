@@ -168,7 +168,7 @@ class Loader:
         if self.position.rows and self.position.fingerprint != source.fingerprint:
             raise RowError(f"{source.name}: has changed since this run began; a run continues on the same rows only")
         self._source, self._count, self._make, self._on_drop = source, count, make, on_drop
-        start = self.position.rows
+        start, self._workers = self.position.rows, workers
         self._open = lambda: read_rows(source, encode, seed=seed, start=start, host=host, hosts=hosts, workers=workers)
         self._rows: grain.DatasetIterator | None = None
         self._closed = threading.Event()
@@ -217,6 +217,8 @@ class Loader:
             try:
                 name, row = next(self._rows)
             except RuntimeError as error:  # grain's, for a worker process that was killed, such as for its memory
+                if not self._workers:
+                    raise
                 raise WorkerError(f"a process that reads rows ended ({one_line(error)}); see data.workers") from error
             count += 1
             if isinstance(row, RowError):

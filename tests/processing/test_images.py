@@ -244,9 +244,9 @@ def test_bytes_of_an_image_file(tmp_path):
 
 def test_decompression_bomb(tmp_path, monkeypatch):
     path = saved(tmp_path, Image.new("1", (300, 300)), "bomb.png")
-    monkeypatch.setattr(image_files, "MAX_IMAGE_PIXELS", 300 * 300)
+    monkeypatch.setattr(image_files, "MAX_PIXELS", 300 * 300)
     load_image(path)
-    monkeypatch.setattr(image_files, "MAX_IMAGE_PIXELS", 300 * 300 - 1)
+    monkeypatch.setattr(image_files, "MAX_PIXELS", 300 * 300 - 1)
     monkeypatch.setattr(ImageFile.ImageFile, "load", None)  # refused before pixels are decoded
     with pytest.raises(ValueError, match="bomb.png: image is 300x300 pixels, 90000 in all; expected at most 89999"):
         load_image(path)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs the whole path on the built-in task: warm-up, StepGRPO, export. Under 10 minutes on 2 cores.
+# Sets up .venv and runs the whole path on the built-in task: warm-up, StepGRPO, export. About 10 minutes on 2 cores.
 #   [EXTRA=gpu|tpu] scripts/quickstart.sh [overrides, such as --rl.steps 20 or --resume]
 set -euo pipefail
 . "$(dirname "$0")/setup.sh" "${EXTRA:-}"

@@ -16,6 +16,7 @@ from r1vl_jax.common.limits import MAX_BATCH, MAX_PIXELS, MAX_ROWS, MAX_SECONDS,
 from r1vl_jax.config_stages import RLSection, SFTSection
 from r1vl_jax.errors import ConfigError
 from r1vl_jax.parallel.devices import PRECISIONS
+from r1vl_jax.rewards.formats import FORMATS
 
 REMAT = ("none", "matmuls", "full")
 ATTENTION = ("auto", "xla", "cudnn", "splash")
@@ -123,8 +124,10 @@ class ShapesSection:
     rl_rows: int = field(1800, "StepGRPO rows")
     heldout_rows: int = field(200, "held-out rows")
     careless_share: float = field(0.6, "share of the warm-up answers with no rationale and a guess at the end")
+    format: str = field(RLSection.format, "format of the solutions; where it is not set: that of rl.format")
 
     def __post_init__(self) -> None:
+        one_of("shapes.format", self.format, tuple(FORMATS))
         at_least("shapes", self, seed=0, sft_rows=0, rl_rows=0, heldout_rows=0, careless_share=0)
         at_most("shapes", self, sft_rows=MAX_ROWS, rl_rows=MAX_ROWS, heldout_rows=MAX_ROWS, careless_share=1)
 
@@ -238,23 +241,24 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config_tree.build(Config, tree)
 
 
-def shapes_folder(shapes: ShapesSection, answer_format: str) -> Path:
+def shapes_folder(shapes: ShapesSection) -> Path:
     """Returns the folder of the built-in task and its model: one in shapes.dir for each setting.
 
     So a run never changes the task of another one that has the same shapes.dir.
     """
     rows = f"{shapes.sft_rows}-{shapes.rl_rows}-{shapes.heldout_rows}"
-    name = f"seed{shapes.seed}-rows{rows}-careless{shapes.careless_share:g}-{answer_format}"
+    name = f"seed{shapes.seed}-rows{rows}-careless{shapes.careless_share:g}-{shapes.format}"
     return Path(shapes.dir or "") / name
 
 
 def _default_to_shapes(tree: dict[str, Any]) -> None:
     """Where shapes.dir is set, model and data default to the task and the tiny model that are made there."""
-    shapes, answer_format = tree.get("shapes"), config_tree.get(tree, "rl.answer_format", RLSection.answer_format)
+    shapes = tree.get("shapes")
     if not isinstance(shapes, dict) or not isinstance(shapes.get("dir"), str):
         return
+    shapes.setdefault("format", config_tree.get(tree, "rl.format", RLSection.format))
     try:
-        folder = shapes_folder(config_tree.build(ShapesSection, shapes), answer_format)
+        folder = shapes_folder(config_tree.build(ShapesSection, shapes))
     except ConfigError:
         return  # the error is raised again, with the whole name of the key, when the configuration is built
     if not config_tree.get(tree, "model.path"):

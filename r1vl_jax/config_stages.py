@@ -70,7 +70,7 @@ class RLSection:
     reward_weights: tuple[float, ...] | None = field(None, "one weight for each of rewards; default: 1 each")
     rules: str = field("paper", f"reward rules: {', '.join(PRESETS)}")
     rule_options: dict = field(dict, "single options that differ from the preset, such as {require_answer: false}")
-    answer_format: str = field("r1vl", f"format of the answers that is rewarded: {', '.join(FORMATS)}")
+    format: str = field("r1vl", f"format of the answers that is rewarded: {', '.join(FORMATS)}")
     alpha: float = field(0.1, "weight of the key-step share in the accuracy reward")
     gate: str = field(
         "none",
@@ -98,13 +98,12 @@ class RLSection:
 
     def __post_init__(self) -> None:
         one_of("rl.rules", self.rules, tuple(PRESETS))
-        one_of("rl.answer_format", self.answer_format, tuple(FORMATS))
+        one_of("rl.format", self.format, tuple(FORMATS))
         try:
             _ = self.reward_rules
         except ValueError as error:
             raise ConfigError(
-                f"rl.rule_options is {self.rule_options!r}, with rules {self.rules} and answer_format "
-                f"{self.answer_format}: {error}"
+                f"rl.rule_options is {self.rule_options!r}, with rules {self.rules} and format {self.format}: {error}"
             ) from None
         one_of("rl.gate", self.gate, ("none", "mixed", "correct"))
         one_of("rl.advantage", self.advantage, ("trajectory", "step"))
@@ -139,5 +138,5 @@ class RLSection:
 
     @property
     def reward_rules(self) -> Rules:
-        """The rules of StepRAR and StepRVR, for answers in `answer_format`."""
-        return get_rules(self.rules, self.rule_options, answer_format=self.answer_format)
+        """The rules of StepRAR and StepRVR, for answers in `format`."""
+        return get_rules(self.rules, self.rule_options, answer_format=self.format)

@@ -387,8 +387,10 @@ def test_paths_default_to_the_shapes_folder(read):
     folder = "made/seed0-rows6000-1800-200-careless0.6-r1vl"
     assert (config.model.path, config.data.sft.path) == (f"{folder}/model", f"{folder}/task/sft.json")
     assert (config.data.rl.path, config.data.heldout.path) == ("mine.json", f"{folder}/task/heldout.json")
-    other = read("", "--shapes.dir", "made", *empty, "--shapes.rl_rows", "5", "--rl.answer_format", "boxed")
+    other = read("", "--shapes.dir", "made", *empty, "--shapes.rl_rows", "5", "--rl.format", "boxed")
     assert other.model.path == "made/seed0-rows6000-5-200-careless0.6-boxed/model"
+    other = read("", "--shapes.dir", "made", *empty, "--shapes.format", "think")
+    assert other.model.path == "made/seed0-rows6000-1800-200-careless0.6-think/model"
 
 
 def test_a_data_set_on_the_command_line_replaces_the_other_kind(tmp_path):

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.shapes.dir:
             from r1vl_jax.shapes.folder import make_shapes
 
-            make_shapes(config.shapes, config.rl.answer_format)
+            make_shapes(config.shapes)
         reading = read_all(config, config.data.workers if arguments.workers is None else arguments.workers)
         numbers = report(reading.surveys, reading.leaks, reading.complete)
         print(report_text(numbers, None if arguments.all else NAMED))

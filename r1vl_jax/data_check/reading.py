@@ -227,7 +227,7 @@ def read_all(config: Config, workers: int) -> Reading:
                 continue
             survey.order = training_order(len(survey.source), config.seed)
             if survey.part.key == "data.rl":
-                survey.findings = lint_key_steps(survey.source, config.rl.answer_format)
+                survey.findings = lint_key_steps(survey.source, config.rl.format)
         reading.complete = True
     except KeyboardInterrupt:
         pass

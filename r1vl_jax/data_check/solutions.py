@@ -33,7 +33,7 @@ def unreachable(source: Source, records: Sequence[Record], config: Config) -> li
                 continue
     with ScorerPool(config.scoring.workers, config.scoring.timeout) as pool:
         first = _failing(pool, {text: text for _, text in rows}, config)
-        ending = FORMATS[config.rl.answer_format].ending
+        ending = FORMATS[config.rl.format].ending
         left = _failing(pool, {solution: ending(first[solution].expected) for solution in first}, config)
     return [Unreachable(row, first[text].expected, _why(first[text])) for row, text in rows if text in left]
 

@@ -20,20 +20,20 @@ from r1vl_jax.shapes import ShapesConfig, make_task
 from r1vl_jax.shapes.tokenizer import task_texts, train_tokenizer, write_checkpoint_files
 
 
-def make_shapes(config: ShapesSection, answer_format: str = "r1vl") -> None:
-    """Makes the task and the model in `shapes_folder(config, answer_format)`. Keeps what is already there.
+def make_shapes(config: ShapesSection) -> None:
+    """Makes the task and the model in `shapes_folder(config)`. Keeps what is already there.
 
     Several processes may call this at once: one makes the folder, and the others wait for it.
 
     Raises: FileExistsError if the folder contains anything other than such a task; ConfigError if there can be no such
       task.
     """
-    folder = shapes_folder(config, answer_format)
+    folder = shapes_folder(config)
     task, model = folder / "task", folder / "model"
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock"):
         try:
-            cfg = ShapesConfig(careless_share=config.careless_share, answer_format=answer_format)
+            cfg = ShapesConfig(careless_share=config.careless_share, answer_format=config.format)
             make_task(
                 task, seed=config.seed, sft_rows=config.sft_rows, rl_rows=config.rl_rows,
                 heldout_rows=config.heldout_rows, cfg=cfg,

@@ -46,7 +46,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, pool
     prepare_devices(deterministic=config.deterministic)
     enable_compilation_cache(config.compilation_cache)
     if config.shapes.dir:
-        make_shapes(config.shapes, config.rl.answer_format)
+        make_shapes(config.shapes)
     mesh, section = check_inputs(config), config.model
     model = open_model(
         section.path, mesh=mesh, dtype=section.dtype, attention=section.attention, kernels=section.kernels

@@ -322,7 +322,7 @@ def test_solutions_are_scored_in_the_format_of_answers(answer_format, folder, tm
     rows = [question("a.png", "How many?") | steps | {"solution": text} for text in [*texts, UNREACHED[0]]]
     (folder / "formats.json").write_text(json.dumps(rows))
     config_of(folder, tmp_path / "run", data={"rl": {"path": str(folder / "formats.json")}}, eval={})
-    command = ["--config", str(tmp_path / "run.yaml"), "--stages", "[step_grpo]", "--rl.answer_format", answer_format]
+    command = ["--config", str(tmp_path / "run.yaml"), "--stages", "[step_grpo]", "--rl.format", answer_format]
     assert check.main(command) == 0
     found = json.loads((tmp_path / "run-check" / "check.json").read_text())["sets"]["data.rl"]
     assert [row["row"] for row in found["unreachable"]] == [4]

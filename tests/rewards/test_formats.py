@@ -163,7 +163,7 @@ def test_the_example_in_a_configuration_earns_what_it_says(path):
     text = path.read_text()
     example = re.search(r"^# An answer to.*\n((?:#(?:   .*)?\n)+)", text, re.MULTILINE)
     config = load(path, ["--model.path", "m"])
-    if config.rl.answer_format == "r1vl" and example is None:
+    if config.rl.format == "r1vl" and example is None:
         return
     assert example is not None
     answer = "\n".join(line[4:] for line in example[1].splitlines())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -414,11 +415,11 @@ def test_a_task_of_before_a_setting_is_kept(tmp_path):
 def test_each_setting_has_a_folder_of_its_own(tmp_path):
     """Nothing of one setting changes when another is made in the same `dir`; a folder of something else is refused."""
     settings = [ShapesSection(dir=str(tmp_path), seed=seed, sft_rows=3, rl_rows=2, heldout_rows=1) for seed in (0, 1)]
-    folders = [shapes_folder(setting, "r1vl") for setting in settings]
+    folders = [shapes_folder(setting) for setting in settings]
     make_shapes(settings[0])
     before = {path: path.read_bytes() for path in folders[0].rglob("*") if path.is_file()}
     make_shapes(settings[1])
-    make_shapes(settings[0], "boxed")
+    make_shapes(dataclasses.replace(settings[0], format="boxed"))
     make_shapes(settings[0])  # kept as it is
     assert {path: path.read_bytes() for path in folders[0].rglob("*") if path.is_file()} == before
     assert len({*folders, *tmp_path.iterdir()}) == 3 and all((folder / "model").is_dir() for folder in folders)

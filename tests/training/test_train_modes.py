@@ -147,7 +147,7 @@ def test_answers_are_scored_in_their_format(inputs, tmp_path, answer_format, ans
             seen.append(rules)
             return [score_answer(answer, solution, None, rules=rules) for solution in solutions]
 
-    options = {"answer_format": answer_format, "rules": "robust", "max_new_tokens": 4, "steps": 1}
+    options = {"format": answer_format, "rules": "robust", "max_new_tokens": 4, "steps": 1}
     config = run_config(
         inputs, tmp_path / "run", stages=["step_grpo"], rl=options, data={"question_suffix": " Box it."}
     )

@@ -192,6 +192,11 @@ class Config:
     compilation_cache: str = field(
         "auto", "folder of compiled programs, kept between runs; auto: r1vl_jax in the user's cache folder; off"
     )
+    rehearsal: str = field(
+        "auto",
+        "before the first step, run each stage once on its largest planned batch, to see at once whether the memory is "
+        "enough: always, never, or auto: not on CPUs",
+    )
     model: ModelSection = field(ModelSection, "")
     mesh: MeshSection = field(MeshSection, "")
     data: DataSection = field(DataSection, "")
@@ -206,6 +211,7 @@ class Config:
     def __post_init__(self) -> None:
         known = (("sft",), ("step_grpo",), ("sft", "step_grpo"))
         require(self.stages in known, "stages", list(self.stages), "[sft], [step_grpo] or [sft, step_grpo]")
+        one_of("rehearsal", self.rehearsal, ("auto", "always", "never"))
         require(self.seed >= 0, "seed", self.seed, "0 or more")
         require(bool(self.model.path), "model.path", self.model.path, "the folder of a Qwen2-VL checkpoint")
         needs = {"sft": ("data.sft.path", self.data.sft), "step_grpo": ("data.rl.path", self.data.rl)}

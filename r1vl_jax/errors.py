@@ -27,5 +27,9 @@ class GuardError(RuntimeError):
     """A guard stopped a run: its numbers are not finite, or sampler and trainer compute different probabilities."""
 
 
+class DeviceMemoryError(RuntimeError):
+    """A device has too little memory. The message says for what, and what needs less."""
+
+
 # What commands print in one line.
-EXPECTED = (ConfigError, CheckpointError, RowError, RewardError, WorkerError, GuardError, OSError)
+EXPECTED = (ConfigError, CheckpointError, RowError, RewardError, WorkerError, GuardError, DeviceMemoryError, OSError)

@@ -13,11 +13,11 @@ import jax
 from r1vl_jax.common.arguments import Parser, non_negative_float, non_negative_int, number, whole
 from r1vl_jax.common.limits import MAX_BATCH, MAX_TOKENS
 from r1vl_jax.common.limits import MAX_PIXELS as MOST_PIXELS
-from r1vl_jax.common.text import one_line
 from r1vl_jax.config import ATTENTION, KERNELS
-from r1vl_jax.errors import CheckpointError, RowError
+from r1vl_jax.errors import CheckpointError, DeviceMemoryError, RowError
 from r1vl_jax.inference.generate import MAX_PIXELS, encode, generate, load, say
 from r1vl_jax.parallel.devices import matmul_precision, prepare_devices
+from r1vl_jax.parallel.memory import out_of_memory
 from r1vl_jax.processing.videos import VideoSpec
 from r1vl_jax.types import Sampling
 
@@ -103,12 +103,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.samples > 1 and args.temperature == 0:
         say(f"--temperature 0 is greedy: all {args.samples} answers will be the same")
     try:
-        with jax.default_matmul_precision(matmul_precision("auto", args.dtype)):
+        with (
+            out_of_memory("answers", "lower --max-new-tokens, --samples or --max-pixels"),
+            jax.default_matmul_precision(matmul_precision("auto", args.dtype)),
+        ):
             result = generate(loaded, encoded, samples=args.samples, sampling=sampling, seed=seed)
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        say(f"error: too little memory; lower --max-new-tokens, --samples or --max-pixels ({one_line(error)})")
+    except DeviceMemoryError as error:
+        say(f"error: {error}")
         return 2
     if args.json:
         print(json.dumps(result))

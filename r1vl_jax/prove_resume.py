@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from r1vl_jax import config as configs
-from r1vl_jax.common.arguments import non_negative_int, positive_int
+from r1vl_jax.common.arguments import Parser, non_negative_int, positive_int
 from r1vl_jax.errors import EXPECTED
 from r1vl_jax.training.prove import prove
 
@@ -30,7 +30,7 @@ example:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command. Returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m r1vl_jax.prove_resume",
         description=_DESCRIPTION,
         epilog=_EPILOG,

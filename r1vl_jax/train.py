@@ -13,6 +13,7 @@ import signal
 import sys
 
 from r1vl_jax import config as configs
+from r1vl_jax.common.arguments import Parser
 from r1vl_jax.errors import EXPECTED
 from r1vl_jax.training.run import train
 
@@ -30,7 +31,7 @@ exit codes:
 
 def _parser() -> argparse.ArgumentParser:
     keys = "\n".join(f"  --{key} {default!r}\n        {text}" for key, default, text in configs.describe())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m r1vl_jax.train",
         description="The two stages of R1-VL, from questions with images to a trained checkpoint.",
         epilog=f"keys of the configuration, each also an override (with its default):\n{keys}\n\n{_EXIT}",

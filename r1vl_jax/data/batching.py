@@ -167,6 +167,25 @@ def pad_prompts(prompts: Sequence[EncodedPrompt], shape: Shape, buckets: Buckets
     )
 
 
+def blank_prompts(count: int, shape: Shape, patch_dim: int) -> Prompts:
+    """Returns a batch of `count` prompts in which all places of `shape` are used, by zeros.
+
+    Args:
+      patch_dim: the number of values of a patch.
+    """
+    B, T, W, P = count, shape.prompt, shape.rows, shape.patches
+    return Prompts(
+        tokens_BT=np.zeros((B, T), np.int32),
+        mask_BT=np.ones((B, T), bool),
+        positions_3BT=np.zeros((3, B, T), np.int32),
+        image_slot_BT=np.full((B, T), -1, np.int32),
+        next_position_B=np.full(B, T, np.int32),
+        patches_WPC=np.zeros((W, P, patch_dim), np.uint8),
+        patch_hw_WP2=np.zeros((W, P, 2), np.int32),
+        segment_WP=np.zeros((W, P), np.int32),
+    )
+
+
 def pad_answers(answers: Sequence[Sequence[np.ndarray]], length: int) -> tuple[np.ndarray, np.ndarray]:
     """Pads B groups of G answers on the right to `length` tokens. Returns (tokens_BGT, mask_BGT)."""
     tokens_BGT = np.zeros((len(answers), len(answers[0]), length), np.int32)

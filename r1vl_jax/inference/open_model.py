@@ -18,7 +18,7 @@ from r1vl_jax.errors import CheckpointError, ConfigError
 from r1vl_jax.model.backend import choose
 from r1vl_jax.model.config import ModelConfig, load_config
 from r1vl_jax.model.spec import num_params, param_spec
-from r1vl_jax.parallel.devices import memory_limit
+from r1vl_jax.parallel.memory import memory_limit
 from r1vl_jax.parallel.sharding import RULES, Rules, make_mesh, param_shardings
 from r1vl_jax.processing.processor import Processor
 

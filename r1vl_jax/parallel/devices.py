@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 MEMORY_FRACTION = "0.92"  # of a GPU's memory, taken at the start; JAX's own default is 0.75
 PRECISIONS = ("auto", "default", "high", "highest")
@@ -34,8 +33,3 @@ def matmul_precision(choice: str, dtype: str) -> str:
       choice: one of PRECISIONS; auto: highest for dtype float32, otherwise default.
     """
     return ("highest" if dtype == "float32" else "default") if choice == "auto" else choice
-
-
-def memory_limit(device: Any) -> int | None:
-    """Returns the bytes that JAX may use on a device; None if the device does not say, as a CPU."""
-    return (device.memory_stats() or {}).get("bytes_limit")

@@ -17,6 +17,7 @@ from r1vl_jax.config import Config
 from r1vl_jax.inference.open_model import open_model
 from r1vl_jax.model.config import load_config
 from r1vl_jax.parallel.devices import matmul_precision, prepare_devices
+from r1vl_jax.parallel.memory import out_of_memory
 from r1vl_jax.reporting.curves import heldout_table, plot_metrics
 from r1vl_jax.rewards import ScorerPool
 from r1vl_jax.shapes.folder import make_shapes
@@ -24,6 +25,7 @@ from r1vl_jax.training.checks import check_inputs
 from r1vl_jax.training.context import Run
 from r1vl_jax.training.judging import RewardSpec
 from r1vl_jax.training.programs import Compilations, enable_compilation_cache
+from r1vl_jax.training.rehearsal import advice, rehearse
 from r1vl_jax.training.run_folder import RunLog
 from r1vl_jax.training.run_record import record_start
 from r1vl_jax.training.sft import plan_sft, sft
@@ -75,12 +77,20 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, pool
 def _run_stages(run: Run, resume: bool) -> Path:
     """Runs the stages in order and exports the model after each. Returns the folder of the last one.
 
-    The rows of all stages are opened first, so that a fault in the last one's shows before hours are spent.
+    The rows of all stages are opened, and the largest batches run, so that a fault of the last stage shows before hours
+    are spent.
     """
     params, export, files = None, run.log.folder / "export", run.model.files
     plans = {name: STAGES[name][0](run) for name in run.config.stages}
+    rehearse(run, plans)
     for name, plan in plans.items():
-        params = STAGES[name][1](run, plan, params, resume)
+        try:
+            with out_of_memory(name, advice(name)):
+                params = STAGES[name][1](run, plan, params, resume)
+        except BaseException as error:
+            if params is not None and not hasattr(error, "__notes__"):
+                error.add_note(f"{name}: no step was finished; --resume goes on with this stage")
+            raise
         folder = export if name == run.config.stages[-1] else warm_up_folder(run)
         save_hf(params, load_config(files), folder, source=files, dtype=run.config.model.dtype, overwrite=True)
     return export

@@ -20,11 +20,12 @@ from r1vl_jax.types import Example
 
 
 class SFTPlan(NamedTuple):
-    """The rows of the stage, how they are encoded, and the shapes to which batches are padded."""
+    """The rows of the stage, how they are encoded, the shapes to which batches are padded, the number of updates."""
 
     source: Source
     encode: Callable[[Example], Any]
     buckets: Buckets
+    updates: int
 
 
 def plan_sft(run: Run) -> SFTPlan:
@@ -39,7 +40,9 @@ def plan_sft(run: Run) -> SFTPlan:
     sizes = run.first_sizes(source, encode, lambda pair: size_of(*pair))
     buckets = run.plan(in_micro_batches(sizes, config.batch_size, config.micro_batch_size), count=data.buckets)
     run.log.say(f"sft: rows are padded to {buckets}")
-    return SFTPlan(source, encode, buckets)
+    return SFTPlan(
+        source, encode, buckets, config.steps or max(1, math.ceil(config.epochs * len(source) / config.batch_size))
+    )
 
 
 def sft(run: Run, plan: SFTPlan, params: Any, resume: bool) -> Any:
@@ -51,8 +54,7 @@ def sft(run: Run, plan: SFTPlan, params: Any, resume: bool) -> Any:
       resume: continue from the stage's newest checkpoint, if there is one.
     """
     config = run.config.sft
-    source, encode, buckets = plan
-    steps = config.steps or max(1, math.ceil(config.epochs * len(source) / config.batch_size))
+    source, encode, buckets, steps = plan
     micro_batches = config.batch_size // config.micro_batch_size
     stage = Stage(run, "sft", steps, params, resume, micro_batches=micro_batches)
     if stage.is_untrained:

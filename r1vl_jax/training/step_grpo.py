@@ -116,8 +116,7 @@ class StepGRPO:
         with phases("data"):
             questions, prompts = loader.take()
         with phases("rollout"):
-            sampling = Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
-            answers = run.sample(weights, prompts, sampling, group=config.group_size, step=step, first=first)
+            answers = run.sample(weights, prompts, sampling(config), group=config.group_size, step=step, first=first)
         examples = [example for example, _ in questions]
         penalty = partial(overlong_penalty, limit=config.max_new_tokens, window=config.overlong)
         wait_for_scores = start_scoring(
@@ -192,12 +191,14 @@ class StepGRPO:
 
 
 class StepGRPOPlan(NamedTuple):
-    """The questions of the stage, how they are encoded, and the shapes of prompts in rollouts and in micro-batches."""
+    """The questions of the stage, how they are encoded, the shapes of prompts in rollouts and in micro-batches, and the
+    number of updates."""
 
     source: Source
     encode: Callable[[Example], EncodedPrompt]
     rollout_buckets: Buckets
     buckets: Buckets
+    updates: int
 
 
 def plan_step_grpo(run: Run) -> StepGRPOPlan:
@@ -211,7 +212,7 @@ def plan_step_grpo(run: Run) -> StepGRPOPlan:
         for count in (config.questions_per_step, config.micro_batch_size)
     )
     run.log.say(f"step_grpo: prompts are padded to {buckets}")
-    return StepGRPOPlan(source, encode, rollout_buckets, buckets)
+    return StepGRPOPlan(source, encode, rollout_buckets, buckets, config.steps * config.updates_per_rollout)
 
 
 def step_grpo(run: Run, plan: StepGRPOPlan, params: Any, resume: bool) -> Any:
@@ -223,7 +224,7 @@ def step_grpo(run: Run, plan: StepGRPOPlan, params: Any, resume: bool) -> Any:
       resume: continue from the stage's newest checkpoint, if there is one.
     """
     config = run.config.rl
-    source, encode, rollout_buckets, buckets = plan
+    source, encode, rollout_buckets, buckets, _ = plan
     stage = Stage(
         run, "step_grpo", config.steps, params, resume,
         micro_batches=config.questions_per_step // config.micro_batch_size, updates=config.updates_per_rollout,
@@ -246,6 +247,11 @@ def step_grpo(run: Run, plan: StepGRPOPlan, params: Any, resume: bool) -> Any:
             grpo.step(loader, step)
     heldout(run, stage, step=config.steps)
     return stage.finish().params
+
+
+def sampling(config: RLSection) -> Sampling:
+    """Returns how the stage samples answers."""
+    return Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
 
 
 def question_rows(groups: Groups) -> list[dict[str, Any]]:

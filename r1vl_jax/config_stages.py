@@ -19,10 +19,12 @@ class OptimizerSection:
     weight_decay: float = field(0.0, "AdamW's, on matrices only")
     b2: float = field(0.999, "AdamW's second moment decay")
     max_grad_norm: float = field(1.0, "gradients are clipped to this global norm")
+    first_moment: str = field("float32", "dtype of AdamW's first moment: float32, or bfloat16 to save 2 bytes a weight")
     freeze_vision: bool = field(False, "do not train the vision tower and merger")
 
     def __post_init__(self) -> None:
         one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant"))
+        one_of("optimizer.first_moment", self.first_moment, ("float32", "bfloat16"))
         at_least("optimizer", self, learning_rate=0, weight_decay=0)
         # With these limits an update from a finite gradient cannot make a weight or a moment overflow in fp32.
         require(self.learning_rate <= 1000, "optimizer.learning_rate", self.learning_rate, "at most 1000")
@@ -82,6 +84,11 @@ class RLSection:
     zero_variance: str = field("keep", "groups with equal rewards: keep, skip, or resample (sample more questions)")
     max_resamples: int = field(3, "with zero_variance resample: most extra rounds of questions an update")
     beta: float = field(0.04, "weight of the KL to the frozen reference")
+    reference: str = field(
+        "device",
+        "where the frozen reference is kept: device, host (moved to the devices once a step, which saves its memory in "
+        "the update), or none: no KL is computed, and beta must be 0",
+    )
     updates_per_rollout: int = field(1, "updates from the same answers; with several, ratios are clipped")
     clip_low: float = field(0.2, "with updates_per_rollout: ratios are clipped below 1 - clip_low")
     clip_high: float = field(0.2, "with updates_per_rollout: ratios are clipped above 1 + clip_high (DAPO: 0.28)")
@@ -115,6 +122,10 @@ class RLSection:
             expected = f"{len(self.rewards)} numbers, one for each of rl.rewards"
             require(len(self.reward_weights) == len(self.rewards), "rl.reward_weights", self.reward_weights, expected)
             require(any(self.reward_weights), "rl.reward_weights", self.reward_weights, "numbers that are not all 0")
+        one_of("rl.reference", self.reference, ("device", "host", "none"))
+        require(
+            self.reference != "none" or self.beta == 0, "rl.reference", "none", "device or host, unless rl.beta is 0"
+        )
         one_of("rl.average", self.average, ("sequence", "token", "constant"))
         one_of("rl.truncated", self.truncated, ("keep", "mask", "penalty"))
         require(self.std_floor > 0, "rl.std_floor", self.std_floor, "more than 0")

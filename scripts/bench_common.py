@@ -23,6 +23,7 @@ from r1vl_jax.data.batching import collate_prompts
 from r1vl_jax.data.buckets import Buckets
 from r1vl_jax.model.backend import choose
 from r1vl_jax.model.config import ModelConfig, parse_config
+from r1vl_jax.model.published import PUBLISHED, flat_config
 from r1vl_jax.model.spec import ParamSpec, is_spec, param_spec
 from r1vl_jax.parallel.sharding import make_mesh, put_batch
 from r1vl_jax.processing.positions import mrope_positions
@@ -60,54 +61,21 @@ class Size:
         return self.cfg.with_backend(*choose(attention, kernels, dtype=self.dtype))
 
 
-def _raw_config(width, mlp, layers, heads, kv_heads, vocab, tied, vision) -> dict[str, Any]:
-    """Returns a flat config.json like the published ones. `vision`: layers, width and heads of the vision tower."""
-    half = width // heads // 2
-    depth, embed_dim, vision_heads = vision
-    return {
-        "architectures": ["Qwen2VLForConditionalGeneration"],
-        "model_type": "qwen2_vl",
-        "hidden_size": width,
-        "intermediate_size": mlp,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocab,
-        "tie_word_embeddings": tied,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "rope_scaling": {"type": "mrope", "mrope_section": [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]},
-        "max_position_embeddings": 32768,
-        "max_window_layers": layers,
-        "use_sliding_window": False,
-        "hidden_act": "silu",
-        "torch_dtype": "float32",
-        "bos_token_id": None,
-        "eos_token_id": None,  # an answer has no end
-        **{
-            f"{name}_token_id": vocab - 1 - i for i, name in enumerate(("image", "video", "vision_start", "vision_end"))
-        },
-        "vision_config": {
-            "depth": depth,
-            "embed_dim": embed_dim,
-            "num_heads": vision_heads,
-            "hidden_size": width,
-            "mlp_ratio": 4,
-            "in_chans": 3,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "spatial_patch_size": 14,
-            "temporal_patch_size": 2,
-        },
-    }
+def _raw_config(width, mlp, layers, heads, kv_heads, vocab, vision) -> dict[str, Any]:
+    """Returns a config.json without an end of text. `vision`: layers, width and heads of the vision tower."""
+    sizes = {"width": width, "mlp": mlp, "layers": layers, "heads": heads, "kv_heads": kv_heads, "vocab": vocab}
+    tower = dict(zip(("layers", "width", "heads"), vision, strict=True))
+    ids = (vocab - 1, vocab - 2, vocab - 3, vocab - 4)
+    return flat_config(**sizes, tied=True, tower=tower, special_ids=ids) | _END
 
 
-_TOWER, _IMAGE = (32, 1280, 16), (1, 34, 60)  # 399,840 pixels, 510 tokens
+_END = {"torch_dtype": "float32", "bos_token_id": None, "eos_token_id": None}  # an answer has no end
+_IMAGE = (1, 34, 60)  # 399,840 pixels, 510 tokens
 SIZES = {
-    "cpu": Size(_raw_config(256, 1024, 4, 4, 2, 8192, True, (2, 128, 4)), 64, (1, 8, 8), 64, dtype="float32"),
-    "tiny": Size(_raw_config(64, 96, 2, 4, 2, 512, True, (1, 32, 2)), 16, (1, 4, 4), 8, dtype="float32"),
-    "2b": Size(_raw_config(1536, 8960, 28, 12, 2, 151936, True, _TOWER), 768, _IMAGE, 1024),
-    "7b": Size(_raw_config(3584, 18944, 28, 28, 4, 152064, False, _TOWER), 768, _IMAGE, 1024),
+    "cpu": Size(_raw_config(256, 1024, 4, 4, 2, 8192, (2, 128, 4)), 64, (1, 8, 8), 64, dtype="float32"),
+    "tiny": Size(_raw_config(64, 96, 2, 4, 2, 512, (1, 32, 2)), 16, (1, 4, 4), 8, dtype="float32"),
+    "2b": Size(PUBLISHED["2b"] | _END, 768, _IMAGE, 1024),
+    "7b": Size(PUBLISHED["7b"] | _END, 768, _IMAGE, 1024),
 }
 
 

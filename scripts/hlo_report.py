@@ -36,7 +36,7 @@ import jax  # noqa: E402 (it reads the environment when it is imported)
 import jax.numpy as jnp  # noqa: E402
 from bench_common import SIZES, Size, random_questions  # noqa: E402
 from bench_programs import TEMPERATURE, step_programs  # noqa: E402
-from hlo_text import program_cost  # noqa: E402
+from r1vl_jax.planning.hlo import program_cost  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding  # noqa: E402
 

@@ -1,6 +1,7 @@
 """Accumulates gradients and applies the AdamW update of both stages, as pure functions; training/programs.py jits them.
 
-Master parameters, gradients and moments are fp32. An update computes:
+Master parameters, gradients and moments are fp32 (the first moment may be bfloat16: the second changes by less than
+bfloat16 can hold). An update computes:
 
     grads = sum over micro-batches of the gradient of the loss at the cast parameters
     state = AdamW(state, grads clipped by their global norm)     if loss and gradient are finite, else the old state
@@ -50,7 +51,13 @@ def make_optimizer(config: OptimizerSection, steps: int, spec_tree: Any) -> opta
     decayed = {part: tree_map_spec(lambda spec: spec.init == "normal", spec_tree[part]) for part in parts}
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(make_schedule(config, steps), b2=config.b2, weight_decay=config.weight_decay, mask=decayed),
+        optax.adamw(
+            make_schedule(config, steps),
+            b2=config.b2,
+            weight_decay=config.weight_decay,
+            mask=decayed,
+            mu_dtype=config.first_moment,
+        ),
     )
 
 

@@ -88,7 +88,10 @@ def _step_grpo(run: Run, plan: StepGRPOPlan, programs: Programs) -> None:
     micro = _prompts(run, config.micro_batch_size, plan.buckets.shapes[-1])
     shape = config.micro_batch_size, config.group_size, config.max_new_tokens
     tokens_BGT, zeros_BGT = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-    programs.token_logprobs(reference, *run.put((micro, tokens_BGT))).block_until_ready()
+    if config.reference != "none":
+        programs.token_logprobs(reference, *run.put((micro, tokens_BGT))).block_until_ready()
+    if config.reference != "device":
+        del reference
     del weights
     old_logprobs_BGT = zeros_BGT if config.updates_per_rollout > 1 else None
     batch = TrainBatch(micro, tokens_BGT, zeros_BGT, zeros_BGT, zeros_BGT, old_logprobs_BGT)

@@ -48,12 +48,16 @@ from r1vl_jax.training.micro_batches import (
 )
 from r1vl_jax.training.run_folder import Phases
 from r1vl_jax.training.stage import Stage
-from r1vl_jax.types import EncodedPrompt, Example, Prompts, Sampling, TrainBatch
+from r1vl_jax.types import EncodedPrompt, Example, Prompts, Rollout, Sampling, TrainBatch
 
 
 @dataclasses.dataclass(frozen=True)
 class StepGRPO:
-    """The objects that all steps share. `reference`: the frozen parameters, in the dtype of the computation."""
+    """The objects that all steps share.
+
+    Attributes:
+      reference: the frozen parameters, in the dtype of the computation; None: there is no KL.
+    """
 
     run: Run
     stage: Stage
@@ -124,7 +128,7 @@ class StepGRPO:
             overlong=penalty if config.truncated == "penalty" else None,
         )  # fmt: skip
         with phases("reference"):  # while the worker processes score
-            ref_logprobs_BGT = self.logprobs(self.reference, questions, answers.tokens_BGT, answers.mask_BGT)
+            ref_logprobs_BGT = self.reference_logprobs(questions, answers)
         with phases("score"):
             scored = wait_for_scores()
             run.log.rollouts(rollout_rows(examples, scored, stage="step_grpo", step=step))
@@ -169,6 +173,8 @@ class StepGRPO:
             tokens = token_metrics(groups.logprobs_BGT, images_B, batches, logprobs)
             certificate = certificate or tokens  # of the policy that sampled, before the first update
             metrics |= certificate | {"kl_cut": tokens["kl_cut"]}
+            if self.reference is None:
+                del metrics["kl"], metrics["kl_cut"]
             if metrics["skipped_updates"]:  # the same answers would be skipped again
                 self.stage.skip_updates(updates - number - 1)
                 metrics["skipped_updates"] = updates - number
@@ -181,6 +187,13 @@ class StepGRPO:
         more = [(0, 0), (0, 0), (0, (1 << (J - 1).bit_length()) - J)]
         rewards_BGJ, mask_BGJ = np.pad(rewards_BGJ.astype(np.float32), more), np.pad(mask_BGJ, more)
         return jax.device_get(self.stage.programs.advantages(rewards_BGJ, mask_BGJ, step_BGT.astype(np.int32)))
+
+    def reference_logprobs(self, questions: list[Question], answers: Rollout) -> np.ndarray:
+        """Returns log-probabilities of answers under the reference, (B, G, T); without one, those of the sampler."""
+        if self.reference is None:
+            return answers.logprobs_BGT  # the loss's KL to them has the weight 0
+        reference = jax.device_put(self.reference, self.run.model.shardings)  # from the host, if it is there
+        return self.logprobs(reference, questions, answers.tokens_BGT, answers.mask_BGT)
 
     def logprobs(
         self, params: Any, questions: list[Question], tokens_BGT: np.ndarray, mask_BGT: np.ndarray
@@ -229,8 +242,7 @@ def step_grpo(run: Run, plan: StepGRPOPlan, params: Any, resume: bool) -> Any:
         run, "step_grpo", config.steps, params, resume,
         micro_batches=config.questions_per_step // config.micro_batch_size, updates=config.updates_per_rollout,
     )  # fmt: skip
-    start = warm_up_folder(run) if "sft" in run.config.stages else run.model.folder
-    reference = run.model.load_weights(run.config.model.dtype, start)
+    reference = load_reference(run)
     unit = answer_unit(config.max_new_tokens, run.config.data.pad_multiple)
     grpo = StepGRPO(run, stage, reference, Batching(config.micro_batch_size, buckets, unit, run.put))
     if stage.is_untrained:
@@ -247,6 +259,18 @@ def step_grpo(run: Run, plan: StepGRPOPlan, params: Any, resume: bool) -> Any:
             grpo.step(loader, step)
     heldout(run, stage, step=config.steps)
     return stage.finish().params
+
+
+def load_reference(run: Run) -> Any:
+    """Loads the parameters after the warm-up, to the devices or to the host; None if the stage has no reference."""
+    if run.config.rl.reference == "none":
+        return None
+    start = warm_up_folder(run) if "sft" in run.config.stages else run.model.folder
+    reference = run.model.load_weights(run.config.model.dtype, start)
+    if run.config.rl.reference == "host":
+        host = jax.tree.map(lambda sharding: sharding.with_memory_kind("pinned_host"), run.model.shardings)
+        reference = jax.device_put(reference, host)
+    return reference
 
 
 def sampling(config: RLSection) -> Sampling:

@@ -311,3 +311,28 @@ def test_compiled_programs_are_kept(tmp_path, monkeypatch, value):
         assert jax.config.jax_compilation_cache_dir == "given"
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_where_the_reference_is_changes_no_bit(inputs, tmp_path):
+    """On the host it gives the same metrics; without it, at beta 0, the same weights and no KL."""
+    rows, weights = {}, {}
+    for name, options in {
+        "device": {},
+        "host": {"reference": "host"},
+        "beta 0": {"beta": 0.0},
+        "none": {"beta": 0.0, "reference": "none"},
+    }.items():
+        folder = tmp_path / name
+        export = train(rl(inputs, folder, steps=2, **options), pool=SteppedScorerPool())
+        timed = ("seconds/", "tokens_per_second", "compilations")
+        rows[name] = [{k: v for k, v in row.items() if not k.startswith(timed)} for row in steps(folder, "step_grpo")]
+        weights[name] = (export / "model.safetensors").read_bytes()
+    assert rows["host"] == rows["device"] and rows["device"][-1]["kl"] > 0
+    assert weights["host"] == weights["device"] != weights["beta 0"] == weights["none"]
+    assert not {"kl", "kl_cut"} & rows["none"][-1].keys()
+    assert [{k: v for k, v in row.items() if k not in ("kl", "kl_cut")} for row in rows["beta 0"]] == rows["none"]
+
+
+@pytest.mark.slow
+def test_a_first_moment_in_bfloat16_resumes_bit_for_bit(inputs, tmp_path):
+    resumes(inputs, tmp_path, SteppedScorerPool(), optimizer={"learning_rate": 1e-2, "first_moment": "bfloat16"})

@@ -1,7 +1,8 @@
 """Reads what a program does from the text of its optimized HLO: kernels, bytes, FLOPs, passes over the logits.
 
-The body of a loop counts as often as XLA says that it runs. If XLA does not know (a decode loop), it counts once, so
-that the figures are those of one round. (Instructions outside all loops then count too; decode has almost none.)
+The body of a loop counts as often as XLA says that it runs. If XLA does not know (a decode loop), it counts `rounds`
+times: with 1, the figures are those of one round. (Instructions outside all loops then count too; decode has almost
+none.)
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ NO_KERNEL = {
     "opt-barrier", "conditional",
 }  # fmt: skip
 SLICES = {"slice", "dynamic-slice", "gather"}
-SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*S\(1\)[^}]*\})?")  # S(1): a TPU's fast memory
 INSTRUCTION = re.compile(r"^(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 
@@ -67,13 +68,14 @@ class Cost:
 
 def shapes(text: str) -> Iterator[tuple[str, list[int]]]:
     """Yields (dtype, sizes) of each array in the text of a shape."""
-    for dtype, sizes in SHAPE.findall(text):
+    for dtype, sizes, _ in SHAPE.findall(text):
         yield dtype, [int(size) for size in sizes.split(",") if size]
 
 
 def array_bytes(text: str) -> int:
-    """Returns the bytes of all arrays in the text of a shape."""
-    return sum(_width(dtype) * math.prod(sizes) for dtype, sizes in shapes(text))
+    """Returns the bytes of all arrays in the text of a shape that are in a device's main memory."""
+    sizes = ((dtype, sizes.split(",")) for dtype, sizes, fast in SHAPE.findall(text) if not fast)
+    return sum(_width(dtype) * math.prod(int(size) for size in axes if size) for dtype, axes in sizes)
 
 
 def _width(dtype: str) -> int:
@@ -97,22 +99,32 @@ def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
     return found, entry
 
 
-def program_cost(text: str, logits: int = 0) -> Cost:
-    """Returns the cost of a program from its HLO text. `logits`: the number of elements of a chunk of logits."""
+def program_cost(text: str, logits: int = 0, *, rounds: int = 1) -> Cost:
+    """Returns the cost of a program from its HLO text.
+
+    Args:
+      logits: the number of elements of a chunk of logits.
+      rounds: how often a loop runs of which XLA does not know it.
+    """
     found, entry = computations(text)
     cost = Cost()
-    _add(cost, found, entry, 1, logits)
+    _add(cost, found, entry, 1, logits, rounds)
     return cost
 
 
-def _add(cost: Cost, found: dict[str, list[Instruction]], name: str, times: int, logits: int) -> None:
+def rounds_of(loop: Instruction, unknown: int) -> int:
+    """Returns how often a loop runs; `unknown`: if XLA does not know it."""
+    known = re.search(r'known_trip_count[^}]*?"n":"(\d+)"', loop.line)
+    return int(known.group(1)) if known else unknown
+
+
+def _add(cost: Cost, found: dict[str, list[Instruction]], name: str, times: int, logits: int, unknown: int) -> None:
     """Adds the kernels of one computation, and of the loops in it."""
     shape_of = {each.name: each.shape for each in found[name]}
     for each in found[name]:
         if each.opcode == "while":
-            rounds = re.search(r'known_trip_count[^}]*?"n":"(\d+)"', each.line)
             for part in ("condition", "body"):
-                _add(cost, found, each.called(part), times * int(rounds.group(1) if rounds else 1), logits)
+                _add(cost, found, each.called(part), times * rounds_of(each, unknown), logits, unknown)
         if each.opcode in NO_KERNEL or each.opcode.endswith("-done") or "AllocateBuffer" in each.kind:
             continue
         body = found.get(each.called("calls"), []) if each.opcode.startswith("fusion") else []

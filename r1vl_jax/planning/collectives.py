@@ -55,9 +55,10 @@ def _of(
             yield _collective(kind, each, shape_of, times, devices, per_host)
             continue
         repeats = rounds_of(each, rounds) if each.opcode == "while" else 1
+        inside = 1 if each.opcode == "while" else rounds
         for attribute in ("body", "calls", "to_apply", "true_computation", "false_computation"):
             if inner := each.called(attribute):
-                yield from _of(found, inner, times * repeats, devices, per_host, rounds)
+                yield from _of(found, inner, times * repeats, devices, per_host, inside)
 
 
 def _collective(

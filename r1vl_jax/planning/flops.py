@@ -34,6 +34,7 @@ def _equation(each: Any, rounds: int) -> float:
         (contracted, _), _ = params["dimension_numbers"]
         left = each.invars[0].aval.shape
         return 2.0 * math.prod(each.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+    name = name.removesuffix("_wrapper")
     if name in _ATTENTION:
         (B, T, N, H), S = each.invars[0].aval.shape, each.invars[1].aval.shape[1]
         return 2.0 * _ATTENTION[name] * B * N * T * S * H
@@ -44,7 +45,8 @@ def _equation(each: Any, rounds: int) -> float:
         times = math.prod(size for size in params["grid_mapping"].grid if isinstance(size, int))
     if name == "shard_map":  # its body is the work of one device
         times = math.prod(params["mesh"].shape[axis] for axis in params.get("manual_axes", params["mesh"].axis_names))
-    return times * sum(_of(inner, rounds) for inner in _inner(params))
+    inside = 1 if name in ("while", "pallas_call") else rounds  # only the outermost loop is the one that is known
+    return times * sum(_of(inner, inside) for inner in _inner(params))
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Any]:

@@ -104,7 +104,7 @@ def program_cost(text: str, logits: int = 0, *, rounds: int = 1) -> Cost:
 
     Args:
       logits: the number of elements of a chunk of logits.
-      rounds: how often a loop runs of which XLA does not know it.
+      rounds: how often a loop runs of which XLA does not know it; loops inside of one that it does not know count once.
     """
     found, entry = computations(text)
     cost = Cost()
@@ -124,7 +124,7 @@ def _add(cost: Cost, found: dict[str, list[Instruction]], name: str, times: int,
     for each in found[name]:
         if each.opcode == "while":
             for part in ("condition", "body"):
-                _add(cost, found, each.called(part), times * rounds_of(each, unknown), logits, unknown)
+                _add(cost, found, each.called(part), times * rounds_of(each, unknown), logits, 1)
         if each.opcode in NO_KERNEL or each.opcode.endswith("-done") or "AllocateBuffer" in each.kind:
             continue
         body = found.get(each.called("calls"), []) if each.opcode.startswith("fusion") else []

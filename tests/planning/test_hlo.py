@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import pytest
+
 from r1vl_jax.planning.hlo import array_bytes, program_cost
 
 PROGRAM = """HloModule jit_f, entry_computation_layout={...}

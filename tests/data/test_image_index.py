@@ -264,7 +264,12 @@ def test_a_damaged_cache_is_made_again(path, cache, read, damage):
         file.unlink()
         file.mkdir()
     else:
-        damaged = {"cut": data[:-40], "flipped": data[:-1] + bytes([data[-1] ^ 1]), "empty": b"", "longer": data + bytes(40)}
+        damaged = {
+            "cut": data[:-40],
+            "flipped": data[:-1] + bytes([data[-1] ^ 1]),
+            "empty": b"",
+            "longer": data + bytes(40),
+        }
         file.write_bytes(damaged[damage])
     read.clear()
     source = open_rows(path)

@@ -99,7 +99,7 @@ class Indexer:
         if not self._seen:
             return ImageIndex(np.empty((5, 0), np.int64), self._digests), ""
         files = np.concatenate(self._tables)
-        contents = hashlib.blake2b(np.ascontiguousarray(files[:, [1, 4]]), digest_size=8).hexdigest()
+        contents = hashlib.blake2b(files[:, [1, 4]].tobytes(), digest_size=8).hexdigest()
         table = np.ascontiguousarray(files[np.argsort(files[:, 0])].T)
         if self._cache is not None and not np.array_equal(table, self._known.table):
             _store(self._cache, table)
@@ -204,8 +204,8 @@ def _load(path: Path | None) -> np.ndarray:
 
 def _store(path: Path, table: np.ndarray) -> None:
     """Writes a table. Where that is not possible, the next start reads all files again."""
-    table = table.tobytes()
+    data = table.tobytes()
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
-            file.buffer.write(hashlib.blake2b(table, digest_size=8).digest() + table)
+            file.buffer.write(hashlib.blake2b(data, digest_size=8).digest() + data)

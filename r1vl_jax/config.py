@@ -65,6 +65,11 @@ class SourceSection:
     path: str = field("", "JSON, JSONL, parquet, a folder of parquet, or hub:OWNER/NAME of a Hub data set")
     image_root: str | None = field(None, "folder that image paths start from; default: the file's own folder")
     allow_outside: bool = field(False, "images and videos may also be outside of image_root, links resolved")
+    image_digests: bool = field(
+        True,
+        "of JSON: images and videos are read once, at the first start, to notice later if one has changed; false: only "
+        "their sizes are compared",
+    )
     tfds: str = field("", "in place of path: a TFDS data set, NAME or NAME:VERSION, made by r1vl_jax.data.build")
     tfds_dir: str | None = field(None, "folder of TFDS data sets; default: TFDS_DATA_DIR or ~/tensorflow_datasets")
     split: str = field("train", "split of a TFDS or Hub data set, of an object of splits, or of a folder of parquet")

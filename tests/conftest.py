@@ -34,6 +34,7 @@ PROGRAMS = Path(tempfile.gettempdir()) / f"r1vl-programs-{SESSION}"
 jax.config.update("jax_compilation_cache_dir", str(PROGRAMS))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+os.environ["XDG_CACHE_HOME"] = str(PROGRAMS / "cache")  # tests leave nothing in the user's
 
 
 def pytest_sessionfinish():

@@ -66,6 +66,11 @@ def read_json_lines(
             yield row
 
 
+def cache_folder() -> Path:
+    """Returns the folder of what can be made again: r1vl_jax in $XDG_CACHE_HOME, which is ~/.cache by default."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "r1vl_jax"
+
+
 def outside(path: str, root: str) -> str:
     """Returns a text that says where a file is, if it is outside of a folder when symbolic links are resolved; else "".
 

@@ -15,6 +15,7 @@ from types import ModuleType
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from r1vl_jax.common.files import cache_folder
 from r1vl_jax.common.text import one_line
 from r1vl_jax.errors import RowError
 
@@ -32,8 +33,7 @@ def fetch(path: str, split: str) -> Path:
     if not match or not re.fullmatch(r"[\w.-]+", split):
         raise RowError(f"{path}, split {split!r}: expected hub:OWNER/NAME or hub:OWNER/NAME:CONFIG, and a split's name")
     name, config = match.groups()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "r1vl_jax" / "hub"
-    file = cache / name.replace("/", "--") / (config or "default") / f"{split}.parquet"
+    file = cache_folder() / "hub" / name.replace("/", "--") / (config or "default") / f"{split}.parquet"
     if not file.is_file():
         datasets = _library(path)
         file.parent.mkdir(parents=True, exist_ok=True)

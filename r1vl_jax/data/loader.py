@@ -26,6 +26,7 @@ import grain
 from absl import flags
 
 from r1vl_jax.common.text import one_line
+from r1vl_jax.data.image_index import difference
 from r1vl_jax.data.sources import Source
 from r1vl_jax.errors import RowError, WorkerError
 from r1vl_jax.types import Example
@@ -165,8 +166,10 @@ class Loader:
         on_drop: Callable[[RowError], None] = lambda error: None,
     ) -> None:
         self.position = position or Position()
-        if self.position.rows and self.position.fingerprint != source.fingerprint:
-            raise RowError(f"{source.name}: has changed since this run began; a run continues on the same rows only")
+        if self.position.rows and (what := difference(self.position.fingerprint, source.fingerprint)):
+            raise RowError(
+                f"{source.name}: has changed since this run began ({what}); a run continues on the same rows and images"
+            )
         self._source, self._count, self._make, self._on_drop = source, count, make, on_drop
         start, self._workers = self.position.rows, workers
         self._open = lambda: read_rows(source, encode, seed=seed, start=start, host=host, hosts=hosts, workers=workers)

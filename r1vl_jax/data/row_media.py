@@ -128,12 +128,17 @@ def video_files(value: object, name: str, root: str) -> tuple[str | tuple[str, .
     return tuple(paths)
 
 
-def check_places(example: Example, root: str) -> Example:
-    """Returns the example. Raises RowError if one of its files is outside of the folder `root`, links resolved."""
+def paths_of(example: Example) -> list[tuple[str, str]]:
+    """Returns ("images" or "videos", path) of each file of an example, frames of videos among them."""
     files = [("images", path) for path in example.images] if example.image_bytes is None else []
     for video in example.videos:
         files += [("videos", path) for path in ((video,) if isinstance(video, str) else video)]
-    for field, path in files:
+    return files
+
+
+def check_places(example: Example, root: str) -> Example:
+    """Returns the example. Raises RowError if one of its files is outside of the folder `root`, links resolved."""
+    for field, path in paths_of(example):
         if problem := outside(path, root):
             raise RowError(
                 f"{example.name}, {field}: {problem}; expected a file in that folder. image_root names another folder, "

@@ -20,7 +20,9 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
+from r1vl_jax.common.text import first_few
 from r1vl_jax.config import SourceSection
+from r1vl_jax.data.image_index import Indexer
 from r1vl_jax.data.json_file import check_file, scan
 from r1vl_jax.data.row_media import check_places
 from r1vl_jax.data.rows import parse_row, unread_keys, unread_notes
@@ -35,7 +37,7 @@ class Source(Protocol):
 
     Attributes:
       name: path of the data set, for messages.
-      fingerprint: a text that changes when the rows change.
+      fingerprint: a text that changes when the rows change; ROWS-IMAGES where images that change are noticed, too.
       errors: a RowError for each row that is known to be unusable before any image is opened.
       filtered: number of rows left out by `drop_matching`.
       notes: what else should be known about the data set, such as keys that are not read. One line each.
@@ -52,8 +54,12 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
 
-def open_source(section: SourceSection) -> Source:
-    """Opens the data set that a section of the configuration names. Raises RowError if it cannot be used."""
+def open_source(section: SourceSection, *, watch_images: bool = True) -> Source:
+    """Opens the data set that a section of the configuration names. Raises RowError if it cannot be used.
+
+    Args:
+      watch_images: False: images of JSON files may change unnoticed, and are not read to notice it.
+    """
     if section.tfds:
         from r1vl_jax.data.tfds_source import TfdsSource  # needs tensorflow-datasets, which JSON does not
 
@@ -71,7 +77,7 @@ def open_source(section: SourceSection) -> Source:
         from r1vl_jax.data.parquet_source import ParquetSource  # pyarrow takes a while to import
 
         return ParquetSource(path, split=split, name=name, **options)
-    return JsonSource(path, split=split, **options)
+    return JsonSource(path, split=split, image_digests=section.image_digests if watch_images else None, **options)
 
 
 def check_source(section: SourceSection) -> None:
@@ -94,7 +100,7 @@ class JsonSource:
     """Reads rows from a JSON array, a JSONL file, or an object of splits.
 
     The file is read once to check every row and to make an index with 24 bytes per example. Reading an example raises
-    OSError if the file has changed since then.
+    OSError if the file, or an image or a video of the example, has changed since then.
 
     Args:
       path: the file; json_file.py has its forms. The keys of a row determine its schema.
@@ -102,6 +108,8 @@ class JsonSource:
       image_root: folder to which image paths are relative; None: the folder of `path`.
       allow_outside: images and videos may be outside of that folder. Otherwise reading such a row raises RowError.
       drop_matching: rows with one of these texts in an answer are left out and counted in `filtered`.
+      image_digests: whether all bytes of images and videos are compared, to notice if they change (image_index.py), or
+        only the sizes; None: they may change.
     Raises: RowError if the file is missing, empty or not JSON.
     """
 
@@ -113,6 +121,7 @@ class JsonSource:
         image_root: str | os.PathLike | None = None,
         allow_outside: bool = False,
         drop_matching: tuple[str, ...] = (),
+        image_digests: bool | None = None,
     ) -> None:
         self.name = os.fspath(path)
         self._allow_outside = allow_outside
@@ -122,7 +131,17 @@ class JsonSource:
         self.filtered = 0
         check_file(self.name)
         self._stamp = _stamp(os.stat(self._path))
-        places = list(self._index(split, drop_matching))
+        images, self._images = None, None
+        if image_digests is not None:
+            name, root = "\0".join((self._path, split, self._root)), None if allow_outside else self._root
+            images = Indexer(name, root=root, digests=image_digests)
+        places = list(self._index(split, drop_matching, images))
+        if images is not None:
+            self._images, contents = images.finish()
+            self.fingerprint += f"-{contents}" if contents else ""
+            if images.changed:
+                changed = first_few([os.path.relpath(path, self._root) for path in images.changed])
+                self.notes.append(f"{self.name}: images or videos that have changed since the last start: {changed}")
         if not places and not self.errors and not self.filtered:
             raise RowError(f"{self.name}: empty; expected at least one row")
         kinds = {"start": "i8", "length": "i8", "number": "i4", "turn": "i4"}
@@ -138,7 +157,11 @@ class JsonSource:
             raise OSError(f"{self.name}: the file has changed since it was indexed; start again")
         text = os.pread(descriptor, length, start).decode("utf-8", "surrogateescape")  # as `scan` reads it
         example = self._parse(json.loads(text), number)[turn]
-        return example if self._allow_outside else check_places(example, self._root)
+        if not self._allow_outside:
+            check_places(example, self._root)
+        if self._images is not None:
+            self._images.check(example)
+        return example
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns all attributes but the open file, which cannot be pickled."""
@@ -149,10 +172,13 @@ class JsonSource:
         """The open file. Each process opens the file itself."""
         return open(self._path, "rb")  # noqa: SIM115 (open as long as the source exists)
 
-    def _index(self, split: str, drop_matching: tuple[str, ...]) -> Iterator[tuple[int, int, int, int]]:
+    def _index(
+        self, split: str, drop_matching: tuple[str, ...], images: Indexer | None
+    ) -> Iterator[tuple[int, int, int, int]]:
         """Yields (first byte, number of bytes, row number, turn) of each usable example.
 
-        Adds unusable rows to `errors`, and counts the rows that `drop_matching` leaves out in `filtered`.
+        Adds its files to `images` and unusable rows to `errors`, and counts the rows that `drop_matching` leaves out in
+        `filtered`.
         """
         digest = hashlib.blake2b(digest_size=8)
         unread: dict[str, None] = {}
@@ -170,6 +196,8 @@ class JsonSource:
             if any(text in example.answer for text in drop_matching for example in examples):
                 self.filtered += 1
                 continue
+            if images is not None:
+                images.add(examples[-1])  # the last turn has the files of all turns
             yield from ((start, length, number, turn) for turn in range(len(examples)))
         self.fingerprint = digest.hexdigest()
         self.notes = unread_notes(self.name, unread)

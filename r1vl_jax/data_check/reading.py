@@ -212,7 +212,9 @@ def read_all(config: Config, workers: int) -> Reading:
     """Reads all data sets; Ctrl-C ends it early. Raises the errors that r1vl_jax.train raises for wrong input."""
     # No weights are read and nothing is computed: the plain backend, which every machine has.
     processor = open_model(config.model.path, attention="xla", kernels="reference").processor
-    reading = Reading([Survey(part, open_source(part.section)) for part in parts(config, processor.image_spec)])
+    reading = Reading(
+        [Survey(part, open_source(part.section, watch_images=False)) for part in parts(config, processor.image_spec)]
+    )
     options: dict[str, Any] = {"processor": processor, "data": config.data, "workers": workers}
     try:
         for survey in reading.surveys:

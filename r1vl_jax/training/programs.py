@@ -15,7 +15,6 @@ present.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ import optax
 from jax.sharding import Mesh
 from r1vl_kernels.step_group_advantage import step_group_advantage
 
+from r1vl_jax.common.files import cache_folder
 from r1vl_jax.config import Config
 from r1vl_jax.model.answers import answer_logprobs
 from r1vl_jax.model.config import ModelConfig
@@ -181,7 +181,7 @@ def enable_compilation_cache(folder: str) -> None:
         return
     path = Path(folder).expanduser()
     if folder == "auto":
-        path = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "r1vl_jax"
+        path = cache_folder()
     jax.config.update("jax_compilation_cache_dir", str(path))
 
 

@@ -98,7 +98,7 @@ class RunLog:
     def _check_changes(self, config: Config) -> None:
         """Raises ConfigError if a resumed run changes a setting, except settings that change no result so far."""
         old, new = yaml.safe_load(self._config_file.read_text()), yaml.safe_load(configs.dump(config))
-        free = [f"data.{name}.allow_outside" for name in ("sft", "rl", "heldout")]
+        free = [f"data.{name}.{key}" for name in ("sft", "rl", "heldout") for key in ("allow_outside", "image_digests")]
         free += ["checkpoint.", "guards.", "scoring.", "eval.", "mesh.", "output_dir", "rl.steps", "data.workers"]
         free += BACKEND_KEYS
         if not (self.folder / "checkpoints" / "step_grpo").exists():

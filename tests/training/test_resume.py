@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from functools import partial
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 from helpers.tiny_jax import FakeScorerPool, batch_of, questions, read_lines, run_config, write_run_inputs
 
 from r1vl_jax.checkpoint.hf import load_hf
-from r1vl_jax.errors import ConfigError
+from r1vl_jax.errors import ConfigError, RowError
 from r1vl_jax.model.config import load_config
 from r1vl_jax.model.qwen2_vl import prompt_logits
 from r1vl_jax.train import train
@@ -187,6 +188,23 @@ def test_existing_runs_are_not_overwritten(runs, inputs):
     with pytest.raises(ConfigError, match="holds a run; add --resume, or --overwrite"):
         train(run_config(inputs, folder))
     assert before == {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_a_run_does_not_resume_on_other_images(runs, inputs, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(runs[1], folder)
+    held = {"data": {"heldout": {"path": str(inputs / "task" / "heldout.json")}}}
+    config = run_config(inputs, folder, rl={"steps": 5}, **held)
+    image = inputs / "task" / json.loads((inputs / "task" / "rl.json").read_text())[0]["image_path"]
+    data = image.read_bytes()
+    image.write_bytes(data + b"other")
+    try:
+        with pytest.raises(RowError, match=r"rl.json: has changed since this run began \(images\)"):
+            train(config, resume=True, pool=POOL)
+    finally:
+        image.write_bytes(data)
+    assert f"changed since the last start: {image.relative_to(inputs / 'task')}" in capsys.readouterr().err
+    assert [row["step"] for row in steps(folder, "step_grpo")] == [1, 2, 3, 4]
 
 
 def test_other_folders_are_not_touched(inputs, tmp_path):

@@ -36,7 +36,6 @@ import jax  # noqa: E402 (it reads the environment when it is imported)
 import jax.numpy as jnp  # noqa: E402
 from bench_common import SIZES, Size, random_questions  # noqa: E402
 from bench_programs import TEMPERATURE, step_programs  # noqa: E402
-from r1vl_jax.planning.hlo import program_cost  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding  # noqa: E402
 
@@ -45,6 +44,7 @@ from r1vl_jax.data.batching import collate_prompts  # noqa: E402
 from r1vl_jax.data.buckets import Buckets  # noqa: E402
 from r1vl_jax.model.config import ModelConfig  # noqa: E402
 from r1vl_jax.parallel.sharding import RULES, batch_shards, make_mesh, partition_spec  # noqa: E402
+from r1vl_jax.planning.hlo import program_cost  # noqa: E402
 from r1vl_jax.rollout import generate  # noqa: E402
 from r1vl_jax.training.programs import Programs  # noqa: E402
 from r1vl_jax.types import Prompts, Sampling, TrainBatch  # noqa: E402

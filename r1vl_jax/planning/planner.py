@@ -152,7 +152,7 @@ class Planner:
 
     def advise(self, plan: StepPlan) -> None:
         """Prints the largest micro-batch that fits; if nothing fits, what each lever would save."""
-        if self.target.device.platform == "cpu":
+        if self.target.device.memory == math.inf:
             return
         usable, key = self.target.device.usable, f"{SECTION[plan.stage]}.micro_batch_size"
         largest = self.largest_micro_batch(plan)

@@ -169,11 +169,11 @@ HEADINGS = (
 def row(program: ProgramPlan) -> str:
     """Returns a line of the table. Bytes and FLOPs are of one run, seconds of all runs in a step."""
     sent = sum(program.exchanged.values())
-    seconds = program.time * program.times
+    seconds = f"{program.time * program.times:.3f}" if program.time else "-"
     return (
         f"{program.name:<16}{program.times:>6}{program.arguments / 1e9:>8.1f}{program.temporaries / 1e9:>8.1f}"
         f"{program.beside / 1e9:>8.1f}{program.peak / 1e9:>10.1f}{program.flops / 1e12:>10.2f}"
-        f"{program.moved / 1e9:>11.1f}{sent / 1e9:>10.2f}{seconds:>10.3f}  {program.bound:<8}"
+        f"{program.moved / 1e9:>11.1f}{sent / 1e9:>10.2f}{seconds:>10}  {program.bound if program.time else '-':<8}"
         f"{program.compile_seconds:>10.0f}"
     )
 

@@ -112,6 +112,7 @@ class Target:
 def prepare(target: Target) -> None:
     """Sets the environment of a process that compiles for a target. Call it before a device is used."""
     os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA says at length that a compilation is slow
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu asks Google's cloud about this machine otherwise
     if target.device.platform == "cpu" and target.count > 1:
         flags = os.environ.get("XLA_FLAGS", "")

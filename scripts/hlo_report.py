@@ -1,9 +1,9 @@
 """Reports what the programs of a StepGRPO step do on a GPU, by compiling them without that GPU.
 
-    python scripts/hlo_report.py --target h100_80gb.textproto --size 2b --questions 16 --micro 4
+    python scripts/hlo_report.py --size 2b --questions 16 --micro 4
 
-Needs `pip install -e '.[gpu]'`, no GPU, and a description of the GPU in XLA's text form (GpuTargetConfigProto, as in
-XLA's own tests). For each program it prints
+Needs `pip install -e '.[plan-gpu]'` and no GPU. Where `python -m r1vl_jax.plan` says what a run needs, this says what a
+compiler made of each program. For each it prints
 
     peak      GB of its arguments and temporaries, and of everything else that is on the device at that time: fp32
               parameters and both moments, the reference, the rollout's weights, gradients
@@ -33,48 +33,16 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"  # for everything that is not compiled for the target
 
 import jax  # noqa: E402 (it reads the environment when it is imported)
-import jax.numpy as jnp  # noqa: E402
-from bench_common import SIZES, Size, random_questions  # noqa: E402
-from bench_programs import TEMPERATURE, step_programs  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-from jax.sharding import Mesh, NamedSharding  # noqa: E402
+from bench_common import SIZES, Size  # noqa: E402
+from bench_programs import step_config  # noqa: E402
+from jax.sharding import Mesh  # noqa: E402
 
 from r1vl_jax.config import REMAT  # noqa: E402
-from r1vl_jax.data.batching import collate_prompts  # noqa: E402
-from r1vl_jax.data.buckets import Buckets  # noqa: E402
 from r1vl_jax.model.config import ModelConfig  # noqa: E402
-from r1vl_jax.parallel.sharding import RULES, batch_shards, make_mesh, partition_spec  # noqa: E402
+from r1vl_jax.parallel.sharding import make_mesh  # noqa: E402
+from r1vl_jax.planning.calls import Call, Rows, device_bytes, stage_calls  # noqa: E402
 from r1vl_jax.planning.hlo import program_cost  # noqa: E402
-from r1vl_jax.rollout import generate  # noqa: E402
-from r1vl_jax.training.programs import Programs  # noqa: E402
-from r1vl_jax.types import Prompts, Sampling, TrainBatch  # noqa: E402
-
-STEPS = 8  # of an answer, for the advantages
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """A program with abstract arguments. `beside`: other trees that are on the device at the same time."""
-
-    name: str
-    program: Any
-    args: tuple[Any, ...]
-    beside: tuple[Any, ...]
-
-
-def device_bytes(tree: Any) -> int:
-    """Returns the bytes of all arrays on one device."""
-    return sum(a.dtype.itemsize * math.prod(a.sharding.shard_shape(a.shape)) for a in jax.tree.leaves(tree))
-
-
-def placed(tree: Any, mesh: Mesh, *axes: str | None) -> Any:
-    """Returns abstract arrays whose axis after `axes` is split over the batch axes of the mesh."""
-
-    def one(a: Any) -> jax.ShapeDtypeStruct:
-        spec = partition_spec((*axes, "batch")[: a.ndim], RULES)
-        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
-
-    return jax.tree.map(one, tree)
+from r1vl_jax.planning.targets import parse_target  # noqa: E402
 
 
 def with_pixels(size: Size, pixels: int) -> Size:
@@ -84,80 +52,24 @@ def with_pixels(size: Size, pixels: int) -> Size:
     return dataclasses.replace(size, grid=grid, prompt=size.prompt + (math.prod(grid) - math.prod(size.grid)) // 4)
 
 
-def prompts_of(size: Size, questions: int, mesh: Mesh) -> Prompts:
-    """Returns abstract prompts of the given number of questions."""
-    buckets = Buckets(128, shards=batch_shards(mesh))
-    batch = collate_prompts(random_questions(size, questions), buckets)
-    positions_3BT = placed(batch.positions_3BT, mesh, None)
-    return dataclasses.replace(placed(batch, mesh), positions_3BT=positions_3BT)
-
-
-def array(mesh: Mesh, *shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-    return placed(jax.ShapeDtypeStruct(shape, dtype), mesh)
-
-
-def reference_of(programs: Programs, dtype: str) -> Any:
-    """Returns the frozen reference: the parameters in the dtype of the computation."""
-    return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, jnp.dtype(dtype), sharding=a.sharding), programs.layout.params
-    )
-
-
-def rollout_calls(programs: Programs, cfg: ModelConfig, size: Size, questions: int, mesh: Mesh) -> Iterator[Call]:
-    """Yields the programs of a rollout; of the decode loops the one with all rows."""
-    state, reference = programs.layout, reference_of(programs, size.dtype)
-    B, G, T = questions, size.group, size.new
-    yield Call("rollout_weights", programs.rollout_weights, (state.params,), (state.opt_state, reference))
-
-    weights = programs.rollout_weights.eval_shape(state.params)
-    prompts, beside = prompts_of(size, questions, mesh), (state, reference)
-    yield Call("prefill", programs.prefill, (weights, cfg, prompts), beside)
-
-    last_BD, prefix, length_B = placed(jax.eval_shape(programs.prefill, weights, cfg, prompts), mesh)
-    limit_BG = array(mesh, B, G, dtype=jnp.int32)
-    begin = partial(generate.start, cfg, length=T, stop=0)
-    inputs = (last_BD, length_B, prompts.next_position_B, array(mesh, B, G, T), limit_BG)
-    with jax.set_mesh(mesh):
-        rows, answers = placed(jax.eval_shape(begin, *inputs), mesh)
-    until, sampling = generate.Until(T, 0, T, T), Sampling(temperature=TEMPERATURE, max_new_tokens=T)
-    yield Call("decode", programs.decode, (weights, cfg, prefix, rows, answers, until, sampling, (0,)), beside)
-    kept_R = array(mesh, generate.row_counts(B * G // batch_shards(mesh))[:2][-1] * batch_shards(mesh), dtype=jnp.int32)
-    yield Call("compact", generate.compact, (rows, answers, kept_R), (*beside, weights, prefix))
-
-
-def training_calls(programs: Programs, size: Size, micro: int, mesh: Mesh) -> Iterator[Call]:
-    """Yields the programs from sampled answers to updated policy, on micro-batches of `micro` questions."""
-    state, reference = programs.layout, reference_of(programs, size.dtype)
-    prompts, shape = prompts_of(size, micro, mesh), (micro, size.group, size.new)
-    tokens_BGT = array(mesh, *shape, dtype=jnp.int32)
-    yield Call("reference", programs.token_logprobs, (reference, prompts, tokens_BGT), (state,))
-    grads = {part: state.params[part] for part in programs.parts}
-    batch = TrainBatch(prompts, tokens_BGT, *[array(mesh, *shape)] * 3)
-    yield Call("gradient", programs.accumulate, (grads, state.params, batch), (state.opt_state, reference))
-    yield Call("update", programs.update, (state, grads, array(mesh)), (reference,))
-
-
 def step_calls(cfg: ModelConfig, size: Size, mesh: Mesh, *, questions: int, micro: int, remat: str) -> Iterator[Call]:
-    """The programs of a step, in the order in which they run."""
-    programs = step_programs(size, cfg, remat=remat, mesh=mesh)
-    yield from rollout_calls(programs, cfg, size, questions, mesh)
-    B, G = questions, size.group
-    rewards_BGJ, mask_BGJ = array(mesh, B, G, STEPS), array(mesh, B, G, STEPS, dtype=jnp.bool_)
-    arrays = (rewards_BGJ, mask_BGJ, array(mesh, B, G, size.new, dtype=jnp.int32))
-    yield Call("advantages", programs.advantages, arrays, (programs.layout, reference_of(programs, size.dtype)))
-    yield from training_calls(programs, size, micro, mesh)
+    """The programs of a StepGRPO step, in the order in which they run."""
+    config = step_config(size, remat)
+    sizes = {"questions_per_step": questions, "micro_batch_size": micro, "group_size": size.group}
+    config = dataclasses.replace(config, rl=dataclasses.replace(config.rl, **sizes))
+    return stage_calls(cfg, config, mesh, "step_grpo", rows_of(size))
 
 
 def sft_calls(cfg: ModelConfig, size: Size, mesh: Mesh, *, micro: int, remat: str) -> Iterator[Call]:
-    """Yields the programs of a warm-up step, on micro-batches of `micro` rows: a question and one answer each."""
-    programs = step_programs(size, cfg, remat=remat, mesh=mesh, stage="sft")
-    rows = prompts_of(dataclasses.replace(size, prompt=size.prompt + size.new), micro, mesh)
-    shape, state = (micro, 1, size.new), programs.layout
-    batch = TrainBatch(rows, array(mesh, *shape, dtype=jnp.int32), array(mesh, *shape))
-    batch = dataclasses.replace(batch, start_B=array(mesh, micro, dtype=jnp.int32))
-    grads = {part: state.params[part] for part in programs.parts}
-    yield Call("gradient", programs.accumulate, (grads, state.params, batch), (state.opt_state,))
-    yield Call("update", programs.update, (state, grads, array(mesh)), ())
+    """The programs of a warm-up step, on micro-batches of `micro` rows: a question and one answer each."""
+    config = step_config(size, remat, "sft")
+    sizes = {"batch_size": 2 * micro, "micro_batch_size": micro}
+    config = dataclasses.replace(config, sft=dataclasses.replace(config.sft, **sizes))
+    return stage_calls(cfg, config, mesh, "sft", rows_of(size))
+
+
+def rows_of(size: Size) -> Rows:
+    return Rows(size.prompt, 1, math.prod(size.grid), size.new)
 
 
 def lower(call: Call, mesh: Mesh, platform: str) -> jax.stages.Lowered:
@@ -214,7 +126,7 @@ ROW = (
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add: Callable[..., Any] = parser.add_argument
-    add("--target", required=True, type=Path, help="XLA's description of the GPU, a text file")
+    add("--target", default="h100", help="a name of r1vl_jax/planning/devices, or a file (default h100)")
     add("--devices", type=int, default=1, help="GPUs (default 1); the train state is split over them (fsdp)")
     add("--size", choices=sorted(SIZES), default="2b", help="model (default 2b)")
     add("--questions", type=int, default=16, help="questions in a rollout (default 16: workload S)")
@@ -236,9 +148,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command. Returns the exit code: 1 if a program does not fit."""
     args = _parser().parse_args(argv)
-    shape = f"1x{args.devices}x1"
-    topology = topologies.get_topology_desc(platform="cuda", target_config=args.target.read_text(), topology=shape)
-    mesh = make_mesh(1, args.devices, 1, devices=topology.devices)
+    target = parse_target(f"{args.target}:{args.devices}")
+    mesh = make_mesh(1, args.devices, 1, devices=target.devices())
     size = with_pixels(SIZES[args.size], args.pixels)
     cfg = size.cfg.with_backend(args.attention, args.kernels)
     print(

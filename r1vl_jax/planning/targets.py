@@ -9,8 +9,10 @@ A device is a file of facts in devices/, or the user's own:
     link        bytes/s each way to the devices of the same host, or of the same slice of a TPU
     network     bytes/s each way and device to other hosts
     per_host    devices of a host
-    gpu         what XLA compiles for (fields of its GpuDeviceInfoProto)
+    gpu         what XLA compiles for: fields of its GpuDeviceInfoProto
     topologies  the shapes of a TPU's slices, smallest first
+
+A GPU's file may also be XLA's own description of it, a GpuTargetConfigProto in text form.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ class Device:
     bandwidth: dict[str, float] = dataclasses.field(default_factory=lambda: dict(_RATE))
     link: float = math.inf
     network: float = math.inf
-    gpu: dict[str, Any] | None = None
+    gpu: dict[str, Any] | str | None = None
     topologies: tuple[str, ...] = ()
 
     @property
@@ -114,6 +116,7 @@ def prepare(target: Target) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA says at length that a compilation is slow
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu asks Google's cloud about this machine otherwise
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it uses no TPU, so several processes may load it
     if target.device.platform == "cpu" and target.count > 1:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={target.count}".strip()
@@ -141,7 +144,10 @@ def _read_device(name: str) -> Device:
     if not path.is_file():
         raise ConfigError(f"--target {name}: expected one of {', '.join(known)}, or a file like those in {DEVICES}")
     try:
-        facts = yaml.safe_load(path.read_text())
+        text = path.read_text()
+        if "gpu_device_info" in text:
+            return _from_xla(path.stem, text)
+        facts = yaml.safe_load(text)
         numbers = {key: float(facts[key]) for key in ("memory", "link", "network") if key in facts}
         rates = {
             key: {kind: float(value) for kind, value in facts[key].items()}
@@ -153,13 +159,23 @@ def _read_device(name: str) -> Device:
         device = Device(path.stem, **others, **numbers, **rates)
         if device.platform not in _BACKEND or any("peak" not in table for table in rates.values()):
             raise ValueError(f"platform {device.platform}, expected {', '.join(_BACKEND)}; rates have a peak")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not the facts of a device ({str(error).splitlines()[0]})") from error
     return device
 
 
+def _from_xla(name: str, text: str) -> Device:
+    """Returns a device that XLA describes; its FLOP/s and links are not known."""
+    memory, bandwidth = (
+        float(re.findall(rf"\b{key}: (\d+)", text)[0]) for key in ("device_memory_size", "memory_bandwidth")
+    )
+    return Device(name, "cuda", 8, memory=memory, bandwidth={"peak": bandwidth}, gpu=text)
+
+
 def _gpu_text(device: Device) -> str:
     """Returns the text of XLA's GpuTargetConfigProto."""
+    if isinstance(device.gpu, str):
+        return device.gpu
     facts = dict(device.gpu or {})
     if not facts:
         raise ValueError(f"{device.name}: no `gpu` among its facts")

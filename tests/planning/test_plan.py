@@ -29,7 +29,13 @@ def inputs(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def same_environment(monkeypatch):
     """`prepare` sets the environment of a process of its own; here it must not outlive the test."""
-    for name in ("JAX_PLATFORMS", "TF_CPP_MIN_LOG_LEVEL", "TPU_SKIP_MDS_QUERY", "XLA_FLAGS"):
+    for name in (
+        "JAX_PLATFORMS",
+        "TF_CPP_MIN_LOG_LEVEL",
+        "TPU_SKIP_MDS_QUERY",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD",
+        "XLA_FLAGS",
+    ):
         monkeypatch.setenv(name, targets.os.environ.get(name, ""))
 
 
@@ -84,6 +90,8 @@ def test_xla_is_told_the_facts_of_an_h100():
     theirs = (SHARED / "targets" / "h100_80gb.textproto").read_text()
     fields = [dict(re.findall(r"(\w+): ([\d.]+)", text.partition("platform_name")[0])) for text in (ours, theirs)]
     assert fields[0] == fields[1]
+    device = parse_target(f"{SHARED / 'targets' / 'h100_80gb.textproto'}:4").device
+    assert (device.memory, device.rate("bandwidth"), targets._gpu_text(device)) == (84929347584, 3352320000000, theirs)
 
 
 def test_the_command_plans_both_stages(inputs, tmp_path, capsys):

@@ -13,7 +13,7 @@ WITHOUT_KERNELS = {"rollout_weights", "compact", "update", "sft update"}
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="no libtpu: pip install -e '.[tpu]' brings it")
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="no libtpu: pip install -e '.[plan-tpu]' brings it")
 @pytest.mark.parametrize("topology, mesh", [("v5e:2x2", "1 2 2"), ("v5p:2x2x1", "1 1 1"), ("v5p:2x2x1", "1 2 2")])
 def test_every_program_compiles(topology, mesh, tmp_path):
     """As training runs them, in a process without this one's flags; `mesh` is data, fsdp, tensor."""

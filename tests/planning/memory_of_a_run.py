@@ -1,9 +1,7 @@
-"""How the memory of a run on this CPU grows after its weights are asked for, as JSON.
+"""How the memory of a run on this CPU grows after its weights are asked for, as JSON: bytes.
 
-python memory_of_a_run.py make FOLDER     makes a task, a random model of 190M parameters and FOLDER/run.yaml
-python memory_of_a_run.py run FOLDER      trains it
-
-{"steps": bytes until the first checkpoint is written, "run": bytes of the whole run}
+python memory_of_a_run.py make FOLDER          makes a task, a random model of 184M parameters and FOLDER/run.yaml
+python memory_of_a_run.py run FOLDER STAGE     trains it in one stage
 """
 
 import json
@@ -13,7 +11,6 @@ from pathlib import Path
 
 from helpers.tiny_jax import run_config, write_run_inputs
 
-from r1vl_jax.checkpoint.state import StageCheckpoints
 from r1vl_jax.config import load
 from r1vl_jax.inference.open_model import OpenModel
 from r1vl_jax.training.run import train
@@ -27,33 +24,24 @@ MODEL = {
 
 def make(folder: Path) -> None:
     write_run_inputs(folder, MODEL)
-    run_config(
-        folder, folder / "run", sft={"steps": 2}, rl={"steps": 2}, model={"remat": "full"}, checkpoint={"every": 9}
-    )
+    sections = {"sft": {"steps": 2}, "rl": {"steps": 2}, "model": {"remat": "full"}, "checkpoint": {"every": 9}}
+    run_config(folder, folder / "run", **sections)
 
 
-def run(folder: Path) -> dict[str, int]:
-    before, steps = [], []
-    load_weights, save = OpenModel.load_weights, StageCheckpoints.save
+def run(folder: Path, stage: str) -> int:
+    before = []
+    load_weights = OpenModel.load_weights
 
     def first_load(self, *arguments):
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         before.append(pages * resource.getpagesize())
         return load_weights(self, *arguments)
 
-    def first_save(self, *arguments):
-        steps.append(peak())
-        return save(self, *arguments)
-
-    OpenModel.load_weights, StageCheckpoints.save = first_load, first_save
-    train(load(folder / "run.yaml"))
-    return {"steps": steps[0] - before[0], "run": peak() - before[0]}
-
-
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    OpenModel.load_weights = first_load
+    train(load(folder / "run.yaml", ["--stages", f"[{stage}]", "--output_dir", str(folder / stage)]))
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10) - before[0]
 
 
 if __name__ == "__main__":
-    command, place = sys.argv[1], Path(sys.argv[2])
-    print(json.dumps(make(place) if command == "make" else run(place)))
+    name, place = sys.argv[1], Path(sys.argv[2])
+    print(json.dumps(make(place) if name == "make" else run(place, sys.argv[3])))

@@ -45,8 +45,8 @@ def read_arrays(params: Any, cfg: ModelConfig, *, dtype: Any = None, shardings: 
     Args:
       params: a tree of arrays like that of `param_spec(cfg)`.
       dtype: dtype to convert to; None keeps the dtype of each parameter.
-      shardings: a tree of NamedSharding. The host holds one layer of one parameter at a time, besides what its devices
-        hold.
+      shardings: a tree of NamedSharding. The host holds one parameter at a time, or one layer of a larger parameter,
+        besides what its devices hold.
     Returns: a tree of jax arrays if `shardings` is given, else of NumPy arrays.
     Raises: CheckpointError naming what cannot be read or converted.
     """
@@ -79,7 +79,7 @@ def _to_host(array: Any, spec: ParamSpec, dtype: np.dtype) -> np.ndarray:
 
 
 def _to_devices(array: Any, spec: ParamSpec, dtype: np.dtype, sharding: NamedSharding) -> jax.Array:
-    if not spec.stacked:
+    if not spec.stacked or math.prod(spec.shape) * dtype.itemsize <= _BLOCK_BYTES:
         return _place(array[:], spec.hf_name, dtype, sharding)
     layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
     out = jnp.zeros(spec.shape, dtype, device=sharding)

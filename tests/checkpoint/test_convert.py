@@ -167,9 +167,11 @@ def test_names_of_transformers_5_in_memory(folder, tmp_path):
     assert tensors_of(tmp_path / "out") == tensors_of(folder)
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_restores_onto_a_mesh(folder, dtype, tmp_path):
+@pytest.mark.parametrize("dtype, by_layer", [(None, False), ("bfloat16", True)])
+def test_restores_onto_a_mesh(folder, dtype, by_layer, tmp_path, monkeypatch):
     """Both layouts give the same sharded arrays; a sharded tree is written as a host one is."""
+    if by_layer:  # as large parameters are
+        monkeypatch.setattr("r1vl_jax.checkpoint.arrays._BLOCK_BYTES", 0)
     wanted = dtype and DTYPES[dtype]
     cfg = load_config(folder)
     shardings = param_shardings(param_spec(cfg), make_mesh(data=2, fsdp=2, tensor=2))

@@ -60,7 +60,7 @@ class Size:
         return self.cfg.with_backend(*choose(attention, kernels, dtype=self.dtype))
 
 
-def _raw_config(width, mlp, layers, heads, kv_heads, vocab, tied, vision) -> dict[str, Any]:
+def raw_config(width, mlp, layers, heads, kv_heads, vocab, tied, vision) -> dict[str, Any]:
     """Returns a flat config.json like the published ones. `vision`: layers, width and heads of the vision tower."""
     half = width // heads // 2
     depth, embed_dim, vision_heads = vision
@@ -104,10 +104,10 @@ def _raw_config(width, mlp, layers, heads, kv_heads, vocab, tied, vision) -> dic
 
 _TOWER, _IMAGE = (32, 1280, 16), (1, 34, 60)  # 399,840 pixels, 510 tokens
 SIZES = {
-    "cpu": Size(_raw_config(256, 1024, 4, 4, 2, 8192, True, (2, 128, 4)), 64, (1, 8, 8), 64, dtype="float32"),
-    "tiny": Size(_raw_config(64, 96, 2, 4, 2, 512, True, (1, 32, 2)), 16, (1, 4, 4), 8, dtype="float32"),
-    "2b": Size(_raw_config(1536, 8960, 28, 12, 2, 151936, True, _TOWER), 768, _IMAGE, 1024),
-    "7b": Size(_raw_config(3584, 18944, 28, 28, 4, 152064, False, _TOWER), 768, _IMAGE, 1024),
+    "cpu": Size(raw_config(256, 1024, 4, 4, 2, 8192, True, (2, 128, 4)), 64, (1, 8, 8), 64, dtype="float32"),
+    "tiny": Size(raw_config(64, 96, 2, 4, 2, 512, True, (1, 32, 2)), 16, (1, 4, 4), 8, dtype="float32"),
+    "2b": Size(raw_config(1536, 8960, 28, 12, 2, 151936, True, _TOWER), 768, _IMAGE, 1024),
+    "7b": Size(raw_config(3584, 18944, 28, 28, 4, 152064, False, _TOWER), 768, _IMAGE, 1024),
 }
 
 

@@ -20,7 +20,7 @@ from r1vl_jax.model.config import ModelConfig
 from r1vl_jax.model.spec import param_spec
 from r1vl_jax.types import ParamSpec, is_spec
 
-_BLOCK_BYTES = 128e6
+BLOCK_BYTES = 128e6
 
 
 def blocks(shape: tuple[int, ...], dtype: np.dtype, multiple: int = 1) -> Iterator[tuple[int, int]]:
@@ -30,7 +30,7 @@ def blocks(shape: tuple[int, ...], dtype: np.dtype, multiple: int = 1) -> Iterat
       multiple: each part has a multiple of so many rows, except the last one.
     """
     bytes_ = max(1, multiple * math.prod(shape[1:]) * dtype.itemsize)
-    rows = multiple * max(1, int(_BLOCK_BYTES // bytes_))
+    rows = multiple * max(1, int(BLOCK_BYTES // bytes_))
     return ((start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
 
 
@@ -79,7 +79,7 @@ def _to_host(array: Any, spec: ParamSpec, dtype: np.dtype) -> np.ndarray:
 
 
 def _to_devices(array: Any, spec: ParamSpec, dtype: np.dtype, sharding: NamedSharding) -> jax.Array:
-    if not spec.stacked or math.prod(spec.shape) * dtype.itemsize <= _BLOCK_BYTES:
+    if not spec.stacked or math.prod(spec.shape) * dtype.itemsize <= BLOCK_BYTES:
         return _place(array[:], spec.hf_name, dtype, sharding)
     layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
     out = jnp.zeros(spec.shape, dtype, device=sharding)

@@ -171,7 +171,7 @@ def test_names_of_transformers_5_in_memory(folder, tmp_path):
 def test_restores_onto_a_mesh(folder, dtype, by_layer, tmp_path, monkeypatch):
     """Both layouts give the same sharded arrays; a sharded tree is written as a host one is."""
     if by_layer:  # as large parameters are
-        monkeypatch.setattr("r1vl_jax.checkpoint.arrays._BLOCK_BYTES", 0)
+        monkeypatch.setattr("r1vl_jax.checkpoint.arrays.BLOCK_BYTES", 0)
     wanted = dtype and DTYPES[dtype]
     cfg = load_config(folder)
     shardings = param_shardings(param_spec(cfg), make_mesh(data=2, fsdp=2, tensor=2))

@@ -2,10 +2,10 @@
 
     python scripts/bench_memory.py --size 2b FOLDER
 
-Writes a random checkpoint to FOLDER/hf, converts it to FOLDER/orbax and back to FOLDER/back, checks that the weights are
-the same, and loads both onto a mesh of four CPU devices (fsdp 2, tensor 2). Each step has its peak of resident memory less
-what the process had before, and the bound: two of the checkpoint's files, and what the devices hold, which on CPUs is host
-memory. Linux only.
+Writes a random checkpoint to FOLDER/hf, converts it to FOLDER/orbax and back to FOLDER/back, checks that the weights
+are the same, and loads both onto a mesh of four CPU devices (fsdp 2, tensor 2). Prints each step's peak of resident
+memory, less what the process had before, and the bound: two of the checkpoint's files, and what the devices hold, which
+on CPUs is host memory. Linux only.
 """
 
 from __future__ import annotations

@@ -86,7 +86,6 @@ def _to_devices(array: Any, spec: ParamSpec, dtype: np.dtype, sharding: NamedSha
     set_layer = jax.jit(_set_layer, donate_argnums=0, out_shardings=sharding)  # in place
     for layer, name in enumerate(tensor_names(spec)):
         out = set_layer(out, _place(array[layer], name, dtype, layer_sharding), layer)
-        out.block_until_ready()  # so that layers do not pile up on the host
     return out
 
 
@@ -100,4 +99,5 @@ def _place(part: Any, name: str, dtype: np.dtype, sharding: NamedSharding) -> ja
     def slice_of(index: Any) -> np.ndarray:
         return cast(np.asarray(part[index]), dtype, name)
 
-    return jax.make_array_from_callback(part.shape, sharding, slice_of)
+    placed = jax.make_array_from_callback(part.shape, sharding, slice_of)
+    return placed.block_until_ready()  # parts do not pile up on the host

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import yaml
 from helpers import tiny
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from r1vl_jax import convert
 from r1vl_jax.checkpoint import folder as folders
+from r1vl_jax.checkpoint import orbax_files
 from r1vl_jax.checkpoint.folder import SUMS
 from r1vl_jax.checkpoint.hf import INDEX, WEIGHTS, load_hf, save_hf
 from r1vl_jax.checkpoint.orbax_files import OrbaxArray
@@ -189,6 +191,21 @@ def test_restores_onto_a_mesh(folder, dtype, by_layer, tmp_path, monkeypatch):
     again = load_params(tmp_path / "again", cfg)
     assert all(a.tobytes() == b.tobytes() for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(host), strict=True))
     assert tensors_of(tmp_path / "hf") == tensors_of(folder)
+
+
+def test_orbax_alone_reads_and_writes_the_same(folder, tmp_path, monkeypatch):
+    """What is written is an orbax checkpoint like any other. One with a chunk for all layers is read at once."""
+    params, cfg, _ = load_model(folder)
+    save_params(tmp_path / "ours", params, folder)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        theirs = checkpointer.restore(tmp_path / "ours" / "params")
+        checkpointer.save(tmp_path / "theirs" / "params", args=ocp.args.PyTreeSave(params))
+    monkeypatch.setattr(orbax_files, "CHUNK_BYTES", 1000)
+    opened = orbax_files.open_orbax(tmp_path / "theirs" / "params", cfg)
+    assert {type(leaf) for leaf in jax.tree.leaves(opened)} == {np.ndarray, OrbaxArray}
+    for found in (theirs, load_params(tmp_path / "ours", cfg), load_params(tmp_path / "theirs", cfg)):
+        same = jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), found, params)
+        assert all(jax.tree.leaves(same))
 
 
 def test_run_folder(folder, tmp_path):

@@ -48,11 +48,12 @@ def test_what_numpy_holds(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="a process's peak of memory cannot be reset")
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no reset of the peak")
 def test_peak_of_resident_memory(tmp_path):
     """The layers of the 7B with a seventh of its width, in files of an eighth of the model or less."""
-    command = [sys.executable, str(SCRIPTS / "bench_memory.py"), str(tmp_path), "--size", "small", "--shard-bytes", "4e7"]
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True)
+    options = [str(tmp_path), "--size", "small", "--shard-bytes", "4e7", "--json"]
+    command = [sys.executable, str(SCRIPTS / "bench_memory.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     assert [row["step"] for row in rows] == ["from-hf", "to-hf", "load hf", "load orbax"]

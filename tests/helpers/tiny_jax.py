@@ -132,7 +132,7 @@ SIZES = {
 
 
 def write_run_inputs(folder: Path, **sizes) -> Path:
-    """The shapes task of a few rows (folder/task) and a tiny random Qwen2-VL for it (folder/model), of SIZES or these."""
+    """The shapes task of a few rows (folder/task) and a tiny random Qwen2-VL (folder/model) of SIZES or `sizes`."""
     task, draft = folder / "task", folder / "draft"
     make_task(task, sft_rows=24, rl_rows=24, heldout_rows=4, progress=False)
     tokenizer = train_tokenizer(task_texts(task), draft, vocab_size=384)

@@ -83,10 +83,14 @@ def open_orbax(folder: Path, cfg: ModelConfig, part: str | None = None) -> Any:
         except (ValueError, OSError) as error:
             raise CheckpointError(f"{folder}: {name}: cannot be read ({one_line(error)})") from error
         array = OrbaxArray(store, f"{folder}: {name}")
-        chunk = math.prod(store.chunk_layout.read_chunk.shape) * array.dtype.itemsize
-        return array if chunk <= CHUNK_BYTES else np.asarray(array)
+        return array if math.prod(_chunk(store)) * array.dtype.itemsize <= CHUNK_BYTES else np.asarray(array)
 
     return jax.tree_util.tree_map_with_path(open_array, param_spec(cfg), is_leaf=is_spec)
+
+
+def _chunk(store: ts.TensorStore) -> tuple[int, ...]:
+    """Returns the shape of the chunks that an array is stored in."""
+    return tuple(size or 1 for size in store.chunk_layout.write_chunk.shape or ())
 
 
 def _check(folder: Path, stored: Any, cfg: ModelConfig) -> None:
@@ -177,7 +181,7 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
                 self._error = error
 
     async def _write(self, value: _Leaf, store: ts.TensorStore) -> None:
-        for start, stop in blocks(value.shape, value.dtype, store.chunk_layout.write_chunk.shape[0]):
+        for start, stop in blocks(value.shape, value.dtype, _chunk(store)[0]):
             part = read_part(value.array, value.spec, value.dtype, start, stop)
             await store[start:stop].write(part, can_reference_source_data_indefinitely=True)
             if value.on_tensor:

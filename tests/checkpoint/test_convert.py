@@ -146,7 +146,8 @@ def test_dtype_option(folder, dtype, tmp_path, capsys):
     """Either direction converts; the values are those of a plain cast."""
     assert convert.main(["from-hf", str(folder), str(tmp_path / "orbax"), "--dtype", dtype]) == 0
     assert convert.main(["to-hf", str(folder), str(tmp_path / "hf"), "--dtype", dtype]) == 0
-    assert convert.main(["to-hf", str(tmp_path / "orbax"), str(tmp_path / "back")]) == 0
+    assert convert.main(["from-hf", str(tmp_path / "orbax"), str(tmp_path / "again")]) == 0
+    assert convert.main(["to-hf", str(tmp_path / "again"), str(tmp_path / "back")]) == 0
     got, back = tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "back")
     expected = {name: value.astype(DTYPES[dtype]).tobytes() for name, value in load_file(folder / WEIGHTS).items()}
     assert {name: data for name, (_, _, data) in got.items()} == expected

@@ -3,7 +3,8 @@
     python -m r1vl_jax.convert from-hf Qwen2-VL-2B-Instruct checkpoints/qwen2_vl_2b
     python -m r1vl_jax.convert to-hf checkpoints/qwen2_vl_2b exported --dtype bfloat16
 
-Training and generation read both layouts. From an orbax checkpoint, every device of a mesh reads its own part.
+Training and generation read both layouts. Parameters go tensor by tensor: no conversion needs a host that can hold the
+model.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ from tqdm import tqdm
 
 from r1vl_jax.checkpoint.folder import check_destination
 from r1vl_jax.checkpoint.hf import save_hf
-from r1vl_jax.checkpoint.store import find_model, load_model, save_params
+from r1vl_jax.checkpoint.store import find_model, open_params, save_params
 from r1vl_jax.checkpoint.tensors import tensor_names
 from r1vl_jax.common.arguments import Parser
 from r1vl_jax.errors import CheckpointError
@@ -73,16 +75,13 @@ def convert(command: str, src: Path, dst: Path, dtype: str | None = None, overwr
     if model.note:
         print(model.note, file=sys.stderr)
     to_dtype = None if dtype is None else DTYPES[dtype]
-    if command == "from-hf":
-        with _bar("reading", cfg) as bar:
-            params, _, _ = load_model(model, dtype=to_dtype, on_tensor=lambda _: bar.update())
-        save_params(dst, params, files, overwrite=overwrite)
-    else:
-        params, _, _ = load_model(model)
-        with _bar("writing", cfg) as bar:
-            save_hf(
-                params, cfg, dst, source=files, dtype=to_dtype, overwrite=overwrite, on_tensor=lambda _: bar.update()
-            )
+    params = open_params(model, cfg)
+    with _bar(cfg) as bar:
+        options: Any = {"dtype": to_dtype, "overwrite": overwrite, "on_tensor": lambda _: bar.update()}
+        if command == "from-hf":
+            save_params(dst, params, files, **options)
+        else:
+            save_hf(params, cfg, dst, source=files, **options)
     dtypes = Counter(str(to_dtype or leaf.dtype) for leaf in jax.tree.leaves(params))
     size = sum(path.stat().st_size for path in dst.rglob("*") if path.is_file())
     return (
@@ -91,10 +90,10 @@ def convert(command: str, src: Path, dst: Path, dtype: str | None = None, overwr
     )
 
 
-def _bar(what: str, cfg: ModelConfig) -> tqdm:
+def _bar(cfg: ModelConfig) -> tqdm:
     """Returns a progress bar over the tensors of a checkpoint."""
     tensors = sum(len(tensor_names(spec)) for spec in jax.tree.leaves(param_spec(cfg), is_leaf=is_spec))
-    return tqdm(total=tensors, desc=what, unit=" tensors", file=sys.stderr)
+    return tqdm(total=tensors, desc="converting", unit=" tensors", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -61,19 +61,19 @@ class Size:
         return self.cfg.with_backend(*choose(attention, kernels, dtype=self.dtype))
 
 
-def _raw_config(width, mlp, layers, heads, kv_heads, vocab, vision) -> dict[str, Any]:
+def raw_config(width, mlp, layers, heads, kv_heads, vocab, tied, vision) -> dict[str, Any]:
     """Returns a config.json without an end of text. `vision`: layers, width and heads of the vision tower."""
     sizes = {"width": width, "mlp": mlp, "layers": layers, "heads": heads, "kv_heads": kv_heads, "vocab": vocab}
     tower = dict(zip(("layers", "width", "heads"), vision, strict=True))
     ids = (vocab - 1, vocab - 2, vocab - 3, vocab - 4)
-    return flat_config(**sizes, tied=True, tower=tower, special_ids=ids) | _END
+    return flat_config(**sizes, tied=tied, tower=tower, special_ids=ids) | _END
 
 
 _END = {"torch_dtype": "float32", "bos_token_id": None, "eos_token_id": None}  # an answer has no end
 _IMAGE = (1, 34, 60)  # 399,840 pixels, 510 tokens
 SIZES = {
-    "cpu": Size(_raw_config(256, 1024, 4, 4, 2, 8192, (2, 128, 4)), 64, (1, 8, 8), 64, dtype="float32"),
-    "tiny": Size(_raw_config(64, 96, 2, 4, 2, 512, (1, 32, 2)), 16, (1, 4, 4), 8, dtype="float32"),
+    "cpu": Size(raw_config(256, 1024, 4, 4, 2, 8192, True, (2, 128, 4)), 64, (1, 8, 8), 64, dtype="float32"),
+    "tiny": Size(raw_config(64, 96, 2, 4, 2, 512, True, (1, 32, 2)), 16, (1, 4, 4), 8, dtype="float32"),
     "2b": Size(PUBLISHED["2b"] | _END, 768, _IMAGE, 1024),
     "7b": Size(PUBLISHED["7b"] | _END, 768, _IMAGE, 1024),
 }

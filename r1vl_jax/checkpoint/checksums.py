@@ -7,31 +7,48 @@ element changes it, and other changes go unnoticed with a probability of 2**-64.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from r1vl_jax.checkpoint.arrays import blocks
+
 
 def checksums(tree: Any) -> dict[str, str]:
-    """Returns the checksum of each array of a tree, as 16 hexadecimal digits, by the array's path in the tree."""
+    """Returns the checksum of each array of a tree, as 16 hexadecimal digits, by the array's path in the tree.
+
+    An array of NumPy or jax is taken at once; one in files (see checkpoint/arrays.py) is read part by part.
+    """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    sums = jax.device_get([_checksum(leaf) for _, leaf in leaves])
+    sums = jax.device_get([[_checksum(*part) for part in _parts(leaf)] for _, leaf in leaves])
     return {
-        jax.tree_util.keystr(path): f"{int(first):08x}{int(second):08x}"
-        for (path, _), (first, second) in zip(leaves, sums, strict=True)
+        jax.tree_util.keystr(path): "".join(f"{sum(map(int, parts)) % 2**32:08x}" for parts in zip(*pairs, strict=True))
+        for (path, _), pairs in zip(leaves, sums, strict=True)
     }
 
 
+def _parts(array: Any) -> Iterator[tuple[Any, np.uint32]]:
+    """Yields the parts of an array, each with its first index; to that the array's size is added."""
+    size, row = math.prod(array.shape), math.prod(array.shape[1:])
+    if isinstance(array, (np.ndarray, np.generic, jax.Array)):
+        yield array, np.uint32(size % 2**32)  # arrays of zeros differ by their size
+        return
+    for start, stop in blocks(array.shape, array.dtype):
+        yield np.asarray(array[start:stop]), np.uint32((size + start * row) % 2**32)
+
+
 @jax.jit
-def _checksum(array: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _checksum(array: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the two sums of an array of any shape, with elements of 1, 2 or 4 bytes, as uint32."""
     bits = jnp.asarray(array)
     if bits.dtype == jnp.bool_:
         bits = bits.astype(jnp.uint8)
     words = jax.lax.bitcast_convert_type(bits, np.dtype(f"uint{8 * bits.dtype.itemsize}")).astype(jnp.uint32)
-    index = jnp.full(words.shape, words.dtype.type(words.size % 2**32))  # arrays of zeros differ by their size
+    index = jnp.full(words.shape, first)
     for axis in range(words.ndim):
         stride = int(np.prod(words.shape[axis + 1 :], dtype=np.uint64)) % 2**32
         index += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(stride)

@@ -19,9 +19,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import orbax.checkpoint as ocp
 
 from r1vl_jax.checkpoint.checksums import checksums
+from r1vl_jax.checkpoint.orbax_files import chunked
 from r1vl_jax.common.files import sync
 from r1vl_jax.common.text import first_few, one_line
 from r1vl_jax.errors import CheckpointError
@@ -68,7 +70,9 @@ class StageCheckpoints:
         """
         self.wait()
         host = sealed({"layout": LAYOUT, "position": position, "checksums": checksums(state)})
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host))
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state, save_args=jax.tree.map(chunked, state)), host=ocp.args.JsonSave(host)
+        )
         with _writing(self.folder / str(step)):
             self._manager.save(step, args=args, force=True)
         self._settling = step, self._thread.submit(self._settle, step)

@@ -17,21 +17,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
 import yaml
 
+from r1vl_jax.checkpoint.arrays import read_arrays
 from r1vl_jax.checkpoint.folder import ADAPTER_CONFIG, copy_companions, new_folder, verify_folder
 from r1vl_jax.checkpoint.foreign import refuse_adapter
-from r1vl_jax.checkpoint.hf import load_hf
+from r1vl_jax.checkpoint.hf_files import open_hf
+from r1vl_jax.checkpoint.orbax_files import open_orbax, write_orbax
 from r1vl_jax.checkpoint.state import verify_part
-from r1vl_jax.checkpoint.tensors import cast
 from r1vl_jax.common.text import first_few, one_line
 from r1vl_jax.errors import CheckpointError
 from r1vl_jax.model.config import ModelConfig, load_config
-from r1vl_jax.model.spec import param_spec
-from r1vl_jax.types import is_spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,12 +103,22 @@ def _files_of_run(config: Path) -> Path:
         raise CheckpointError(f"{config}: model.path, where the run started: {error}") from error
 
 
+def open_params(model: ModelFolder, cfg: ModelConfig) -> Any:
+    """Verifies the weights of any kind of checkpoint by the sums that were written with them, and opens them.
+
+    Verifying reads every byte, part by part. What reads the arrays later reads the files again.
+
+    Returns: a tree like that of `param_spec(cfg)`, of arrays in files (see checkpoint/arrays.py).
+    Raises: CheckpointError, see `open_hf` and `open_orbax`, or naming the files or arrays that differ from their sums.
+    """
+    if model.kind == "state":
+        return _open_state(model.weights, cfg)
+    verify_folder(model.weights, weights=True)
+    return open_orbax(model.weights / "params", cfg) if model.kind == "converted" else open_hf(model.weights, cfg)
+
+
 def load_model(
-    folder: str | Path | ModelFolder,
-    *,
-    dtype: Any = None,
-    shardings: Callable[[ModelConfig], Any] | None = None,
-    on_tensor: Callable[[str], object] | None = None,
+    folder: str | Path | ModelFolder, *, dtype: Any = None, shardings: Callable[[ModelConfig], Any] | None = None
 ) -> tuple[Any, ModelConfig, Path]:
     """Reads any kind of checkpoint.
 
@@ -121,125 +127,57 @@ def load_model(
       dtype: dtype to convert to; None keeps the dtype of each parameter.
       shardings: a function from a config to the tree of NamedSharding, for example `lambda cfg:
         param_shardings(param_spec(cfg), mesh)`. None: the arrays are NumPy's.
-      on_tensor: called with the name of each tensor after it has been read (Hugging Face folders only).
     Returns: (params, cfg, the folder with config.json and the tokenizer's files).
-    Raises: CheckpointError, see `find_model`, `load_config`, `load_hf` and `load_params`.
+    Raises: CheckpointError, see `find_model`, `load_config`, `open_params` and `read_arrays`.
     """
     model = folder if isinstance(folder, ModelFolder) else find_model(folder)
     cfg = load_config(model.files)
     places = None if shardings is None else shardings(cfg)
-    if model.kind == "state":
-        return _load_state(model.weights, cfg, dtype=dtype, shardings=places), cfg, model.files
-    verify_folder(model.weights, weights=True)
-    if model.kind == "converted":
-        return load_params(model.weights, cfg, dtype=dtype, shardings=places), cfg, model.files
-    return load_hf(model.weights, cfg, dtype=dtype, shardings=places, on_tensor=on_tensor), cfg, model.files
+    return read_arrays(open_params(model, cfg), cfg, dtype=dtype, shardings=places), cfg, model.files
 
 
-def _load_state(folder: Path, cfg: ModelConfig, *, dtype: Any, shardings: Any) -> Any:
-    """Returns the parameters of a train state, after their checksums were verified; `folder` is its folder `state`."""
+def _open_state(folder: Path, cfg: ModelConfig) -> Any:
+    """Opens the parameters of a train state, after their checksums were verified; `folder` is its folder `state`."""
     others = sorted(path.name for path in folder.parent.parent.glob("[0-9]*") if path != folder.parent)
     try:
-        params = _restore(folder, cfg, dtype=None, shardings=shardings, part="params")
+        params = open_orbax(folder, cfg, part="params")
         verify_part(params, ".params", folder.parent / "host" / "metadata")
     except CheckpointError as error:
         hint = f"; other states are {first_few(others)} in {folder.parent.parent}" if others else ""
         raise CheckpointError(
             f"{folder}: {error}{hint}" if str(folder) not in str(error) else f"{error}{hint}"
         ) from error
-    if dtype is None:
-        return params
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: cast(leaf, np.dtype(dtype), jax.tree_util.keystr(path)), params
-    )
+    return params
 
 
-def save_params(folder: str | Path, params: Any, source: str | Path, *, overwrite: bool = False) -> None:
-    """Writes a converted checkpoint to a temporary folder, which is then renamed to `folder`. Keeps dtypes.
+def save_params(
+    folder: str | Path,
+    params: Any,
+    source: str | Path,
+    *,
+    dtype: Any = None,
+    overwrite: bool = False,
+    on_tensor: Callable[[str], object] | None = None,
+) -> None:
+    """Writes a converted checkpoint to a temporary folder, which is then renamed to `folder`.
 
     Args:
       folder: new or empty; with `overwrite` it may also contain an older checkpoint (see checkpoint/folder.py).
-      params: the tree of `param_spec`; host or device arrays, sharded or not.
+      params: the tree of `param_spec`; of arrays on the host or on devices, sharded or not, or in files.
       source: a folder whose config.json, tokenizer, processor and template files are copied, byte for byte.
+      dtype: dtype to convert to; None keeps the dtype of each parameter.
+      on_tensor: called with the Hugging Face name of each tensor after it has been written.
     """
     with new_folder(folder, overwrite) as temporary:
         (temporary / "hf").mkdir()
         copy_companions(source, temporary / "hf")
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            checkpointer.save(temporary / "params", args=ocp.args.PyTreeSave(params))
+        write_orbax(temporary / "params", params, load_config(source), dtype=dtype, on_tensor=on_tensor)
 
 
 def load_params(folder: str | Path, cfg: ModelConfig, *, dtype: Any = None, shardings: Any = None) -> Any:
-    """Reads the parameters of a converted checkpoint.
+    """Reads the parameters of a converted checkpoint; for arguments and errors see `open_orbax` and `read_arrays`.
 
     Args:
       folder: a folder written by `save_params`.
-      dtype: dtype to convert to; None keeps the dtype of each parameter.
-      shardings: a tree of NamedSharding, and each device reads its own part; None: NumPy arrays are returned.
-    Raises: CheckpointError if orbax cannot read the folder, or naming the parameters that are unknown, missing or of a
-      wrong shape.
     """
-    return _restore(Path(folder).absolute() / "params", cfg, dtype=dtype, shardings=shardings)
-
-
-def _restore(folder: Path, cfg: ModelConfig, *, dtype: Any, shardings: Any, part: str | None = None) -> Any:
-    """Reads the parameters in an orbax folder.
-
-    Args:
-      part: key of the parameters in the folder's tree; None: the parameters are the whole tree.
-    """
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        try:
-            # orbax is annotated with the path class of etils, but accepts any path.
-            stored = ocp.PyTreeCheckpointHandler().metadata(folder).tree  # pyright: ignore[reportArgumentType]
-            stored = stored if part is None else stored[part]
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{folder}: not an orbax checkpoint, or damaged ({one_line(error)})") from error
-        _check(folder, stored, cfg)
-        args = jax.tree.map(lambda meta: _restore_args(meta, None, dtype), stored)
-        if shardings is not None:
-            args = jax.tree.map(lambda meta, place: _restore_args(meta, place, dtype), stored, shardings)
-        options: dict[str, Any] = {"restore_args": args}
-        if part is not None:  # orbax reads only the parts that `item` has
-            shapes = jax.tree.map(lambda meta: jax.ShapeDtypeStruct(meta.shape, meta.dtype), stored)
-            options = {"item": {part: shapes}, "restore_args": {part: args}, "partial_restore": True}
-        try:
-            params = checkpointer.restore(folder, args=ocp.args.PyTreeRestore(**options))
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{folder}: cannot be read ({one_line(error)})") from error
-    params = params if part is None else params[part]
-    if shardings is None and dtype is not None:
-        params = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: cast(leaf, np.dtype(dtype), jax.tree_util.keystr(path)), params
-        )
-    return params
-
-
-def _restore_args(meta: Any, place: jax.sharding.Sharding | None, dtype: Any) -> ocp.RestoreArgs:
-    """Returns the orbax arguments to restore one array. `meta`: orbax's metadata of the array."""
-    dtype = meta.dtype if dtype is None else np.dtype(dtype)
-    if place is None:
-        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=meta.dtype)
-    return ocp.ArrayRestoreArgs(sharding=place, dtype=dtype, global_shape=meta.shape)
-
-
-def _check(folder: Path, stored: Any, cfg: ModelConfig) -> None:
-    """Raises CheckpointError if the stored tree (metadata of arrays) is not that of `param_spec(cfg)`."""
-
-    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-        leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_spec)
-        return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}
-
-    actual, expected = shapes(stored), shapes(param_spec(cfg))
-    faults = {
-        "missing": sorted(expected.keys() - actual.keys()),
-        "unknown": sorted(actual.keys() - expected.keys()),
-        "misshaped": [
-            f"{path} is {list(actual[path])}, expected {list(expected[path])}"
-            for path in sorted(actual.keys() & expected.keys())
-            if actual[path] != expected[path]
-        ],
-    }
-    lists = "; ".join(f"{kind}: {first_few(texts)}" for kind, texts in faults.items() if texts)
-    if lists:
-        raise CheckpointError(f"{folder}: parameters are not those that config.json describes; {lists}")
+    return read_arrays(open_orbax(Path(folder).absolute() / "params", cfg), cfg, dtype=dtype, shardings=shardings)

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import yaml
 from helpers import tiny
@@ -17,8 +18,10 @@ from safetensors.numpy import load_file, save_file
 
 from r1vl_jax import convert
 from r1vl_jax.checkpoint import folder as folders
+from r1vl_jax.checkpoint import orbax_files
 from r1vl_jax.checkpoint.folder import SUMS
 from r1vl_jax.checkpoint.hf import INDEX, WEIGHTS, load_hf, save_hf
+from r1vl_jax.checkpoint.orbax_files import OrbaxArray
 from r1vl_jax.checkpoint.state import StageCheckpoints
 from r1vl_jax.checkpoint.store import find_model, load_model, load_params, save_params
 from r1vl_jax.errors import CheckpointError
@@ -95,7 +98,8 @@ def test_there_and_back_bit_for_bit(models, tied, nested, sharded, dtype, tmp_pa
     assert load_config(tmp_path / "back") == load_config(source)
     out = capsys.readouterr()
     assert out.out.count(f"parameters, {dtype}, ") == 2
-    assert "reading" in out.err and "writing" in out.err
+    tensors = len(tensors_of(source))
+    assert out.err.count("converting: 100%") >= 2 and f" {tensors}/{tensors} " in out.err
     assert not list(tmp_path.glob(".*")), "temporary folders are left"
 
 
@@ -142,7 +146,8 @@ def test_dtype_option(folder, dtype, tmp_path, capsys):
     """Either direction converts; the values are those of a plain cast."""
     assert convert.main(["from-hf", str(folder), str(tmp_path / "orbax"), "--dtype", dtype]) == 0
     assert convert.main(["to-hf", str(folder), str(tmp_path / "hf"), "--dtype", dtype]) == 0
-    assert convert.main(["to-hf", str(tmp_path / "orbax"), str(tmp_path / "back")]) == 0
+    assert convert.main(["from-hf", str(tmp_path / "orbax"), str(tmp_path / "again")]) == 0
+    assert convert.main(["to-hf", str(tmp_path / "again"), str(tmp_path / "back")]) == 0
     got, back = tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "back")
     expected = {name: value.astype(DTYPES[dtype]).tobytes() for name, value in load_file(folder / WEIGHTS).items()}
     assert {name: data for name, (_, _, data) in got.items()} == expected
@@ -165,9 +170,11 @@ def test_names_of_transformers_5_in_memory(folder, tmp_path):
     assert tensors_of(tmp_path / "out") == tensors_of(folder)
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_restores_onto_a_mesh(folder, dtype, tmp_path):
+@pytest.mark.parametrize("dtype, by_layer", [(None, False), ("bfloat16", True)])
+def test_restores_onto_a_mesh(folder, dtype, by_layer, tmp_path, monkeypatch):
     """Both layouts give the same sharded arrays; a sharded tree is written as a host one is."""
+    if by_layer:  # as large parameters are
+        monkeypatch.setattr("r1vl_jax.checkpoint.arrays.BLOCK_BYTES", 0)
     wanted = dtype and DTYPES[dtype]
     cfg = load_config(folder)
     shardings = param_shardings(param_spec(cfg), make_mesh(data=2, fsdp=2, tensor=2))
@@ -185,6 +192,21 @@ def test_restores_onto_a_mesh(folder, dtype, tmp_path):
     again = load_params(tmp_path / "again", cfg)
     assert all(a.tobytes() == b.tobytes() for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(host), strict=True))
     assert tensors_of(tmp_path / "hf") == tensors_of(folder)
+
+
+def test_orbax_alone_reads_and_writes_the_same(folder, tmp_path, monkeypatch):
+    """What is written is an orbax checkpoint like any other. One with a chunk for all layers is read at once."""
+    params, cfg, _ = load_model(folder)
+    save_params(tmp_path / "ours", params, folder)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        theirs = checkpointer.restore(tmp_path / "ours" / "params")
+        checkpointer.save(tmp_path / "theirs" / "params", args=ocp.args.PyTreeSave(params))
+    monkeypatch.setattr(orbax_files, "CHUNK_BYTES", 1000)
+    opened = orbax_files.open_orbax(tmp_path / "theirs" / "params", cfg)
+    assert {type(leaf) for leaf in jax.tree.leaves(opened)} == {np.ndarray, OrbaxArray}
+    for found in (theirs, load_params(tmp_path / "ours", cfg), load_params(tmp_path / "theirs", cfg)):
+        same = jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), found, params)
+        assert all(jax.tree.leaves(same))
 
 
 def test_run_folder(folder, tmp_path):
@@ -219,16 +241,14 @@ def unfinished_run(folder: Path, run: Path, stages: dict[str, tuple[int, ...]]) 
 )
 def test_run_that_has_not_finished(folder, stages, newest, tmp_path, capsys, monkeypatch):
     """The last stage's newest parameters, without the optimizer's moments, on a mesh or not; and it is said."""
-    from orbax.checkpoint import Checkpointer
-
-    read, restore = [], Checkpointer.restore
+    read, of_store = set(), OrbaxArray.__array__
 
     def seen(self, *args, **kwargs):
-        read.append(restore(self, *args, **kwargs))
-        return read[-1]
+        read.add(self.name)
+        return of_store(self, *args, **kwargs)
 
     saved = unfinished_run(folder, tmp_path / "run", stages)[newest]
-    monkeypatch.setattr(Checkpointer, "restore", seen)
+    monkeypatch.setattr(OrbaxArray, "__array__", seen)
     (tmp_path / "run" / "checkpoints" / newest[0] / "99.orbax-checkpoint-tmp").mkdir()  # one that was cut off
     found = find_model(tmp_path / "run")
     assert found.files == folder and found.note.endswith(f"the parameters are those of {newest[0]} step {newest[1]}")
@@ -241,7 +261,7 @@ def test_run_that_has_not_finished(folder, stages, newest, tmp_path, capsys, mon
         for leaf, expected in zip(jax.tree.leaves(params), jax.tree.leaves(saved), strict=True):
             np.testing.assert_array_equal(np.asarray(leaf), expected.astype(jnp.bfloat16))
             assert places is None or isinstance(leaf, jax.Array)
-    assert [tree.keys() for tree in read] == [{"params"}] * 2
+    assert len(read) == len(jax.tree.leaves(saved)) and all("/state: params." in name for name in read)
     assert convert.main(["to-hf", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
     assert f"{newest[0]} step {newest[1]}" in capsys.readouterr().err
     back, _, _ = load_model(tmp_path / "out")
@@ -505,7 +525,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(folder, tmp_path, monkeypatch)
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr("r1vl_jax.checkpoint.hf.save_file", fail)
+    monkeypatch.setattr("r1vl_jax.checkpoint.hf._write_file", fail)
     assert convert.main(["to-hf", str(folder), str(tmp_path / "out"), "--overwrite"]) == 2
     assert tensors_of(tmp_path / "out") == before
     assert not list(tmp_path.glob(".*"))

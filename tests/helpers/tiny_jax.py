@@ -131,12 +131,12 @@ SIZES = {
 }
 
 
-def write_run_inputs(folder: Path, sizes: dict | None = None) -> Path:
-    """The shapes task of a few rows (folder/task) and a tiny random Qwen2-VL for it (folder/model)."""
+def write_run_inputs(folder: Path, **sizes) -> Path:
+    """The shapes task of a few rows (folder/task) and a tiny random Qwen2-VL (folder/model) of SIZES or `sizes`."""
     task, draft = folder / "task", folder / "draft"
     make_task(task, sft_rows=24, rl_rows=24, heldout_rows=4, progress=False)
     tokenizer = train_tokenizer(task_texts(task), draft, vocab_size=384)
-    write_checkpoint_files(draft, tokenizer, sizes or SIZES)
+    write_checkpoint_files(draft, tokenizer, SIZES | sizes)
     cfg = load_config(draft)
     save_hf(random_params(cfg), cfg, folder / "model", source=draft)
     return folder

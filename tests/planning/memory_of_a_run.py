@@ -23,7 +23,7 @@ MODEL = {
 
 
 def make(folder: Path) -> None:
-    write_run_inputs(folder, MODEL)
+    write_run_inputs(folder, **MODEL)
     sections = {"sft": {"steps": 2}, "rl": {"steps": 2}, "model": {"remat": "full"}, "checkpoint": {"every": 9}}
     run_config(folder, folder / "run", **sections)
 

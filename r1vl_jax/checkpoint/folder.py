@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from r1vl_jax.common.files import atomic_folder
+from r1vl_jax.common.text import shown
 from r1vl_jax.errors import CheckpointError
 
 SUMS = "r1vl_sha256sums.txt"
@@ -105,6 +107,9 @@ def verify_folder(folder: Path, *, weights: bool) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder / SUMS}: cannot be read ({error})") from error
     expected = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    strange = [name for name in expected if os.path.isabs(name) or ".." in Path(name).parts or not name.isprintable()]
+    if strange:
+        raise CheckpointError(f"{folder / SUMS}: names {shown(strange[0])}, expected files of the folder; damaged")
     names = [name for name in expected if weights or ("/" not in name and not name.endswith(_WEIGHT_FILES))]
     try:
         actual = _digests(folder, names)

@@ -25,7 +25,7 @@ from r1vl_jax.checkpoint.folder import INDEX, WEIGHTS, other_weights
 from r1vl_jax.checkpoint.foreign import refuse_foreign_tensors
 from r1vl_jax.checkpoint.tensors import published_name, tensor_names, transpose_into
 from r1vl_jax.common.files import read_object
-from r1vl_jax.common.text import first_few, one_line
+from r1vl_jax.common.text import first_few, one_line, shown
 from r1vl_jax.errors import CheckpointError
 from r1vl_jax.model.config import ModelConfig
 from r1vl_jax.model.spec import param_spec
@@ -165,7 +165,17 @@ def _read_index(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{error}; expected an index of safetensors") from error
     if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
         raise CheckpointError(f"{path}: weight_map is not a table from tensors to files")
+    others = sorted({name for name in table.values() if not _is_file_name(name)})
+    if others:
+        found = first_few([shown(name) for name in others])
+        raise CheckpointError(f"{path}: expected names of files in its folder, found {found}")
     return table
+
+
+def _is_file_name(name: str) -> bool:
+    """Returns whether a text can be the name of a file in a folder, and is no path to somewhere else."""
+    plain = name not in ("", ".", "..") and "/" not in name and "\\" not in name and name.isprintable()
+    return plain and len(name.encode()) < 256
 
 
 def _check(

@@ -32,9 +32,12 @@ def nearest(name: object, known: Iterable[str]) -> str | None:
 
 
 def first_few(texts: Sequence[str], limit: int = 5) -> str:
-    """Joins the first `limit` texts with commas, and adds the number of the remaining texts if there are more."""
+    """Joins the first `limit` texts with commas, and adds the number of the remaining texts if there are more.
+
+    Texts come from files, so each is shortened to 300 characters.
+    """
     more = f" and {len(texts) - limit:,} more" if len(texts) > limit else ""
-    return ", ".join(texts[:limit]) + more
+    return ", ".join(shorten(text, 300) for text in texts[:limit]) + more
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:

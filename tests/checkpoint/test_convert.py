@@ -393,6 +393,18 @@ def _index_says_more(folder):
     assert index["weight_map"]["model.embed_tokens.weight"] == file.name
 
 
+def _index_names(name):
+    """One tensor is in a file of this name, as the index says."""
+
+    def change(folder):
+        path = folder / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        index["weight_map"]["model.embed_tokens.weight"] = name
+        path.write_text(json.dumps(index))
+
+    return change
+
+
 def _other_model(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
@@ -421,6 +433,10 @@ def _no_config(folder):
             _remove_shard,
             "model.safetensors.index.json: names files that are not there: model-00001-of-00003.safetensors",
         ),
+        (_index_names("../other.safetensors"), "expected names of files in its folder, found '../other.safetensors'"),
+        (_index_names("a" * 300), "expected names of files in its folder, found 'aaaa"),
+        (_index_names("a\0.safetensors"), "expected names of files in its folder, found 'a\\x00.safetensors'"),
+        (_index_names("\ud800"), "expected names of files in its folder, found '\\ud800'"),
         (_truncate, "model-00001-of-00003.safetensors: truncated or not a safetensors file"),
         (_empty_file, "model-00001-of-00003.safetensors: truncated or not a safetensors file"),
         (_no_weights, "holds neither model.safetensors nor model.safetensors.index.json"),

@@ -159,7 +159,7 @@ def test_a_corrupted_state_is_never_restored(written, tmp_path, seed):
             assert len(said) == 1 and str(folder / "6") in said[0] and "damaged, not used, moved to" in said[0], what
             assert (folder.parent / "damaged" / "sft-6").is_dir() and not (folder / "6").exists()
         shutil.rmtree(tmp_path / str(number))
-    assert fell_back >= 10
+    assert fell_back >= 3  # the others changed nothing that is read, such as a second copy of an index
 
 
 def test_without_any_good_state_all_are_named_and_none_is_moved(written, tmp_path):
@@ -268,6 +268,10 @@ def test_sums_are_those_of_sha256sum(inputs, tmp_path):
     (tmp_path / "out" / SUMS).write_bytes(b"\xff")
     with pytest.raises(CheckpointError, match=f"{SUMS}: cannot be read"):
         verify_folder(tmp_path / "out", weights=False)
+    for name in ("a\0b", "../model/config.json", "/dev/zero", "\x1b[2J"):
+        (tmp_path / "out" / SUMS).write_text(f"{'0' * 64}  {name}\n")
+        with pytest.raises(CheckpointError, match=f"{SUMS}: names .*, expected files of the folder"):
+            verify_folder(tmp_path / "out", weights=True)
     (tmp_path / "out" / SUMS).unlink()
     verify_folder(tmp_path / "out", weights=True)
 

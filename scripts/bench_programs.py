@@ -9,7 +9,8 @@ To run a step, build the programs by `step_programs` and a state by `programs.in
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,7 @@ from r1vl_jax.config_stages import OptimizerSection, RLSection, SFTSection
 from r1vl_jax.model.config import ModelConfig
 from r1vl_jax.model.head import head_loss
 from r1vl_jax.parallel.sharding import put_batch
+from r1vl_jax.planning.calls import Call, Rows, stage_calls
 from r1vl_jax.rollout.generate import rollout
 from r1vl_jax.step_grpo.loss import Objective, answer_weights, policy_loss
 from r1vl_jax.training.programs import Programs, build_programs, gradient_step
@@ -52,6 +54,26 @@ def step_programs(
     """The programs of a step; nothing is compiled yet. `mesh`: default: one device."""
     mesh = single_device() if mesh is None else mesh
     return build_programs(cfg, mesh, step_config(size, remat, stage), stage, UPDATES)
+
+
+def step_calls(cfg: ModelConfig, size: Size, mesh: Mesh, *, questions: int, micro: int, remat: str) -> Iterator[Call]:
+    """The programs of a StepGRPO step, in the order in which they run."""
+    config = step_config(size, remat)
+    sizes = {"questions_per_step": questions, "micro_batch_size": micro, "group_size": size.group}
+    config = dataclasses.replace(config, rl=dataclasses.replace(config.rl, **sizes))
+    return stage_calls(cfg, config, mesh, "step_grpo", rows_of(size))
+
+
+def sft_calls(cfg: ModelConfig, size: Size, mesh: Mesh, *, micro: int, remat: str) -> Iterator[Call]:
+    """The programs of a warm-up step, on micro-batches of `micro` rows: a question and one answer each."""
+    config = step_config(size, remat, "sft")
+    sizes = {"batch_size": 2 * micro, "micro_batch_size": micro}
+    config = dataclasses.replace(config, sft=dataclasses.replace(config.sft, **sizes))
+    return stage_calls(cfg, config, mesh, "sft", rows_of(size))
+
+
+def rows_of(size: Size) -> Rows:
+    return Rows(size.prompt, 1, math.prod(size.grid), size.new)
 
 
 def answer(

@@ -73,6 +73,7 @@ STAGES = {
     "profile": Stage(60, "gpu_check_speed.py"),
     "R2": Stage(100, "gpu_check_speed.py"),
     "R3": Stage(100, "gpu_check_speed.py"),
+    "plan": Stage(150, "gpu_check_speed.py"),
 }
 
 

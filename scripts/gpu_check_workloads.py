@@ -6,6 +6,7 @@
     T2           loss head alone on 16,384 rows, forward and gradient                      TFLOP/s
     S            a whole StepGRPO step on 16 questions: rollout, scores, reference, update s
     K            decode attention on R2's caches at full length                            TB/s
+    plan         S again: the peak of its memory as r1vl_jax.plan says; within 15%?        GB
 
 Weights are random; a question has 768 tokens, 510 of them from its image; end of text is ignored. MFU uses the FLOPs
 that bench_common.py counts and a peak of 989 TFLOP/s. Peak memory is that of the stage's process.
@@ -46,6 +47,7 @@ from bench_programs import (
     decode_layers,
     head_gradient,
     micro_batches,
+    step_calls,
     step_programs,
     update,
     with_advantages,
@@ -53,6 +55,8 @@ from bench_programs import (
 )
 from bench_rewards import make_rows
 
+from r1vl_jax.planning.report import plan_program
+from r1vl_jax.planning.targets import parse_target
 from r1vl_jax.rewards import ScorerPool
 from r1vl_jax.training.programs import Programs
 from r1vl_jax.types import Rollout, TrainBatch, TrainState
@@ -180,6 +184,16 @@ class Bench:
         more = {"phases": dict(zip(names, medians, strict=True)), "micro": self.micro, "remat": self.remat}
         return self._row(timing, timing.median, flops) | more
 
+    def planned(self) -> dict[str, Any]:
+        """Measures S again, and compares the peak of the memory with what r1vl_jax.plan says, by the same compiler."""
+        row, target = self.whole_step(), parse_target("cpu:1" if self.device.platform == "cpu" else "h100:1")
+        calls = step_calls(
+            self.cfg, self.size, single_device(), questions=self.groups, micro=self.micro, remat=self.remat
+        )
+        planned = max(plan_program(call, single_device(), target).peak for call in calls) / 1e9
+        ok = None if row["peak_gb"] is None else abs(planned / row["peak_gb"] - 1) < 0.15
+        return row | {"value": planned, "ok": ok}
+
     def head(self) -> dict[str, Any]:
         """Measures T2: three matmuls, for logits and their two gradients.
 
@@ -246,6 +260,7 @@ WORKLOADS = {
     "T1": Workload(Bench.training_step, "s", 16, 2),
     "T2": Workload(Bench.head, "TFLOP/s", 4, 1),
     "S": Workload(Bench.whole_step, "s", 16, 2),
+    "plan": Workload(Bench.planned, "GB", 16, 2),
     "K": Workload(Bench.decode_attention, "TB/s", 64, 2),
 }
 

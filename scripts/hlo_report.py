@@ -25,7 +25,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # for everything that is not compiled for t
 
 import jax  # noqa: E402 (it reads the environment when it is imported)
 from bench_common import SIZES, Size  # noqa: E402
-from bench_programs import step_config  # noqa: E402
+from bench_programs import sft_calls, step_calls  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
 from r1vl_jax.config import REMAT  # noqa: E402
-from r1vl_jax.model.config import ModelConfig  # noqa: E402
 from r1vl_jax.parallel.sharding import make_mesh  # noqa: E402
-from r1vl_jax.planning.calls import Call, Rows, device_bytes, stage_calls  # noqa: E402
+from r1vl_jax.planning.calls import Call, device_bytes  # noqa: E402
 from r1vl_jax.planning.hlo import program_cost  # noqa: E402
 from r1vl_jax.planning.targets import parse_target  # noqa: E402
 
@@ -50,26 +49,6 @@ def with_pixels(size: Size, pixels: int) -> Size:
     rows = int(math.sqrt(pixels / 28**2 * 34 / 60))
     grid = (1, 2 * rows, 2 * int(pixels / 28**2 / rows))
     return dataclasses.replace(size, grid=grid, prompt=size.prompt + (math.prod(grid) - math.prod(size.grid)) // 4)
-
-
-def step_calls(cfg: ModelConfig, size: Size, mesh: Mesh, *, questions: int, micro: int, remat: str) -> Iterator[Call]:
-    """The programs of a StepGRPO step, in the order in which they run."""
-    config = step_config(size, remat)
-    sizes = {"questions_per_step": questions, "micro_batch_size": micro, "group_size": size.group}
-    config = dataclasses.replace(config, rl=dataclasses.replace(config.rl, **sizes))
-    return stage_calls(cfg, config, mesh, "step_grpo", rows_of(size))
-
-
-def sft_calls(cfg: ModelConfig, size: Size, mesh: Mesh, *, micro: int, remat: str) -> Iterator[Call]:
-    """The programs of a warm-up step, on micro-batches of `micro` rows: a question and one answer each."""
-    config = step_config(size, remat, "sft")
-    sizes = {"batch_size": 2 * micro, "micro_batch_size": micro}
-    config = dataclasses.replace(config, sft=dataclasses.replace(config.sft, **sizes))
-    return stage_calls(cfg, config, mesh, "sft", rows_of(size))
-
-
-def rows_of(size: Size) -> Rows:
-    return Rows(size.prompt, 1, math.prod(size.grid), size.new)
 
 
 def lower(call: Call, mesh: Mesh, platform: str) -> jax.stages.Lowered:

@@ -17,7 +17,8 @@ os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # do not look for a cloud machine's meta
 
 import jax  # noqa: E402 (it reads the environment when it is imported)
 from bench_common import SIZES  # noqa: E402
-from hlo_report import lower, sft_calls, step_calls  # noqa: E402
+from bench_programs import sft_calls, step_calls  # noqa: E402
+from hlo_report import lower  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
 from r1vl_jax.parallel.sharding import make_mesh  # noqa: E402

@@ -45,22 +45,23 @@ def test_cpu(tmp_path):
 def test_every_program_of_a_step_lowers(scripts, monkeypatch, platform, attention):
     """As scripts/hlo_report.py compiles them, short of compiling: with the kernels, for accelerators not there."""
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    import hlo_report
     import jax
     from bench_common import SIZES
+    from bench_programs import step_calls
     from jax.sharding import AbstractDevice
 
     from r1vl_jax.parallel.sharding import make_mesh
+    from r1vl_jax.planning.calls import device_bytes
 
     size, mesh = SIZES["tiny"], make_mesh(1, 2, 1, devices=jax.devices()[:2])
     cfg = size.cfg.with_backend(attention, "pallas")
     h100 = AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")  # jax 0.11 wants to know which GPU
     target = mesh.abstract_mesh.update(abstract_device=h100) if platform == "cuda" else mesh.abstract_mesh
     lowered = {}
-    for call in hlo_report.step_calls(cfg, size, mesh, questions=2, micro=2, remat="matmuls"):
+    for call in step_calls(cfg, size, mesh, questions=2, micro=2, remat="matmuls"):
         with jax.set_mesh(mesh), jax.sharding.use_abstract_mesh(target):
             lowered[call.name] = call.program.trace(*call.args).lower(lowering_platforms=(platform,)).as_text()
-        assert sum(map(hlo_report.device_bytes, call.beside)) > 0
+        assert sum(map(device_bytes, call.beside)) > 0
     call = {"cuda": "__gpu$xla.gpu.triton", "tpu": "tpu_custom_call"}[platform]
     with_kernels = {name for name, text in lowered.items() if call in text}
     expected = {"decode", "advantages", "gradient"} | ({"prefill", "reference"} if attention == "splash" else set())

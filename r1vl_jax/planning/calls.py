@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from r1vl_jax.config import Config
 from r1vl_jax.data.batching import blank_prompts
 from r1vl_jax.data.buckets import Buckets, Shape
+from r1vl_jax.errors import ConfigError
 from r1vl_jax.model.config import ModelConfig
 from r1vl_jax.parallel.sharding import RULES, batch_axes, batch_shards, partition_spec
 from r1vl_jax.rollout import generate
@@ -26,6 +27,7 @@ from r1vl_jax.training.step_grpo import sampling
 from r1vl_jax.types import Prompts, TrainBatch
 
 STEPS = 8  # of an answer, for the advantages
+TEXT_TOKENS = 256  # of a question beside its images
 STOP_IDS = (0,)
 
 
@@ -64,13 +66,27 @@ class Call:
     rounds: int = 1
 
 
-def typical_rows(config: Config, model: ModelConfig, stage: str, *, text: int = 256) -> Rows:
-    """Returns questions of one image of max_pixels and `text` further tokens, at most max_prompt_tokens in all."""
-    section = {"sft": config.sft, "step_grpo": config.rl}[stage]
+def rows_of(
+    config: Config, model: ModelConfig, stage: str, *, prompt: int | None = None, images: int | None = None
+) -> Rows:
+    """Returns the size of a stage's questions.
+
+    Args:
+      prompt: tokens, images included; None: 256 and those of the images, at most max_prompt_tokens.
+      images: None: one. Each has max_pixels.
+    Raises: ConfigError if the images do not fit into the prompt.
+    """
+    section, most = {"sft": config.sft, "step_grpo": config.rl}[stage], config.data.max_prompt_tokens
+    images = 1 if images is None else images
     patches = section.max_pixels // model.vision.patch_size**2
-    tokens = text + patches // model.vision.merge_size**2
-    answer = config.sft.max_answer_tokens if stage == "sft" else 0
-    return Rows(min(tokens, config.data.max_prompt_tokens), 1, patches, answer)
+    image_tokens = images * (patches // model.vision.merge_size**2)
+    prompt = min(TEXT_TOKENS + image_tokens, most) if prompt is None else prompt
+    if not image_tokens < prompt <= most:
+        raise ConfigError(
+            f"{stage}: a prompt of {prompt} tokens with {images} image(s) of {image_tokens // max(1, images)} tokens; "
+            f"expected more than its images have, and at most data.max_prompt_tokens = {most} (see --prompt, --images)"
+        )
+    return Rows(prompt, images, patches, config.sft.max_answer_tokens if stage == "sft" else 0)
 
 
 def device_bytes(tree: Any) -> int:
@@ -81,7 +97,7 @@ def device_bytes(tree: Any) -> int:
 def stage_calls(
     model: ModelConfig, config: Config, mesh: Mesh, stage: str, rows: Rows, *, programs: Programs | None = None
 ) -> Iterator[Call]:
-    """Yields the programs of a step, in the order in which they run.
+    """Yields the programs of a step.
 
     Args:
       model: with the backend of the machine that is planned for.
@@ -153,7 +169,8 @@ class Step:
         )
         grads = {part: state.params[part] for part in parts}
         buffer = grads if times > 1 or self.mesh.size > 1 else None
-        yield Call("gradient", self.programs.accumulate, (buffer, state.params, batch), (state.opt_state,), times)
+        beside = (state.opt_state, *[batch] * (2 * times - 1))  # the other micro-batches, and the next update's
+        yield Call("gradient", self.programs.accumulate, (buffer, state.params, batch), beside, times)
         yield Call("update", self.programs.update, (state, grads, self.scalar))
 
     @property
@@ -205,6 +222,9 @@ class Step:
         if rl.reference != "none":
             arguments = self.reference, prompts, tokens_BGT
             yield Call("reference", programs.token_logprobs, arguments, (state, weights), times)
+        if updates > 1:
+            arguments = state.params, prompts, tokens_BGT
+            yield Call("old_logprobs", programs.token_logprobs, arguments, (state.opt_state, *self.resting), times)
         grads = {part: state.params[part] for part in programs.parts}
         buffer = grads if times > 1 or self.mesh.size > 1 else None
         batch = TrainBatch(prompts, tokens_BGT, *[floats_BGT] * (3 + (updates > 1)))

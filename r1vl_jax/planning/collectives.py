@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -24,14 +25,24 @@ class Collective:
       bytes: that each device sends, in rings.
       times: how often it runs.
       size: devices of a group.
-      between_hosts: a group has devices of several hosts.
+      ports: devices of a group on one host, at least, through which it reaches other hosts; 0: it has one host.
     """
 
     kind: str
     bytes: float
     times: int
     size: int
-    between_hosts: bool
+    ports: int
+
+    def seconds(self, link: float, network: float) -> dict[str, float]:
+        """Returns the seconds on the links inside of hosts, and between hosts. A ring leaves a host through all ports.
+
+        Args:
+          link, network: bytes/s of a device.
+        """
+        total = self.bytes * self.times
+        inside = total if self.ports != 1 else 0.0
+        return {"link": inside / link, "network": total / (self.ports * network) if self.ports else 0.0}
 
 
 def collectives(text: str, devices: int, per_host: int, *, rounds: int = 1) -> list[Collective]:
@@ -39,26 +50,42 @@ def collectives(text: str, devices: int, per_host: int, *, rounds: int = 1) -> l
 
     Args:
       devices: that run the program; those of a host have consecutive numbers.
-      rounds: how often a loop runs of which XLA does not know it.
+      rounds: of a loop whose number of rounds XLA does not know.
     """
     found, entry = computations(text)
-    return list(_of(found, entry, 1, devices, per_host, rounds))
+    return list(_of(found, entry, 1, devices, per_host, rounds, set()))
 
 
 def _of(
-    found: dict[str, list[Instruction]], name: str, times: int, devices: int, per_host: int, rounds: int
+    found: dict[str, list[Instruction]],
+    name: str,
+    times: int,
+    devices: int,
+    per_host: int,
+    rounds: int,
+    seen: set[str],
+    fused: bool = False,
 ) -> Iterator[Collective]:
+    """Yields the exchanges of a computation.
+
+    Args:
+      seen: channels of exchanges in fusions. For TPUs one exchange is in several: its start, its end, what runs beside.
+    """
     shape_of = {each.name: each.shape for each in found.get(name, [])}
     for each in found.get(name, []):
         kind = each.opcode.removesuffix("-start")
         if kind in KINDS:
-            yield _collective(kind, each, shape_of, times, devices, per_host)
+            channel = re.search(r"channel_id=\d+", each.line) if fused else None
+            if channel is None or channel.group() not in seen:
+                seen |= {channel.group()} if channel else set()
+                kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind  # so TPUs name it
+                yield _collective(kind, each, shape_of, times, devices, per_host)
             continue
-        repeats = rounds_of(each, rounds) if each.opcode == "while" else 1
-        inside = 1 if each.opcode == "while" else rounds
-        for attribute in ("body", "calls", "to_apply", "true_computation", "false_computation"):
+        repeats, inside = (rounds_of(each, found, rounds), 1) if each.opcode == "while" else (1, rounds)
+        for attribute in ("body", "calls", "to_apply"):
             if inner := each.called(attribute):
-                yield from _of(found, inner, times * repeats, devices, per_host, inside)
+                in_fusion = fused or each.opcode == "fusion"
+                yield from _of(found, inner, times * repeats, devices, per_host, inside, seen, fused=in_fusion)
 
 
 def _collective(
@@ -66,11 +93,12 @@ def _collective(
 ) -> Collective:
     groups = replica_groups(each.line, devices)
     size = len(groups[0])
-    sent = sum(array_bytes(shape_of.get(operand, "")) for operand in each.operands)
+    sent = sum(array_bytes(shape_of.get(operand, ""), fast=True) for operand in each.operands)
     whole = sent * size if kind == "all-gather" else sent
     share = 1.0 if kind == "collective-permute" else (size - 1) / size * _PASSES.get(kind, 1)
-    hosts = any(len({device // per_host for device in group}) > 1 for group in groups)
-    return Collective(kind, whole * share if size > 1 else 0.0, times, size, hosts)
+    hosts = [Counter(device // per_host for device in group) for group in groups]
+    ports = min((min(counts.values()) for counts in hosts if len(counts) > 1), default=0)
+    return Collective(kind, whole * share if size > 1 else 0.0, times, size, ports)
 
 
 def replica_groups(line: str, devices: int) -> list[list[int]]:

@@ -72,9 +72,10 @@ def shapes(text: str) -> Iterator[tuple[str, list[int]]]:
         yield dtype, [int(size) for size in sizes.split(",") if size]
 
 
-def array_bytes(text: str) -> int:
-    """Returns the bytes of all arrays in the text of a shape that are in a device's main memory."""
-    sizes = ((dtype, sizes.split(",")) for dtype, sizes, fast in SHAPE.findall(text) if not fast)
+def array_bytes(text: str, *, fast: bool = False) -> int:
+    """Returns the bytes of all arrays in the text of a shape. `fast`: also of those in a TPU's fast memory."""
+    found = SHAPE.findall(text)
+    sizes = ((dtype, sizes.split(",")) for dtype, sizes, is_fast in found if fast or not is_fast)
     return sum(_width(dtype) * math.prod(int(size) for size in axes if size) for dtype, axes in sizes)
 
 
@@ -104,7 +105,7 @@ def program_cost(text: str, logits: int = 0, *, rounds: int = 1) -> Cost:
 
     Args:
       logits: the number of elements of a chunk of logits.
-      rounds: how often a loop runs of which XLA does not know it; loops inside of one that it does not know count once.
+      rounds: of a loop whose number of rounds XLA does not know; loops inside of it count once.
     """
     found, entry = computations(text)
     cost = Cost()
@@ -112,10 +113,17 @@ def program_cost(text: str, logits: int = 0, *, rounds: int = 1) -> Cost:
     return cost
 
 
-def rounds_of(loop: Instruction, unknown: int) -> int:
-    """Returns how often a loop runs; `unknown`: if XLA does not know it."""
-    known = re.search(r'known_trip_count[^}]*?"n":"(\d+)"', loop.line)
-    return int(known.group(1)) if known else unknown
+def rounds_of(loop: Instruction, found: dict[str, list[Instruction]], unknown: int) -> int:
+    """Returns how often a loop runs; `unknown`: if XLA does not know it.
+
+    For GPUs and CPUs XLA says the number. For TPUs the loop's condition has it: a counter is less than a constant.
+    """
+    if known := re.search(r'known_trip_count[^}]*?"n":"(\d+)"', loop.line):
+        return int(known.group(1))
+    condition = found.get(loop.called("condition"), [])
+    limits = [number for each in condition for number in re.findall(r"= s32\[\]\S* constant\((\d+)\)", each.line)]
+    counts = any(re.search(r"^\s*ROOT .* compare\(.*direction=LT", each.line) for each in condition)
+    return int(limits[0]) if counts and len(limits) == 1 else unknown
 
 
 def _add(cost: Cost, found: dict[str, list[Instruction]], name: str, times: int, logits: int, unknown: int) -> None:
@@ -124,7 +132,7 @@ def _add(cost: Cost, found: dict[str, list[Instruction]], name: str, times: int,
     for each in found[name]:
         if each.opcode == "while":
             for part in ("condition", "body"):
-                _add(cost, found, each.called(part), times * rounds_of(each, unknown), logits, 1)
+                _add(cost, found, each.called(part), times * rounds_of(each, found, unknown), logits, 1)
         if each.opcode in NO_KERNEL or each.opcode.endswith("-done") or "AllocateBuffer" in each.kind:
             continue
         body = found.get(each.called("calls"), []) if each.opcode.startswith("fusion") else []

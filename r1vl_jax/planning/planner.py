@@ -9,16 +9,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from r1vl_jax.config import REMAT, Config
-from r1vl_jax.errors import ConfigError, DeviceMemoryError
+from r1vl_jax.errors import ConfigError
 from r1vl_jax.model.backend import choose
 from r1vl_jax.model.config import ModelConfig, load_config, parse_config
 from r1vl_jax.model.published import PUBLISHED
 from r1vl_jax.model.spec import num_params
+from r1vl_jax.parallel.devices import matmul_precision
 from r1vl_jax.parallel.sharding import batch_shards, make_mesh
-from r1vl_jax.planning.calls import Call, Rows, stage_calls, typical_rows
+from r1vl_jax.planning.calls import Call, Rows, rows_of, stage_calls
 from r1vl_jax.planning.report import HEADINGS, ProgramPlan, StepPlan, plan_program, row, summary
 from r1vl_jax.planning.targets import Target
 from r1vl_jax.training.programs import build_programs
@@ -65,9 +67,10 @@ class Planner:
         images: int | None = None,
         say: Callable[[str], None] = lambda line: print(line, flush=True),
     ) -> None:
+        section, platform = config.model, target.device.backend
+        if section.dtype != "bfloat16":  # the rates of devices are those of bfloat16
+            target = untimed(target)
         self.config, self.target, self.say = config, target, say
-        section = config.model
-        platform = target.device.backend
         try:
             backend = choose(section.attention, section.kernels, dtype=section.dtype, platform=platform)
         except ValueError as error:
@@ -89,12 +92,9 @@ class Planner:
             raise ConfigError(str(error)) from error
 
     def rows(self, config: Config, stage: str) -> Rows:
-        """Returns the size of a stage's questions."""
-        rows, (prompt, images) = typical_rows(config, self.model, stage), self._rows
-        count = rows.images if images is None else images
-        tokens = rows.prompt + (count - rows.images) * rows.patches // self.model.vision.merge_size**2
-        prompt = min(tokens, config.data.max_prompt_tokens) if prompt is None else prompt
-        return dataclasses.replace(rows, prompt=prompt, images=count)
+        """Returns the size of a stage's questions. Raises ConfigError if the images do not fit into the prompt."""
+        prompt, images = self._rows
+        return rows_of(config, self.model, stage, prompt=prompt, images=images)
 
     def calls(self, config: Config, stage: str) -> tuple[Mesh, Iterator[Call]]:
         """Returns the mesh and the programs of a stage. Raises ConfigError if the mesh does not divide the model."""
@@ -133,20 +133,22 @@ class Planner:
         )
         programs = []
         for call in calls:
-            programs.append(plan_program(call, mesh, self.target))
+            programs.append(self.program(config, call, mesh))
             self.say(row(programs[-1]))
-        steps = section.steps or math.ceil(section.epochs * _ROWS / section.batch_size)
-        plan = StepPlan(stage, self.target, dict(mesh.shape), tuple(programs), steps)
+        plan = StepPlan(stage, self.target, dict(mesh.shape), tuple(programs), section.steps)
         self.say("\n" + "\n".join(summary(plan)))
         return plan
 
-    def gradient(self, stage: str, overrides: Overrides) -> ProgramPlan:
-        """Compiles the gradient program of a stage alone, which nearly always needs most memory.
+    def program(self, config: Config, call: Call, mesh: Mesh) -> ProgramPlan:
+        """Compiles a program as training does."""
+        with jax.default_matmul_precision(matmul_precision(config.model.matmul_precision, config.model.dtype)):
+            return plan_program(call, mesh, self.target)
 
-        Raises: ConfigError or DeviceMemoryError if these overrides cannot be.
-        """
-        mesh, calls = self.calls(replaced(self.config, overrides), stage)
-        return plan_program(next(call for call in calls if call.name == "gradient"), mesh, self.target)
+    def alone(self, stage: str, overrides: Overrides, name: str = "gradient") -> ProgramPlan:
+        """Compiles one program of a stage. Raises ConfigError if these overrides cannot be."""
+        config = replaced(self.config, overrides)
+        mesh, calls = self.calls(config, stage)
+        return self.program(config, next(call for call in calls if call.name == name), mesh)
 
     # What fits, and what would help.
 
@@ -155,31 +157,39 @@ class Planner:
         if self.target.device.memory == math.inf:
             return
         usable, key = self.target.device.usable, f"{SECTION[plan.stage]}.micro_batch_size"
-        largest = self.largest_micro_batch(plan)
-        if largest:
+        if largest := self.largest_micro_batch(plan):
             count, peak = largest
             self.say(f"largest micro-batch whose gradient fits: {count} ({peak / 1e9:.1f} GB): --{key} {count}")
         else:
             self.say("no micro-batch fits")
         if plan.fits:
             return
-        now = next(program for program in plan.programs if program.name == "gradient").peak
-        for overrides in self.levers(plan.stage):
+        now = plan.largest
+        self.say(f"what would help {now.name}:")
+        for overrides in self.levers(plan.stage, now.name):
             try:
-                peak = self.gradient(plan.stage, overrides).peak
-            except (ConfigError, DeviceMemoryError):
+                peak = self.alone(plan.stage, overrides, now.name).peak
+            except (ConfigError, StopIteration):
                 continue
-            verdict = "fits" if peak <= usable else "does not fit alone"
-            self.say(f"  {flags(overrides)}: {(peak - now) / 1e9:+.1f} GB, {peak / 1e9:.1f} GB: {verdict}")
+            saved = f"{(peak - now.peak) / 1e9:+.1f} GB, " if math.isfinite(now.peak) else ""
+            verdict = "fits" if peak <= usable else "not enough alone"
+            self.say(f"  {flags(overrides)}: {saved}{peak / 1e9:.1f} GB: {verdict}")
 
-    def levers(self, stage: str) -> Iterator[Overrides]:
-        """Yields changes that need less memory."""
+    def levers(self, stage: str, program: str) -> Iterator[Overrides]:
+        """Yields changes with which a program needs less memory."""
         config, key = self.config, SECTION[stage]
-        section = getattr(config, key)
-        if config.model.remat != "full":
-            yield {"model.remat": "full"}
-        if section.micro_batch_size > 1:
-            yield {f"{key}.micro_batch_size": section.micro_batch_size // 2}
+        section, mesh = getattr(config, key), self.mesh(config).shape
+        shards = mesh["data"] * mesh["fsdp"]
+        if program in ("rollout_weights", "prefill", "decode", "compact"):
+            if config.mesh.rollout_weights == "replicated" and mesh["tensor"] > 1:
+                yield {"mesh.rollout_weights": "tensor"}
+            if section.questions_per_step // 2 >= max(section.micro_batch_size, shards):
+                yield {"rl.questions_per_step": section.questions_per_step // 2}
+        else:
+            if config.model.remat != "full":
+                yield {"model.remat": "full"}
+            if section.micro_batch_size > shards:
+                yield {f"{key}.micro_batch_size": section.micro_batch_size // 2}
         if not section.optimizer.freeze_vision:
             yield {f"{key}.optimizer.freeze_vision": True}
         if section.optimizer.first_moment == "float32":
@@ -188,50 +198,35 @@ class Planner:
             yield {"rl.reference": "host"}
         if section.max_pixels > 200_000:
             yield {f"{key}.max_pixels": section.max_pixels // 2}
-        mesh = self.mesh(config).shape
-        for fsdp in (2 * mesh["fsdp"], mesh["data"] * mesh["fsdp"]):
-            if mesh["data"] > 1 and mesh["data"] * mesh["fsdp"] % fsdp == 0:
-                yield {"mesh.data": mesh["data"] * mesh["fsdp"] // fsdp, "mesh.fsdp": fsdp}
+        for fsdp in sorted({2 * mesh["fsdp"], shards} - {mesh["fsdp"]}):
+            if shards % fsdp == 0:
+                yield {"mesh.data": shards // fsdp, "mesh.fsdp": fsdp}
 
-    def largest_micro_batch(self, plan: StepPlan) -> tuple[int, int] | None:
-        """Returns the largest micro-batch whose gradient fits, and its peak. Memory grows in proportion to it."""
+    def largest_micro_batch(self, plan: StepPlan) -> tuple[int, float] | None:
+        """Returns the largest micro-batch whose gradient fits, and its peak."""
         section, key = getattr(self.config, SECTION[plan.stage]), f"{SECTION[plan.stage]}.micro_batch_size"
         whole = section.batch_size if plan.stage == "sft" else section.questions_per_step
-        shards = plan.mesh["data"] * plan.mesh["fsdp"]
-        counts = [count for count in range(shards, whole + 1, shards) if whole % count == 0]
+        counts = _divisors(whole, plan.mesh["data"] * plan.mesh["fsdp"])
         now = next(program for program in plan.programs if program.name == "gradient")
         return self.largest(plan.stage, {}, key, counts, {section.micro_batch_size: now.peak})
 
     def largest(
-        self, stage: str, overrides: Overrides, key: str, counts: list[int], peaks: dict[int, int]
-    ) -> tuple[int, int] | None:
-        """Returns the largest of `counts` whose gradient fits, and its peak, by few compilations.
+        self, stage: str, overrides: Overrides, key: str, counts: list[int], peaks: dict[int, float]
+    ) -> tuple[int, float] | None:
+        """Returns the largest of `counts` whose gradient fits, and its peak, by bisection.
 
         Args:
           key: the micro-batch's key in the configuration.
           peaks: count -> peak, where it is known; what is found is added.
         """
-        usable = self.target.device.usable
-
-        def peak(count: int) -> int:
-            if count not in peaks:
-                try:
-                    peaks[count] = self.gradient(stage, {**overrides, key: count}).peak
-                except DeviceMemoryError:
-                    peaks[count] = 1 << 62
-            return peaks[count]
-
         low, high = -1, len(counts)  # counts[low] fits, counts[high] does not
-        guess = next((i for i, count in enumerate(counts) if count in peaks), 0)
         while high - low > 1:
-            low, high = (guess, high) if peak(counts[guess]) <= usable else (low, guess)
-            known = sorted((count, size) for count, size in peaks.items() if size < 1 << 62)
-            guess = guess + 1 if low == guess else guess - 1
-            if len(known) > 1:
-                (a, x), (b, y) = known[0], known[-1]
-                reach = a + (usable - x) * (b - a) / max(1, y - x)
-                guess = max((i for i, count in enumerate(counts) if count <= reach), default=low + 1)
-            guess = min(max(guess, low + 1), high - 1)
+            known = [i for i in range(low + 1, high) if counts[i] in peaks]
+            middle = known[0] if known else (low + high) // 2
+            count = counts[middle]
+            if count not in peaks:
+                peaks[count] = self.alone(stage, {**overrides, key: count}).peak
+            low, high = (middle, high) if peaks[count] <= self.target.device.usable else (low, middle)
         return (counts[low], peaks[counts[low]]) if low >= 0 else None
 
     # Search.
@@ -244,10 +239,9 @@ class Planner:
         key = f"{SECTION[stage]}.micro_batch_size"
         section = getattr(self.config, SECTION[stage])
         whole = section.batch_size if stage == "sft" else section.questions_per_step
-        found: list[tuple[float, int, Overrides]] = []
+        found: list[tuple[float, float, Overrides]] = []
         for mesh, remat in itertools.product(self.meshes(whole), REMAT):
-            shards = mesh["mesh.data"] * mesh["mesh.fsdp"]
-            counts = [count for count in range(shards, whole + 1, shards) if whole % count == 0]
+            counts = _divisors(whole, mesh["mesh.data"] * mesh["mesh.fsdp"])
             overrides = {**mesh, "model.remat": remat}
             self.say(f"trying {flags(overrides)}")
             try:
@@ -255,7 +249,7 @@ class Planner:
                 if best is None:
                     continue
                 overrides = {**overrides, key: best[0]}
-                program = self.gradient(stage, overrides)
+                program = self.alone(stage, overrides)
             except ConfigError as error:
                 self.say(f"  {error}")
                 continue
@@ -267,11 +261,9 @@ class Planner:
         self.say(f"\n{stage}: the best by the time of their gradients, at the roofline")
         for seconds, peak, overrides in found[:3]:
             self.say(f"  {seconds:.2f} s, {peak / 1e9:.1f} GB: {flags(overrides)}")
-        for _, _, overrides in found:
-            plan = self.stage(replaced(self.config, overrides), stage)
-            if plan.fits:
-                break
-        return plan
+        plans = (self.stage(replaced(self.config, overrides), stage) for _, _, overrides in found[:3])
+        best = next(plans)
+        return best if best.fits else next((plan for plan in plans if plan.fits), best)
 
     def meshes(self, questions: int) -> list[Overrides]:
         """Returns meshes on which the train state may fit, with as little communication as that allows first."""
@@ -279,9 +271,9 @@ class Planner:
         state = STATE_BYTES * num_params(self.model)
         meshes = []
         for tensor in (t for t in tensors if t <= self.target.per_host and count % t == 0):
-            for fsdp in (1 << i for i in range((count // tensor).bit_length())):
-                shards = count // tensor
-                if shards % fsdp or shards > questions or self.model.kv_heads % tensor:
+            shards = count // tensor
+            for fsdp in _divisors(shards, 1):
+                if shards > questions or self.model.kv_heads % tensor:
                     continue
                 if state / (fsdp * tensor) < self.target.device.usable:
                     meshes.append({"mesh.data": shards // fsdp, "mesh.fsdp": fsdp, "mesh.tensor": tensor})
@@ -290,7 +282,15 @@ class Planner:
         return meshes
 
 
-_ROWS = 260_000  # of Mulberry-260k, for the length of an epoch whose data is not read
+def untimed(target: Target) -> Target:
+    """Returns the target without its rates."""
+    rates = {"flops": {"peak": math.inf}, "bandwidth": {"peak": math.inf}, "link": math.inf, "network": math.inf}
+    return dataclasses.replace(target, device=dataclasses.replace(target.device, **rates))
+
+
+def _divisors(whole: int, multiple: int) -> list[int]:
+    """Returns the divisors of a number that are multiples of another, in ascending order."""
+    return [count for count in range(multiple, whole + 1, multiple) if whole % count == 0]
 
 
 def _model(path: str, size: str | None) -> ModelConfig:

@@ -8,6 +8,7 @@ time at the roofline = the largest of FLOPs / rate, bytes / bandwidth, and bytes
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -17,7 +18,6 @@ import jax
 from jax.sharding import Mesh
 
 from r1vl_jax.common.text import one_line
-from r1vl_jax.errors import DeviceMemoryError
 from r1vl_jax.planning.calls import Call, device_bytes
 from r1vl_jax.planning.collectives import Collective, collectives
 from r1vl_jax.planning.flops import flops
@@ -35,7 +35,8 @@ class ProgramPlan:
       flops: of all devices together, divided by their number.
       moved: bytes that kernels read and write in the device's memory, at most.
       exchanged: kind of collective -> bytes that a device sends.
-      seconds: bound -> seconds: compute, memory, link, network.
+      seconds: bound -> seconds: compute, memory, link, network. Empty if the device's rates are not known.
+      refused: why the compiler says that it cannot fit; "" if it does not.
       times: how often it runs in a step.
     """
 
@@ -49,60 +50,50 @@ class ProgramPlan:
     seconds: dict[str, float]
     times: int
     compile_seconds: float
+    refused: str = ""
 
     @property
-    def peak(self) -> int:
-        """Bytes on a device while it runs."""
-        return self.arguments + self.temporaries + self.beside
+    def peak(self) -> float:
+        """Bytes on a device while it runs; infinity if the compiler refused it."""
+        return math.inf if self.refused else self.arguments + self.temporaries + self.beside
 
     @property
     def bound(self) -> str:
-        """What limits it: compute, memory, link or network."""
-        return max(self.seconds, key=lambda bound: self.seconds[bound])
+        """What limits it: compute, memory, link or network; "-": not known."""
+        return max(self.seconds, key=lambda bound: self.seconds[bound]) if self.time else "-"
 
     @property
     def time(self) -> float:
-        """Seconds at the roofline."""
-        return self.seconds[self.bound]
+        """Seconds at the roofline; 0: not known."""
+        return max(self.seconds.values(), default=0.0)
 
 
 def plan_program(call: Call, mesh: Mesh, target: Target) -> ProgramPlan:
-    """Compiles a program for the target. Returns what it needs.
-
-    Raises: DeviceMemoryError if the compiler itself finds that it cannot fit.
-    """
+    """Compiles a program for the target. Returns what it needs."""
     device, started = target.device, time.perf_counter()
+    beside = sum(map(device_bytes, call.beside))
     with jax.set_mesh(mesh):
         traced = call.program.trace(*call.args)
         lowered = traced.lower(lowering_platforms=(device.platform,))
+    work = flops(traced, rounds=call.rounds) / mesh.size
     try:
         compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
+    except jax.errors.JaxRuntimeError as error:  # a TPU's compiler gives up if the memory is too small
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise DeviceMemoryError(f"{call.name}: {one_line(error)}") from error
+        seconds = time.perf_counter() - started
+        return ProgramPlan(call.name, 0, 0, beside, work, 0, {}, {}, call.times, seconds, one_line(error))
     memory, text = compiled.memory_analysis(), compiled.as_text()
     own = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     moved = program_cost(text, rounds=call.rounds).bytes
     exchanges = collectives(text, mesh.size, target.per_host, rounds=call.rounds)
-    work = flops(traced, rounds=call.rounds) / mesh.size
+    seconds = {"compute": work / device.rate("flops"), "memory": moved / device.rate("bandwidth")}
+    waits = [each.seconds(device.link, device.network) for each in exchanges]
+    seconds |= {kind: sum(wait[kind] for wait in waits) for kind in ("link", "network")}
     return ProgramPlan(
-        call.name,
-        own,
-        memory.temp_size_in_bytes,
-        sum(map(device_bytes, call.beside)),
-        work,
-        moved,
-        _exchanged(exchanges),
-        {
-            "compute": work / device.rate("flops"),
-            "memory": moved / device.rate("bandwidth"),
-            "link": sum(each.bytes * each.times for each in exchanges if not each.between_hosts) / device.link,
-            "network": sum(each.bytes * each.times for each in exchanges if each.between_hosts) / device.network,
-        },
-        call.times,
+        call.name, own, memory.temp_size_in_bytes, beside, work, moved, _exchanged(exchanges), seconds, call.times,
         time.perf_counter() - started,
-    )
+    )  # fmt: skip
 
 
 def _exchanged(exchanges: Iterable[Collective]) -> dict[str, float]:
@@ -114,13 +105,17 @@ def _exchanged(exchanges: Iterable[Collective]) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-    """The programs of a step, on a target, and its number of steps in the run."""
+    """The programs of a step, on a target.
+
+    Attributes:
+      steps: of the run; None: it depends on the number of rows.
+    """
 
     stage: str
     target: Target
     mesh: dict[str, int]
     programs: tuple[ProgramPlan, ...]
-    steps: int
+    steps: int | None
 
     @property
     def largest(self) -> ProgramPlan:
@@ -137,27 +132,31 @@ class StepPlan:
         return sum(program.time * program.times for program in self.programs)
 
     @property
-    def device_hours(self) -> float:
-        """Of the whole stage, at the roofline."""
-        return self.seconds * self.steps * self.target.count / 3600
+    def device_hours(self) -> float | None:
+        """Of the whole stage, at the roofline, of the devices in the mesh."""
+        return None if self.steps is None else self.seconds * self.steps * math.prod(self.mesh.values()) / 3600
 
     def to_json(self) -> dict[str, Any]:
         programs = [
-            dataclasses.asdict(program) | {"peak": program.peak, "bound": program.bound} for program in self.programs
+            dataclasses.asdict(program) | {"peak": _finite(program.peak), "bound": program.bound}
+            for program in self.programs
         ]
-        usable = self.target.device.usable
         return {
             "stage": self.stage,
             "target": str(self.target),
             "mesh": self.mesh,
             "fits": self.fits,
-            "peak": self.largest.peak,
-            "usable": usable if usable < float("inf") else None,
+            "peak": _finite(self.largest.peak),
+            "usable": _finite(self.target.device.usable),
             "steps": self.steps,
             "seconds_per_step": self.seconds,
             "device_hours": self.device_hours,
             "programs": programs,
         }
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
 
 
 HEADINGS = (
@@ -168,12 +167,14 @@ HEADINGS = (
 
 def row(program: ProgramPlan) -> str:
     """Returns a line of the table. Bytes and FLOPs are of one run, seconds of all runs in a step."""
+    if program.refused:
+        return f"{program.name:<16}{program.times:>6}  does not fit: {program.refused}"
     sent = sum(program.exchanged.values())
     seconds = f"{program.time * program.times:.3f}" if program.time else "-"
     return (
         f"{program.name:<16}{program.times:>6}{program.arguments / 1e9:>8.1f}{program.temporaries / 1e9:>8.1f}"
         f"{program.beside / 1e9:>8.1f}{program.peak / 1e9:>10.1f}{program.flops / 1e12:>10.2f}"
-        f"{program.moved / 1e9:>11.1f}{sent / 1e9:>10.2f}{seconds:>10}  {program.bound if program.time else '-':<8}"
+        f"{program.moved / 1e9:>11.1f}{sent / 1e9:>10.2f}{seconds:>10}  {program.bound:<8}"
         f"{program.compile_seconds:>10.0f}"
     )
 
@@ -186,13 +187,20 @@ def summary(plan: StepPlan) -> Iterator[str]:
     if exchanged:
         kinds = ", ".join(f"{kind} {bytes_ / 1e9:.1f}" for kind, bytes_ in exchanged.most_common())
         yield f"sent by each device in a step, GB: {kinds}"
+    idle = plan.target.count - math.prod(plan.mesh.values())
+    if idle:
+        yield f"{idle} of {plan.target.count} devices have nothing to do: the mesh does not use them"
     if plan.seconds:
+        hours = plan.device_hours
+        price = "" if hours is None else f", {plan.steps:,} steps {hours:,.0f} device-hours"
         yield (
-            f"a step takes at least {plan.seconds:.1f} s; {plan.steps:,} steps at least {plan.device_hours:,.0f} "
-            "device-hours. These are times at the roofline, not measured: real steps are slower"
+            f"at the roofline a step takes {plan.seconds:.1f} s{price}. That is what compute, memory and links allow; "
+            "nothing was measured, and a real step takes longer"
         )
     usable, peak = plan.target.device.usable, plan.largest.peak
-    if usable == float("inf"):
+    if math.isinf(peak):
+        yield f"{plan.largest.name} does not fit in {usable / 1e9:.1f} GB"
+    elif math.isinf(usable):
         yield f"peak {peak / 1e9:.2f} GB, in {plan.largest.name}"
     else:
         verdict = "fits" if plan.fits else "does not fit"

@@ -10,7 +10,7 @@ A device is a file of facts in devices/, or the user's own:
     network     bytes/s each way and device to other hosts
     per_host    devices of a host
     gpu         what XLA compiles for: fields of its GpuDeviceInfoProto
-    topologies  the shapes of a TPU's slices, smallest first
+    topologies  the shapes of a TPU's slices, smallest first; the file's name is then libtpu's for the TPU
 
 A GPU's file may also be XLA's own description of it, a GpuTargetConfigProto in text form.
 """
@@ -26,6 +26,7 @@ from typing import Any
 
 import yaml
 
+from r1vl_jax.common.text import one_line
 from r1vl_jax.errors import ConfigError
 from r1vl_jax.parallel.devices import MEMORY_FRACTION
 
@@ -105,7 +106,7 @@ class Target:
             raise ConfigError(f"{self}: the largest slice is {facts.topologies[-1]}") from None
         except (RuntimeError, ValueError, KeyError, NotImplementedError, ImportError) as error:
             raise ConfigError(
-                f"{self}: nothing here compiles for {platform} ({str(error).splitlines()[0]}); "
+                f"{self}: nothing here compiles for {platform} ({one_line(error)}); "
                 f"pip install -e '.[{_PACKAGES[platform]}]'"
             ) from error
         return list(topology.devices)[: self.count]
@@ -125,14 +126,14 @@ def prepare(target: Target) -> None:
 def parse_target(text: str) -> Target:
     """Returns the target that NAME:COUNT, NAME:COUNTxHOSTS or FILE:COUNT names. Raises ConfigError."""
     name, _, count = text.rpartition(":")
-    numbers = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", count)
-    if not name or not numbers or "0" in (numbers.group(1), numbers.group(2)):
+    numbers = re.fullmatch(r"([1-9][0-9]{0,4})(?:x([1-9][0-9]{0,3}))?", count)
+    if not name or not numbers:
         raise ConfigError(f"--target {text}: expected NAME:COUNT or NAME:COUNTxHOSTS, such as h100:8 or h100:8x4")
     device = _read_device(name)
     per_host, hosts = int(numbers.group(1)), int(numbers.group(2) or 1)
-    if not numbers.group(2) and per_host > device.per_host and device.platform == "cuda":
-        if per_host % device.per_host:
-            raise ConfigError(f"--target {text}: a host has {device.per_host}; expected a multiple of that")
+    if per_host > device.per_host and device.platform == "cuda":
+        if per_host % device.per_host or numbers.group(2):
+            raise ConfigError(f"--target {text}: a host has {device.per_host} devices; expected as {name}:8x4 says it")
         per_host, hosts = device.per_host, per_host // device.per_host
     return Target(device, per_host, hosts)
 
@@ -157,11 +158,23 @@ def _read_device(name: str) -> Device:
         others = {key: facts[key] for key in facts.keys() - numbers.keys() - rates.keys()}
         others |= {"topologies": tuple(others.get("topologies", ())), "per_host": int(others["per_host"])}
         device = Device(path.stem, **others, **numbers, **rates)
-        if device.platform not in _BACKEND or any("peak" not in table for table in rates.values()):
-            raise ValueError(f"platform {device.platform}, expected {', '.join(_BACKEND)}; rates have a peak")
+        _check(device, [*numbers.values(), *(value for table in rates.values() for value in table.values())])
     except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not the facts of a device ({str(error).splitlines()[0]})") from error
+        raise ConfigError(f"{path}: not the facts of a device ({one_line(error)})") from error
     return device
+
+
+def _check(device: Device, numbers: list[float]) -> None:
+    """Raises ValueError if the facts of a device cannot be."""
+    if device.platform not in _BACKEND:
+        raise ValueError(f"platform {device.platform}, expected {', '.join(_BACKEND)}")
+    if any("peak" not in table for table in (device.flops, device.bandwidth)):
+        raise ValueError("flops and bandwidth have a peak")
+    if device.per_host < 1 or not all(number > 0 for number in numbers):
+        raise ValueError("expected numbers above 0")
+    shapes = device.topologies
+    if device.platform == "tpu" and not (shapes and all(re.fullmatch(r"\d+(x\d+)+", str(shape)) for shape in shapes)):
+        raise ValueError("topologies of a TPU are shapes such as 2x4")
 
 
 def _from_xla(name: str, text: str) -> Device:

@@ -51,15 +51,9 @@ def advice(stage: str) -> str:
     )
 
 
-def _zeros(run: Run, programs: Programs) -> tuple[Any, Any]:
-    """Returns a train state of zeros, and parameters of zeros in the dtype of the computation."""
-
-    def zeros(shape: Any, dtype: Any = None) -> jax.Array:
-        return jnp.zeros(shape.shape, dtype or shape.dtype, device=shape.sharding)
-
-    return jax.tree.map(zeros, programs.layout), jax.tree.map(
-        lambda shape: zeros(shape, run.config.model.dtype), programs.layout.params
-    )
+def _zeros(layout: Any, dtype: str | None = None) -> Any:
+    """Returns arrays of zeros with these shapes and shardings, and another dtype if it is given."""
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, dtype or a.dtype, device=a.sharding), layout)
 
 
 def _update(run: Run, programs: Programs, state: Any, batch: TrainBatch, micro_batches: int) -> None:
@@ -70,7 +64,7 @@ def _update(run: Run, programs: Programs, state: Any, batch: TrainBatch, micro_b
 
 def _sft(run: Run, plan: SFTPlan, programs: Programs) -> None:
     """One update from micro-batches of the largest shape."""
-    section, shape, (state, _) = run.config.sft, plan.buckets.shapes[-1], _zeros(run, programs)
+    section, shape, state = run.config.sft, plan.buckets.shapes[-1], _zeros(programs.layout)
     rows, answer = section.micro_batch_size, (section.micro_batch_size, 1, shape.answer)
     batch = TrainBatch(
         _prompts(run, rows, shape), np.zeros(answer, np.int32), np.zeros(answer, np.float32),
@@ -80,8 +74,12 @@ def _sft(run: Run, plan: SFTPlan, programs: Programs) -> None:
 
 
 def _step_grpo(run: Run, plan: StepGRPOPlan, programs: Programs) -> None:
-    """One rollout of full length, the reference's log-probabilities, and one update, on the largest shapes."""
-    config, (state, reference) = run.config.rl, _zeros(run, programs)
+    """One rollout of full length, log-probabilities, and one update, on the largest shapes.
+
+    As in a step, the reference is on the devices all the time, or for its log-probabilities alone, or never.
+    """
+    config, state, params = run.config.rl, _zeros(programs.layout), programs.layout.params
+    reference = _zeros(params, run.config.model.dtype) if config.reference == "device" else None
     prompts = run.put(_prompts(run, config.questions_per_step, plan.rollout_buckets.shapes[-1]))
     weights = programs.rollout_weights(state.params)
     run.sample(weights, prompts, sampling(config), group=config.group_size, step=0)
@@ -89,13 +87,17 @@ def _step_grpo(run: Run, plan: StepGRPOPlan, programs: Programs) -> None:
     shape = config.micro_batch_size, config.group_size, config.max_new_tokens
     tokens_BGT, zeros_BGT = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
     if config.reference != "none":
-        programs.token_logprobs(reference, *run.put((micro, tokens_BGT))).block_until_ready()
-    if config.reference != "device":
-        del reference
+        frozen = _zeros(params, run.config.model.dtype) if reference is None else reference
+        programs.token_logprobs(frozen, *run.put((micro, tokens_BGT))).block_until_ready()
+        del frozen
     del weights
-    old_logprobs_BGT = zeros_BGT if config.updates_per_rollout > 1 else None
+    old_logprobs_BGT = None
+    if config.updates_per_rollout > 1:
+        programs.token_logprobs(state.params, *run.put((micro, tokens_BGT))).block_until_ready()
+        old_logprobs_BGT = zeros_BGT
     batch = TrainBatch(micro, tokens_BGT, zeros_BGT, zeros_BGT, zeros_BGT, old_logprobs_BGT)
     _update(run, programs, state, batch, config.questions_per_step // config.micro_batch_size)
+    del reference
 
 
 def _prompts(run: Run, count: int, shape: Shape) -> Any:

@@ -8,6 +8,7 @@ from helpers.tiny_jax import FakeScorerPool, read_lines, run_config, write_run_i
 
 from r1vl_jax.train import UNUSABLE, main
 from r1vl_jax.training import rehearsal, stage
+from r1vl_jax.training.context import Run
 from r1vl_jax.training.programs import gradient_step
 from r1vl_jax.training.prove import differences
 from r1vl_jax.training.run import train
@@ -46,6 +47,36 @@ def test_a_rehearsal_runs_the_shapes_of_the_steps_and_changes_nothing(inputs, tm
     assert list(differences(*folders)) == []
     assert len(seen["rehearsal"]) == 4
     assert all(batch in seen["steps"] for batch in seen["rehearsal"])
+
+
+@pytest.mark.parametrize("reference", ["device", "host", "none"])
+def test_a_rehearsal_has_on_the_devices_what_a_step_has(inputs, tmp_path, monkeypatch, reference):
+    """Neither more, or runs that fit would be refused, nor less: bytes when sampling and when updating begin."""
+    seen = {"rehearsal": {}, "steps": {}}
+
+    def bytes_of_weights():
+        arrays = [a for a in jax.live_arrays() if a.sharding.memory_kind == "device" and a.size > 64 and a.ndim < 4]
+        return sum(a.nbytes for a in arrays if a.dtype in ("float32", "bfloat16"))
+
+    def recorded(phase, call):
+        def wrapped(*arguments, **options):
+            before = seen["rehearsal" if phase not in seen["rehearsal"] else "steps"]
+            before[phase] = bytes_of_weights() - base
+            return call(*arguments, **options)
+
+        return wrapped
+
+    monkeypatch.setattr(Run, "sample", recorded("sample", Run.sample))
+    for module in (rehearsal, stage):
+        monkeypatch.setattr(module, "gradient_step", recorded("update", gradient_step))
+    beta = 0.0 if reference == "none" else 0.04
+    rl = {"steps": 1, "max_new_tokens": 4, "reference": reference, "beta": beta}
+    config = run_config(inputs, tmp_path / "run", stages=["step_grpo"], data={"buckets": 1}, rl=rl, rehearsal="always")
+    base = bytes_of_weights()
+    train(config, pool=FakeScorerPool())
+    assert seen["rehearsal"].keys() == seen["steps"].keys() == {"sample", "update"}
+    for phase, size in seen["steps"].items():
+        assert seen["rehearsal"][phase] == pytest.approx(size, rel=0.05), phase
 
 
 @pytest.mark.parametrize("mode", ["always", "auto"])

@@ -64,7 +64,7 @@ class Size:
 def raw_config(width, mlp, layers, heads, kv_heads, vocab, tied, vision) -> dict[str, Any]:
     """Returns a config.json without an end of text. `vision`: layers, width and heads of the vision tower."""
     sizes = {"width": width, "mlp": mlp, "layers": layers, "heads": heads, "kv_heads": kv_heads, "vocab": vocab}
-    tower = dict(zip(("layers", "width", "heads"), vision, strict=True))
+    tower: dict[str, int] = dict(zip(("layers", "width", "heads"), vision, strict=True))
     ids = (vocab - 1, vocab - 2, vocab - 3, vocab - 4)
     return flat_config(**sizes, tied=tied, tower=tower, special_ids=ids) | _END
 

@@ -144,7 +144,7 @@ class Step:
 
         return jax.tree.map(one, tree, batch_axes(tree))
 
-    def cache(self, cache: generate.Cache) -> generate.Cache:
+    def cache(self, cache: generate.Cache) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Returns abstract keys and values, split over questions and heads."""
         sharding = NamedSharding(self.mesh, partition_spec(("batch", "kv_heads")))
         return tuple(jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in cache)

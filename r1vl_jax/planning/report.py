@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -97,7 +97,7 @@ def plan_program(call: Call, mesh: Mesh, target: Target) -> ProgramPlan:
 
 
 def _exchanged(exchanges: Iterable[Collective]) -> dict[str, float]:
-    total: Counter[str] = Counter()
+    total: dict[str, float] = defaultdict(float)
     for each in exchanges:
         total[each.kind] += each.bytes * each.times
     return {kind: bytes_ for kind, bytes_ in total.items() if bytes_}

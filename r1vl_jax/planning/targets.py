@@ -157,7 +157,8 @@ def _read_device(name: str) -> Device:
         }
         others = {key: facts[key] for key in facts.keys() - numbers.keys() - rates.keys()}
         others |= {"topologies": tuple(others.get("topologies", ())), "per_host": int(others["per_host"])}
-        device = Device(path.stem, **others, **numbers, **rates)
+        fields: dict[str, Any] = {**others, **numbers, **rates}
+        device = Device(path.stem, **fields)
         _check(device, [*numbers.values(), *(value for table in rates.values() for value in table.values())])
     except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not the facts of a device ({one_line(error)})") from error

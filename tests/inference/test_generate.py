@@ -147,7 +147,8 @@ def test_too_little_memory(command, monkeypatch, error):
     """As NumPy and XLA raise it."""
     monkeypatch.setattr("r1vl_jax.generate.generate", Mock(side_effect=error))
     code, out, err = command("--prompt", "How many?")
-    assert code == 2 and out == "" and err.splitlines()[-1].startswith("error: too little memory; lower --max-new-")
+    assert code == 2 and out == "" and err.splitlines()[-1].startswith("error: answers: too little memory (")
+    assert err.endswith("; lower --max-new-tokens, --samples or --max-pixels\n")
 
 
 def test_larger_images_are_shrunk_and_it_is_said(command, inputs, tmp_path):

@@ -160,6 +160,7 @@ def small_device(folder, memory):
     return f"{file}"
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_with_what_would_help(inputs, tmp_path, capsys):
     """On a device between the needs of the largest and the smallest micro-batch."""
     config = run_config(inputs, tmp_path / "run", stages=["step_grpo"], rl={"micro_batch_size": 4})

@@ -19,7 +19,7 @@ def inputs(tmp_path_factory):
     return write_run_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("updates", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_rehearsal_runs_the_shapes_of_the_steps_and_changes_nothing(inputs, tmp_path, monkeypatch, updates):
     seen = {"rehearsal": [], "steps": []}
 
@@ -49,7 +49,10 @@ def test_a_rehearsal_runs_the_shapes_of_the_steps_and_changes_nothing(inputs, tm
     assert all(batch in seen["steps"] for batch in seen["rehearsal"])
 
 
-@pytest.mark.parametrize("reference", ["device", "host", "none"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("reference", [pytest.param("device", marks=SLOW), "host", pytest.param("none", marks=SLOW)])
 def test_a_rehearsal_has_on_the_devices_what_a_step_has(inputs, tmp_path, monkeypatch, reference):
     """Neither more, or runs that fit would be refused, nor less: bytes when sampling and when updating begin."""
     seen = {"rehearsal": {}, "steps": {}}

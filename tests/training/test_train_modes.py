@@ -313,6 +313,7 @@ def test_compiled_programs_are_kept(tmp_path, monkeypatch, value):
         jax.config.update("jax_compilation_cache_dir", before)
 
 
+@pytest.mark.slow
 def test_where_the_reference_is_changes_no_bit(inputs, tmp_path):
     """On the host it gives the same metrics; without it, at beta 0, the same weights and no KL."""
     rows, weights = {}, {}

@@ -19,7 +19,8 @@ def inputs(tmp_path_factory):
     return write_run_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-@pytest.mark.parametrize("updates", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("updates", [1, 2])
 def test_a_rehearsal_runs_the_shapes_of_the_steps_and_changes_nothing(inputs, tmp_path, monkeypatch, updates):
     seen = {"rehearsal": [], "steps": []}
 

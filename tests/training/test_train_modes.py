@@ -206,6 +206,7 @@ def test_parquet_with_images_inside_trains_and_resumes_as_json_does(inputs, tmp_
     assert {row["source"] for row in ours} == {files["rl"]["path"]}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_other_pixel_means(inputs, tmp_path, capsys):
     """Its images are normalised its own way, in both stages, and the export takes it along.
 

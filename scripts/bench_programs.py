@@ -61,7 +61,7 @@ def step_calls(cfg: ModelConfig, size: Size, mesh: Mesh, *, questions: int, micr
     config = step_config(size, remat)
     sizes = {"questions_per_step": questions, "micro_batch_size": micro, "group_size": size.group}
     config = dataclasses.replace(config, rl=dataclasses.replace(config.rl, **sizes))
-    return stage_calls(cfg, config, mesh, "step_grpo", rows_of(size))
+    return stage_calls(cfg, config, mesh, "step_grpo", question_rows(size))
 
 
 def sft_calls(cfg: ModelConfig, size: Size, mesh: Mesh, *, micro: int, remat: str) -> Iterator[Call]:
@@ -69,10 +69,10 @@ def sft_calls(cfg: ModelConfig, size: Size, mesh: Mesh, *, micro: int, remat: st
     config = step_config(size, remat, "sft")
     sizes = {"batch_size": 2 * micro, "micro_batch_size": micro}
     config = dataclasses.replace(config, sft=dataclasses.replace(config.sft, **sizes))
-    return stage_calls(cfg, config, mesh, "sft", rows_of(size))
+    return stage_calls(cfg, config, mesh, "sft", question_rows(size))
 
 
-def rows_of(size: Size) -> Rows:
+def question_rows(size: Size) -> Rows:
     return Rows(size.prompt, 1, math.prod(size.grid), size.new)
 
 

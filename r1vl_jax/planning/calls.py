@@ -22,7 +22,7 @@ from r1vl_jax.errors import ConfigError
 from r1vl_jax.model.config import ModelConfig
 from r1vl_jax.parallel.sharding import RULES, batch_axes, batch_shards, partition_spec
 from r1vl_jax.rollout import generate
-from r1vl_jax.training.programs import Programs, build_programs
+from r1vl_jax.training.programs import Programs, build_programs, needs_buffer
 from r1vl_jax.training.step_grpo import sampling
 from r1vl_jax.types import Prompts, TrainBatch
 
@@ -168,7 +168,7 @@ class Step:
             start_B=self.array(count, dtype=jnp.int32),
         )
         grads = {part: state.params[part] for part in parts}
-        buffer = grads if times > 1 or self.mesh.size > 1 else None
+        buffer = grads if needs_buffer(times, self.mesh) else None
         beside = (state.opt_state, *[batch] * (2 * times - 1))  # the other micro-batches, and the next update's
         yield Call("gradient", self.programs.accumulate, (buffer, state.params, batch), beside, times)
         yield Call("update", self.programs.update, (state, grads, self.scalar))
@@ -226,7 +226,7 @@ class Step:
             arguments = state.params, prompts, tokens_BGT
             yield Call("old_logprobs", programs.token_logprobs, arguments, (state.opt_state, *self.resting), times)
         grads = {part: state.params[part] for part in programs.parts}
-        buffer = grads if times > 1 or self.mesh.size > 1 else None
+        buffer = grads if needs_buffer(times, self.mesh) else None
         batch = TrainBatch(prompts, tokens_BGT, *[floats_BGT] * (3 + (updates > 1)))
         arguments = buffer, state.params, batch
         yield Call("gradient", programs.accumulate, arguments, (state.opt_state, *self.resting), times * updates)

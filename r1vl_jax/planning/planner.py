@@ -158,8 +158,10 @@ class Planner:
             return
         usable, key = self.target.device.usable, f"{SECTION[plan.stage]}.micro_batch_size"
         if largest := self.largest_micro_batch(plan):
-            count, peak = largest
-            self.say(f"largest micro-batch whose gradient fits: {count} ({peak / 1e9:.1f} GB): --{key} {count}")
+            count, gradient = largest
+            self.say(
+                f"largest micro-batch whose gradient fits: {count} ({gradient.peak / 1e9:.1f} GB): --{key} {count}"
+            )
         else:
             self.say("no micro-batch fits")
         if plan.fits:
@@ -171,9 +173,9 @@ class Planner:
                 peak = self.alone(plan.stage, overrides, now.name).peak
             except (ConfigError, StopIteration):
                 continue
-            saved = f"{(peak - now.peak) / 1e9:+.1f} GB, " if math.isfinite(now.peak) else ""
+            sizes = f"{(peak - now.peak) / 1e9:+.1f} GB, {peak / 1e9:.1f} GB: "
             verdict = "fits" if peak <= usable else "not enough alone"
-            self.say(f"  {flags(overrides)}: {saved}{peak / 1e9:.1f} GB: {verdict}")
+            self.say(f"  {flags(overrides)}: {sizes if math.isfinite(peak - now.peak) else ''}{verdict}")
 
     def levers(self, stage: str, program: str) -> Iterator[Overrides]:
         """Yields changes with which a program needs less memory."""
@@ -202,32 +204,32 @@ class Planner:
             if shards % fsdp == 0:
                 yield {"mesh.data": shards // fsdp, "mesh.fsdp": fsdp}
 
-    def largest_micro_batch(self, plan: StepPlan) -> tuple[int, float] | None:
-        """Returns the largest micro-batch whose gradient fits, and its peak."""
+    def largest_micro_batch(self, plan: StepPlan) -> tuple[int, ProgramPlan] | None:
+        """Returns the largest micro-batch whose gradient fits, and that gradient."""
         section, key = getattr(self.config, SECTION[plan.stage]), f"{SECTION[plan.stage]}.micro_batch_size"
         whole = section.batch_size if plan.stage == "sft" else section.questions_per_step
         counts = _divisors(whole, plan.mesh["data"] * plan.mesh["fsdp"])
         now = next(program for program in plan.programs if program.name == "gradient")
-        return self.largest(plan.stage, {}, key, counts, {section.micro_batch_size: now.peak})
+        return self.largest(plan.stage, {}, key, counts, {section.micro_batch_size: now})
 
     def largest(
-        self, stage: str, overrides: Overrides, key: str, counts: list[int], peaks: dict[int, float]
-    ) -> tuple[int, float] | None:
-        """Returns the largest of `counts` whose gradient fits, and its peak, by bisection.
+        self, stage: str, overrides: Overrides, key: str, counts: list[int], compiled: dict[int, ProgramPlan]
+    ) -> tuple[int, ProgramPlan] | None:
+        """Returns the largest of `counts` whose gradient fits, and that gradient, by bisection.
 
         Args:
           key: the micro-batch's key in the configuration.
-          peaks: count -> peak, where it is known; what is found is added.
+          compiled: count -> gradient, where it is known; what is compiled is added.
         """
         low, high = -1, len(counts)  # counts[low] fits, counts[high] does not
         while high - low > 1:
-            known = [i for i in range(low + 1, high) if counts[i] in peaks]
+            known = [i for i in range(low + 1, high) if counts[i] in compiled]
             middle = known[0] if known else (low + high) // 2
             count = counts[middle]
-            if count not in peaks:
-                peaks[count] = self.alone(stage, {**overrides, key: count}).peak
-            low, high = (middle, high) if peaks[count] <= self.target.device.usable else (low, middle)
-        return (counts[low], peaks[counts[low]]) if low >= 0 else None
+            if count not in compiled:
+                compiled[count] = self.alone(stage, {**overrides, key: count})
+            low, high = (middle, high) if compiled[count].peak <= self.target.device.usable else (low, middle)
+        return (counts[low], compiled[counts[low]]) if low >= 0 else None
 
     # Search.
 
@@ -246,15 +248,13 @@ class Planner:
             self.say(f"trying {flags(overrides)}")
             try:
                 best = self.largest(stage, overrides, key, counts, {})
-                if best is None:
-                    continue
-                overrides = {**overrides, key: best[0]}
-                program = self.alone(stage, overrides)
             except ConfigError as error:
                 self.say(f"  {error}")
                 continue
-            found.append((program.time * whole / best[0], program.peak, overrides))
-            self.say(f"  micro-batches of {best[0]}: {program.peak / 1e9:.1f} GB, {found[-1][0]:.2f} s")
+            if best:
+                count, gradient = best
+                found.append((gradient.time * whole / count, gradient.peak, {**overrides, key: count}))
+                self.say(f"  micro-batches of {count}: {gradient.peak / 1e9:.1f} GB, {found[-1][0]:.2f} s")
         if not found:
             raise ConfigError(f"{self.target}: no mesh, remat and micro-batch fit {stage}")
         found.sort(key=lambda item: item[0])

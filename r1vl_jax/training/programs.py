@@ -1,7 +1,6 @@
 """Builds every jitted program of a training step, once per stage.
 
-Training runs the programs, benchmarks time them, and `scripts/hlo_report.py` compiles them for machines that are not
-present.
+Training runs the programs, benchmarks time them, and `r1vl_jax.plan` compiles them for machines that are not present.
 
     rollout_weights   fp32 parameters -> the rollout's fused weights              once per update
     prefill, decode   the main programs of `rollout.generate.rollout`             once per rollout, once per loop
@@ -146,6 +145,17 @@ def _advantages(scale: str, std_floor: float, kernels: str) -> Program:
         return per_shard(call, (rows,) * 3, rows)(rewards_BGJ, mask_BGJ, step_BGT)
 
     return jax.jit(advantages)
+
+
+def needs_buffer(micro_batches: int, mesh: Mesh) -> bool:
+    """Returns whether an update adds its gradients up in a buffer.
+
+    On several devices it always does, because the buffer has the parameters' sharding.
+
+    Args:
+      micro_batches: the maximum number of micro-batches per update.
+    """
+    return micro_batches > 1 or mesh.size > 1
 
 
 def gradient_step(

@@ -18,7 +18,7 @@ from r1vl_jax.data.batching import blank_prompts
 from r1vl_jax.data.buckets import Shape
 from r1vl_jax.parallel.memory import memory_limit, out_of_memory
 from r1vl_jax.training.context import Run
-from r1vl_jax.training.programs import Programs, build_programs, gradient_step
+from r1vl_jax.training.programs import Programs, build_programs, gradient_step, needs_buffer
 from r1vl_jax.training.sft import SFTPlan
 from r1vl_jax.training.step_grpo import StepGRPOPlan, sampling
 from r1vl_jax.types import TrainBatch
@@ -34,7 +34,7 @@ def rehearse(run: Run, plans: Mapping[str, Any]) -> None:
         return
     for name, plan in plans.items():
         started = time.perf_counter()
-        with out_of_memory(f"rehearsal of {name}, on the largest batch of {plan.buckets.shapes[-1]}", advice(name)):
+        with out_of_memory(f"rehearsal of {name}, on the largest batch of {plan.buckets.shapes[-1]}", _advice(name)):
             programs = build_programs(run.model.config, run.model.mesh, run.config, name, plan.updates)
             {"sft": _sft, "step_grpo": _step_grpo}[name](run, plan, programs)
         limit, peak = memory_limit(device), (device.memory_stats() or {}).get("peak_bytes_in_use")
@@ -42,13 +42,17 @@ def rehearse(run: Run, plans: Mapping[str, Any]) -> None:
         run.log.say(f"rehearsal of {name}: the largest batch ran in {time.perf_counter() - started:.0f} s{memory}")
 
 
-def advice(stage: str) -> str:
-    """Returns what needs less memory in a stage, in the order in which to try it."""
+# Stage -> what needs less memory and may change in a run that is resumed.
+LATER = {
+    "sft": "try model.remat full, or more devices in mesh.fsdp",
+    "step_grpo": "try model.remat full, rl.reference host, or more devices in mesh.fsdp",
+}
+
+
+def _advice(stage: str) -> str:
+    """Returns what needs less memory in a stage."""
     section = {"sft": "sft", "step_grpo": "rl"}[stage]
-    return (
-        f"try model.remat full, a smaller {section}.micro_batch_size or {section}.max_pixels, "
-        "a smaller data.max_prompt_tokens, or more devices in mesh.fsdp"
-    )
+    return f"{LATER[stage]}; or a smaller {section}.micro_batch_size, {section}.max_pixels or data.max_prompt_tokens"
 
 
 def _zeros(layout: Any, dtype: str | None = None) -> Any:
@@ -57,7 +61,7 @@ def _zeros(layout: Any, dtype: str | None = None) -> Any:
 
 
 def _update(run: Run, programs: Programs, state: Any, batch: TrainBatch, micro_batches: int) -> None:
-    use_buffer = micro_batches > 1 or run.model.mesh.size > 1
+    use_buffer = needs_buffer(micro_batches, run.model.mesh)
     batches = [run.put(batch)] * min(2, micro_batches)
     jax.block_until_ready(gradient_step(programs, state, batches, use_buffer=use_buffer))
 

@@ -25,7 +25,7 @@ from r1vl_jax.training.checks import check_inputs
 from r1vl_jax.training.context import Run
 from r1vl_jax.training.judging import RewardSpec
 from r1vl_jax.training.programs import Compilations, enable_compilation_cache
-from r1vl_jax.training.rehearsal import advice, rehearse
+from r1vl_jax.training.rehearsal import LATER, rehearse
 from r1vl_jax.training.run_folder import RunLog
 from r1vl_jax.training.run_record import record_start
 from r1vl_jax.training.sft import plan_sft, sft
@@ -85,7 +85,7 @@ def _run_stages(run: Run, resume: bool) -> Path:
     rehearse(run, plans)
     for name, plan in plans.items():
         try:
-            with out_of_memory(name, advice(name)):
+            with out_of_memory(name, LATER[name]):
                 params = STAGES[name][1](run, plan, params, resume)
         except BaseException as error:
             if params is not None and not hasattr(error, "__notes__"):

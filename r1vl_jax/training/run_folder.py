@@ -26,7 +26,10 @@ from r1vl_jax.config import Config
 from r1vl_jax.errors import ConfigError
 
 # These keys change how a run computes: changing them changes results by rounding alone.
-BACKEND_KEYS = ("model.remat", "model.attention", "model.kernels", "model.shared_prefix", "compilation_cache")
+BACKEND_KEYS = (
+    "model.remat", "model.attention", "model.kernels", "model.shared_prefix", "compilation_cache", "rehearsal",
+    "rl.reference",
+)  # fmt: skip
 LOCK = "run.lock"
 ROWS = ("metrics.jsonl", "rollouts.jsonl", "nonfinite.jsonl")
 

@@ -18,7 +18,7 @@ from r1vl_jax.errors import CheckpointError, GuardError
 from r1vl_jax.reporting.curves import plot_metrics
 from r1vl_jax.training.context import Run
 from r1vl_jax.training.guards import Guards, not_finite
-from r1vl_jax.training.programs import build_programs, gradient_step
+from r1vl_jax.training.programs import build_programs, gradient_step, needs_buffer
 from r1vl_jax.training.run_folder import Phases
 from r1vl_jax.types import TrainBatch, TrainState
 
@@ -45,8 +45,7 @@ class Stage:
         self, run: Run, name: str, steps: int, params: Any, resume: bool, *, micro_batches: int, updates: int = 1
     ) -> None:
         self.run, self.name, self.steps, self.updates, self.position = run, name, steps, updates, Position()
-        # On several devices always accumulate: the buffer has the parameters' sharding.
-        self.use_buffer = micro_batches > 1 or run.model.mesh.size > 1
+        self.use_buffer = needs_buffer(micro_batches, run.model.mesh)
         self.programs = build_programs(run.model.config, run.model.mesh, run.config, name, steps * updates)
         self.checkpoints = StageCheckpoints(
             run.log.folder / "checkpoints" / name, run.config.checkpoint.keep, run.log.say

@@ -130,6 +130,7 @@ def test_resume_takes_other_means_and_runs_of_earlier_versions(tmp_path):
 
     def config(**model):
         sections = {"model": {"path": "m", **model}, "data": {"sft": {"path": "s"}, "rl": {"path": "r"}}}
+        sections |= {"rl": {"reference": "host"}, "rehearsal": "always"} if model else {}
         path.write_text(yaml.safe_dump({"output_dir": str(tmp_path / "run"), **sections}))
         return configs.load(path)
 

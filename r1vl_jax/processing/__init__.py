@@ -10,3 +10,8 @@ Flow: data -> processing -> rollout. Uses NumPy, PIL, PyAV and the checkpoint's 
     tokenizer.py  checkpoint folder -> tokenizer and special ids
     processor.py  all steps for one example: `Processor.encode_prompt`
 """
+
+import os
+
+# transformers says in each process that there is no torch, which nothing here needs.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
